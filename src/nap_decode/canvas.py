@@ -1,0 +1,391 @@
+"""What is to be decoded: canvases, and the templates and texts they are made from.
+
+A canvas is a left-padded batch of token rows in which some slots are still masked::
+
+    pad pad  p   p   p  <1>  M   M   M  <2>  M   M   M  <S>  M     row 0
+     p   p   p   p   p  <1>  M   M   M  <2>  M   M   M  <S>  M     row 1
+    -1  -1  -1  -1  -1  -1   0   0   0  -1   1   1   1  -1   2     block
+
+Slots of a block are decoded; everything else is clamped: given, and never changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from nap_decode.errors import NapDecodeError, check_integer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Text: TypeAlias = "str | Sequence[int]"
+"""Clamped text of a template: a string, tokenized without special tokens, or token ids."""
+Prompt: TypeAlias = "str | Sequence[Mapping[str, Any]] | Sequence[int] | Tensor"
+"""One prompt: text, chat messages, token ids, or a 1-D tensor of token ids."""
+Prompts: TypeAlias = "Prompt | Sequence[Prompt]"
+"""One prompt or a batch of them; a 2-D tensor is a batch of rows of equal length."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A run of slots to decode.
+
+    Args:
+        name: what it is called in outputs and measurements.
+        length: slots.
+        held: whether a macro-parallel scheduler holds it back until the other blocks are done (a
+            summary).
+    """
+
+    name: str
+    length: int
+    held: bool = False
+
+    def __post_init__(self) -> None:
+        check_integer(f"the length of block {self.name!r}", self.length, 1)
+
+
+@dataclass(frozen=True)
+class CanvasTemplate:
+    """The layout of what follows a prompt: clamped text and blocks of slots, in order.
+
+    Args:
+        parts: text (a string or token ids), which is clamped, and :class:`Block`, which is decoded.
+
+    Raises:
+        NapDecodeError: no block, or two of one name.
+
+    Example:
+        >>> template = CanvasTemplate.nap(num_paths=3, total_length=1022)
+        >>> [block.length for block in template.blocks]
+        [330, 330, 330, 32]
+        >>> CanvasTemplate(("Q: 1 + 1\\nA:", Block("answer", 8), "\\nDone.")).blocks
+        (Block(name='answer', length=8, held=False),)
+    """
+
+    parts: tuple[Text | Block, ...]
+
+    def __post_init__(self) -> None:
+        names = [block.name for block in self.blocks]
+        if not names:
+            raise NapDecodeError("a template needs at least one Block; there is nothing to decode")
+        if len(set(names)) < len(names):
+            raise NapDecodeError(f"the blocks of a template need different names, but are called {names}")
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks, in order."""
+        return tuple(part for part in self.parts if isinstance(part, Block))
+
+    @classmethod
+    def plain(cls, length: int) -> CanvasTemplate:
+        """``length`` slots after the prompt, as one block called ``"completion"``."""
+        return cls((Block("completion", length),))
+
+    @classmethod
+    def nap(
+        cls,
+        num_paths: int = 3,
+        *,
+        path_length: int | Sequence[int] | None = None,
+        summary_length: int = 32,
+        total_length: int | None = None,
+        path_header: str | Sequence[Text] = "<think {}>",
+        summary_header: Text = "<summary>",
+        path_footer: str | Sequence[Text] | None = None,
+        summary_footer: Text | None = None,
+    ) -> CanvasTemplate:
+        """NAP's canvas, ``<think 1> R_1 ... <think m> R_m <summary> S`` (arXiv 2602.23225, section 4).
+
+        Args:
+            num_paths: m, paths.
+            path_length: slots of every path, or of each; derived from ``total_length`` if left out,
+                330 (as in the paper) if that is left out too.
+            summary_length: slots of the summary; 0 for none.
+            total_length: slots of all blocks together (headers are not counted, so that it is steps
+                times tokens per step).  Paths get equal shares, the first ones the remainder.
+            path_header: text before a path, ``{}`` standing for its number from 1; or one text or id
+                list for each path.
+            summary_header: text or ids before the summary.
+            path_footer: text clamped after a path; by default closing tags are decoded like any token.
+            summary_footer: text clamped after the summary.
+
+        Raises:
+            NapDecodeError: lengths that do not add up.
+        """
+        check_integer("num_paths", num_paths, 1)
+        check_integer("summary_length", summary_length, 0)
+        if path_length is None and total_length is not None:
+            check_integer("total_length", total_length, num_paths + summary_length)
+            base, rest = divmod(total_length - summary_length, num_paths)
+            path_lengths = [base + (j < rest) for j in range(num_paths)]
+        elif path_length is None or isinstance(path_length, int):
+            path_lengths = [330 if path_length is None else path_length] * num_paths
+        else:
+            path_lengths = list(path_length)
+        if len(path_lengths) != num_paths:
+            raise NapDecodeError(f"path_length names {len(path_lengths)} lengths for num_paths={num_paths}")
+        if total_length is not None and sum(path_lengths) + summary_length != total_length:
+            raise NapDecodeError(
+                f"block lengths do not add up: paths {path_lengths} and a summary of {summary_length} make "
+                f"{sum(path_lengths) + summary_length}, but total_length is {total_length}; leave one out"
+            )
+        headers = _texts("path_header", path_header, num_paths)
+        footers = _texts("path_footer", path_footer, num_paths) if path_footer is not None else [()] * num_paths
+        parts: list[Text | Block] = []
+        for j, (header, length, footer) in enumerate(zip(headers, path_lengths, footers, strict=True)):
+            parts += [header, Block(f"path {j + 1}", length), footer]
+        if summary_length:
+            parts += [summary_header, Block("summary", summary_length, held=True), summary_footer or ()]
+        return cls(tuple(part for part in parts if part))
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase | None, mask_token_id: int) -> tuple[list[int], list[int]]:
+        """Token ids of the layout (masks in the blocks) and the block of every slot (-1: clamped)."""
+        ids: list[int] = []
+        block: list[int] = []
+        num_blocks = 0
+        for part in self.parts:
+            if isinstance(part, Block):
+                ids += [mask_token_id] * part.length
+                block += [num_blocks] * part.length
+                num_blocks += 1
+            else:
+                clamped = _encode_text(part, tokenizer)
+                ids += clamped
+                block += [-1] * len(clamped)
+        return ids, block
+
+
+@dataclass(frozen=True, eq=False)
+class Canvas:
+    """A batch of rows to decode.  Made by :meth:`from_prompts` or :meth:`from_infill`.
+
+    Args:
+        tokens: ``(B, L)`` int64, the mask id in every slot to decode.
+        block: ``(B, L)`` int64, the block of every slot to decode, -1 for clamped slots and padding.
+        attention_mask: ``(B, L)`` int64, 0 for padding.
+        prompt: ``(B, L)`` bool, the slots that the unconditional branch of classifier-free guidance
+            masks.
+        block_names: names of the M blocks.
+        held: for each block whether a macro-parallel scheduler holds it back.
+
+    Raises:
+        NapDecodeError: shapes that differ, or a block index without a name.
+
+    Example:
+        >>> canvas = Canvas.from_prompts(
+        ...     [[5, 6], [7]], CanvasTemplate.plain(3), mask_token_id=1, pad_token_id=0)
+        >>> canvas.tokens.tolist()
+        [[5, 6, 1, 1, 1], [0, 7, 1, 1, 1]]
+        >>> canvas.position_ids.tolist()
+        [[0, 1, 2, 3, 4], [0, 0, 1, 2, 3]]
+        >>> canvas.lengths.tolist()
+        [[3], [3]]
+    """
+
+    tokens: Tensor
+    block: Tensor
+    attention_mask: Tensor
+    prompt: Tensor
+    block_names: tuple[str, ...]
+    held: tuple[bool, ...]
+
+    def __post_init__(self) -> None:
+        if self.tokens.ndim != 2 or 0 in self.tokens.shape:
+            raise NapDecodeError(f"canvas tokens must be (B, L) with B, L >= 1, but are {tuple(self.tokens.shape)}")
+        for name in ("block", "attention_mask", "prompt"):
+            if getattr(self, name).shape != self.tokens.shape:
+                shapes = f"{tuple(getattr(self, name).shape)}, tokens {tuple(self.tokens.shape)}"
+                raise NapDecodeError(f"{name} and tokens of a canvas must have one shape, but {name} has {shapes}")
+        highest = int(self.block.max())
+        if highest < 0:
+            raise NapDecodeError("no slot of the canvas is to be decoded; is the mask token in the text?")
+        if highest >= len(self.block_names) or len(self.held) != len(self.block_names):
+            raise NapDecodeError(
+                f"block index {highest} needs {highest + 1} block names and held flags, but there are "
+                f"{len(self.block_names)} and {len(self.held)}"
+            )
+
+    @property
+    def decodable(self) -> Tensor:
+        """``(B, L)`` bool: the slots to decode."""
+        return self.block >= 0
+
+    @cached_property
+    def position_ids(self) -> Tensor:
+        """``(B, L)`` int64: positions counted from each row's first token; 0 for padding."""
+        return (self.attention_mask.cumsum(1) - 1).clamp(min=0)
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """``(B, M)`` int64 on the CPU: slots of each block."""
+        return count_blocks(self.block, len(self.block_names)).cpu()
+
+    @cached_property
+    def is_padded(self) -> bool:
+        """Whether any row has padding."""
+        return not bool(self.attention_mask.all())
+
+    @classmethod
+    def from_prompts(
+        cls,
+        prompts: Sequence[Sequence[int]],
+        template: CanvasTemplate,
+        *,
+        mask_token_id: int,
+        pad_token_id: int = 0,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        prompt_width: int = 0,
+        device: torch.device | str | None = None,
+    ) -> Canvas:
+        """Append a template to every prompt.
+
+        Args:
+            prompts: token ids of each row.
+            template: what follows.
+            mask_token_id: id of the mask token.
+            pad_token_id: id that fills rows up on the left.
+            tokenizer: needed if the template has text.
+            prompt_width: columns that prompts take at least, so that ``tokens[:, prompt_width:]`` of a
+                batch padded by the caller is what was decoded.
+            device: where the tensors live.
+        """
+        ids, block = template.encode(tokenizer, mask_token_id)
+        width = max([prompt_width, *map(len, prompts)])
+        pads = [width - len(prompt) for prompt in prompts]
+        return cls(
+            tokens=_tensor([[pad_token_id] * n + [*p] + ids for n, p in zip(pads, prompts, strict=True)], device),
+            block=_tensor([[-1] * width + block] * len(prompts), device),
+            attention_mask=_tensor([[0] * n + [1] * (width - n + len(ids)) for n in pads], device),
+            prompt=_tensor([[0] * n + [1] * (width - n) + [0] * len(ids) for n in pads], device).bool(),
+            block_names=tuple(b.name for b in template.blocks),
+            held=tuple(b.held for b in template.blocks),
+        )
+
+    @classmethod
+    def from_infill(
+        cls,
+        texts: Sequence[Sequence[int]],
+        *,
+        mask_token_id: int,
+        pad_token_id: int = 0,
+        device: torch.device | str | None = None,
+    ) -> Canvas:
+        """Decode the mask tokens in given texts; every run of masks is a block of its own.
+
+        Example:
+            >>> Canvas.from_infill([[5, 1, 6, 1, 1]], mask_token_id=1).block.tolist()
+            [[-1, 0, -1, 1, 1]]
+        """
+        width = max(map(len, texts), default=0)
+        pads = [width - len(text) for text in texts]
+        tokens = _tensor([[pad_token_id] * n + [*text] for n, text in zip(pads, texts, strict=True)], device)
+        attention_mask = _tensor([[0] * n + [1] * (width - n) for n in pads], device)
+        hole = (tokens == mask_token_id) & attention_mask.bool()
+        starts = hole & ~torch.nn.functional.pad(hole, (1, 0))[:, :-1]
+        block = torch.where(hole, starts.cumsum(1) - 1, -1)
+        num_blocks = int(block.max()) + 1 if block.numel() else 0
+        return cls(
+            tokens=tokens,
+            block=block,
+            attention_mask=attention_mask,
+            prompt=attention_mask.bool() & ~hole,
+            block_names=tuple(f"hole {j + 1}" for j in range(num_blocks)),
+            held=(False,) * num_blocks,
+        )
+
+
+def count_blocks(block: Tensor, num_blocks: int, where: Tensor | None = None) -> Tensor:
+    """Slots of each block, ``(B, L) -> (B, num_blocks)``, counting only those in ``where``."""
+    counted = block >= 0 if where is None else where & (block >= 0)
+    counts = torch.zeros(block.shape[0], num_blocks, dtype=torch.int64, device=block.device)
+    return counts.scatter_add_(1, block.clamp(min=0), counted.long())
+
+
+def encode_prompts(
+    prompts: Prompts,
+    tokenizer: PreTrainedTokenizerBase | None,
+    attention_mask: Tensor | None = None,
+) -> tuple[list[list[int]], bool]:
+    """Token ids of one prompt or of a batch.
+
+    Args:
+        prompts: see :data:`Prompts`.  Chat messages go through the tokenizer's chat template with a
+            generation prompt.
+        tokenizer: needed for anything but ids.
+        attention_mask: ``(B, P)``, which ids of a 2-D tensor to keep.
+
+    Returns:
+        One list of ids per row, and whether it was a single prompt.
+
+    Raises:
+        NapDecodeError: an empty batch, an unknown form of prompt, or text without a tokenizer.
+    """
+    if isinstance(prompts, Tensor):
+        if prompts.ndim not in (1, 2) or prompts.is_floating_point():
+            raise NapDecodeError(
+                f"token ids must be whole numbers of shape (P,) or (B, P), but are {prompts.dtype} of shape "
+                f"{tuple(prompts.shape)}"
+            )
+        rows = prompts.tolist() if prompts.ndim == 2 else [prompts.tolist()]
+        if attention_mask is not None:
+            if attention_mask.shape != prompts.shape:
+                raise NapDecodeError(
+                    f"attention_mask {tuple(attention_mask.shape)} and input_ids {tuple(prompts.shape)} must have "
+                    "one shape; leave the canvas out of the mask"
+                )
+            keep = attention_mask.tolist() if prompts.ndim == 2 else [attention_mask.tolist()]
+            rows = [[t for t, k in zip(row, ks, strict=True) if k] for row, ks in zip(rows, keep, strict=True)]
+        return rows, prompts.ndim == 1
+    if attention_mask is not None:
+        raise NapDecodeError("an attention_mask goes with a tensor of token ids; lists of ids are ragged as they are")
+    if len(prompts) == 0 and not isinstance(prompts, str):
+        raise NapDecodeError("the batch of prompts is empty")
+    single = isinstance(prompts, str) or isinstance(prompts[0], Integral | Mapping)
+    batch: Sequence[Any] = [prompts] if single else prompts
+    return [_encode_prompt(prompt, tokenizer) for prompt in batch], single
+
+
+def _encode_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+    if isinstance(prompt, Tensor) and prompt.ndim == 1 and not prompt.is_floating_point():
+        return [int(t) for t in prompt.tolist()]
+    if isinstance(prompt, str) or (isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping)):
+        if tokenizer is None:
+            raise NapDecodeError("a prompt that is text or chat messages needs a tokenizer; pass one, or token ids")
+        if isinstance(prompt, str):
+            return list(tokenizer(prompt)["input_ids"])
+        # Templates write their own special tokens, so the tokenizer must not add a second <bos>.
+        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if isinstance(prompt, Sequence) and all(isinstance(t, Integral) for t in prompt):
+        return [int(t) for t in prompt]
+    raise NapDecodeError(
+        f"a prompt must be text, chat messages, a list of token ids or a 1-D tensor of them, but is {prompt!r:.80}"
+    )
+
+
+def _encode_text(text: Text, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+    if not isinstance(text, str):
+        return list(text)
+    if tokenizer is None:
+        raise NapDecodeError(f"the template's text {text!r} needs a tokenizer; pass one, or write it as token ids")
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _texts(name: str, text: str | Sequence[Text], num_paths: int) -> list[Text]:
+    if isinstance(text, str):
+        return [text.replace("{}", str(j + 1)) for j in range(num_paths)]
+    if len(text) != num_paths:
+        raise NapDecodeError(f"{name} lists {len(text)} texts for num_paths={num_paths}")
+    return list(text)
+
+
+def _tensor(rows: list[list[int]], device: torch.device | str | None) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int64, device=device)

@@ -1,0 +1,347 @@
+"""What the model says about masked positions: the only place that knows model families."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from nap_decode.canvas import Canvas, CanvasTemplate
+from nap_decode.errors import NapDecodeError, check_between
+from nap_decode.families import ModelFamily, find_family
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Model: TypeAlias = "nn.Module | Callable[[Tensor, Tensor], Any]"
+"""A transformers model, or anything called as ``model(input_ids, attention_mask)`` that returns logits
+``(B, L, V)`` or an object with them as ``.logits``."""
+LogitsProcessor: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""As in transformers: ``(input_ids (N, L), scores (N, V)) -> scores (N, V)``."""
+
+
+class Denoiser:
+    """Wraps a model into: canvas and wanted positions ``(B, K)`` -> logits ``(B, K, V)``.
+
+    Entry k of a row is the model's prediction of the token at the k-th wanted position, whatever the
+    family's conventions.  Only wanted positions pass the output layer: native transformers models are
+    told by ``logits_to_keep``; for others a hook on ``get_output_embeddings()`` drops the other rows
+    during the call; failing both, the logits are sliced.
+
+    Args:
+        model: see :data:`Model`.
+        tokenizer: gives the mask, padding and end ids, and the ids that may be emitted.
+        mask_token_id: the mask id, if neither tokenizer nor config nor family tells.
+        family: how the model behaves, if that is not to be found from its config.
+        end_token_ids: ids that end a text, if not those of the generation config, config or tokenizer.
+        cfg_scale: strength w of classifier-free guidance, ``l = l_uncond + (w + 1) (l_cond - l_uncond)``
+            (LLaDA, arXiv 2502.09992, appendix A.2); the unconditional branch has the prompt masked.  0 is
+            off; any other value doubles the work of a forward pass.
+        logits_processor: transformers logits processors, called with one row per wanted position:
+            ``input_ids (B * K, L)`` is the whole canvas, masks and padding included.
+
+    Raises:
+        NapDecodeError: no mask token is known; the model is of a kind that cannot be decoded by
+            unmasking; the model ignores the future.
+
+    Example:
+        >>> from nap_decode import demo
+        >>> model, tokenizer = demo.load()
+        >>> denoiser = Denoiser(model, tokenizer)
+        >>> canvas = Canvas.from_infill([tokenizer("1 2 <mask> 3 =")["input_ids"]], mask_token_id=1)
+        >>> denoiser(canvas.tokens, torch.tensor([[3]]), canvas).shape
+        torch.Size([1, 1, 20])
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        mask_token_id: int | None = None,
+        family: ModelFamily | None = None,
+        end_token_ids: Sequence[int] | None = None,
+        cfg_scale: float = 0.0,
+        logits_processor: Sequence[LogitsProcessor] = (),
+    ) -> None:
+        if not callable(model):
+            raise NapDecodeError(f"model must be a torch module or a function, but is {model!r:.80}")
+        check_between("cfg_scale", cfg_scale, 0.0, float("inf"))
+        self.model = model
+        self.tokenizer = tokenizer
+        config = getattr(model, "config", None) if isinstance(model, nn.Module) else None
+        if config is not None and hasattr(config, "get_text_config"):
+            config = config.get_text_config()
+        self.config: Any = config
+        self.family = family or find_family(config)
+        if self.family.refusal is not None:
+            raise NapDecodeError(f"{self.family.name} cannot be decoded here: {self.family.refusal}")
+        self.mask_token_id = self._find_mask(mask_token_id)
+        self.end_token_ids = tuple(end_token_ids) if end_token_ids is not None else self._find_ends()
+        self.cfg_scale = cfg_scale
+        self.logits_processor = tuple(logits_processor)
+        self._banned: dict[int, Tensor] = {}
+        if self.config is not None:
+            self._check_sees_future()
+
+    # ---------------------------------------------------------------------------------------- facts
+
+    def _find_mask(self, given: int | None) -> int:
+        if given is None:
+            known = {
+                "tokenizer.mask_token_id": getattr(self.tokenizer, "mask_token_id", None),
+                "config.mask_token_id": getattr(self.config, "mask_token_id", None),
+            }
+            ids = {value for value in known.values() if value is not None} or {self.family.mask_token_id}
+            if len(ids) > 1:
+                raise NapDecodeError(f"two mask tokens are known: {known}; pass mask_token_id= to say which is meant")
+            given = ids.pop()
+        if given is None:
+            raise NapDecodeError(
+                "no mask token is known: the tokenizer has no mask_token, the config no mask_token_id, and the "
+                f"family of {self.family.name!r} models names none; pass mask_token_id="
+            )
+        size = self._num_embeddings
+        if not 0 <= given < (size or given + 1):
+            raise NapDecodeError(f"mask_token_id {given} is not one of the model's {size} token ids")
+        return given
+
+    def _find_ends(self) -> tuple[int, ...]:
+        generation_config = getattr(self.model, "generation_config", None)
+        for owner, name in (
+            (generation_config, "eos_token_id"),
+            (self.config, "eos_token_id"),
+            (self.tokenizer, "eos_token_id"),
+            (self.tokenizer, "sep_token_id"),
+        ):
+            found = getattr(owner, name, None)
+            if found is not None:
+                return (found,) if isinstance(found, int) else tuple(found)
+        return ()
+
+    @property
+    def pad_token_id(self) -> int:
+        """The id that fills rows up on the left; the mask id (which attention hides there) if none is known."""
+        for owner in (self.tokenizer, self.config):
+            found = getattr(owner, "pad_token_id", None)
+            if found is not None:
+                return int(found)
+        return self.mask_token_id
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes its input."""
+        if not isinstance(self.model, nn.Module):
+            return torch.device("cpu")
+        embeddings = self._input_embeddings
+        tensors = embeddings.parameters() if embeddings is not None else self.model.parameters()
+        return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+    @cached_property
+    def _input_embeddings(self) -> nn.Module | None:
+        getter = getattr(self.model, "get_input_embeddings", None)
+        return getter() if getter is not None else None
+
+    @cached_property
+    def _num_embeddings(self) -> int | None:
+        return getattr(self._input_embeddings, "num_embeddings", None) or getattr(self.config, "vocab_size", None)
+
+    @cached_property
+    def _head(self) -> nn.Module | None:
+        getter = getattr(self.model, "get_output_embeddings", None)
+        head = getter() if getter is not None else None
+        return head if isinstance(head, nn.Module) else None
+
+    @cached_property
+    def _arguments(self) -> frozenset[str]:
+        """Names that the model's forward takes; a compiled module is looked at through its wrapper."""
+        return frozenset(inspect.signature(getattr(self.model, "_orig_mod", self.model).forward).parameters)
+
+    @cached_property
+    def _takes_indices(self) -> bool:
+        """Whether ``logits_to_keep`` may be ``(B, K)`` positions: in the models of newer transformers.
+
+        Elsewhere the argument, if there is one, is a number of last positions or 1-D positions for all
+        rows.  Which it is shows in the module that defines the model.
+        """
+        module = sys.modules[type(getattr(self.model, "_orig_mod", self.model)).__module__]
+        return "logits_to_keep" in self._arguments and hasattr(module, "slice_logits_to_keep")
+
+    @cached_property
+    def _position_offset(self) -> int | None:
+        """Where RoBERTa-like models start to count, which derive positions from the ids; None for others."""
+        for name, module in self.model.named_modules() if isinstance(self.model, nn.Module) else ():
+            if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+                return module.padding_idx + 1 if module.padding_idx is not None else None
+        return None
+
+    def banned(self, vocab_size: int, device: torch.device) -> Tensor:
+        """``(N,)`` int64: the mask id, and ids below ``vocab_size`` that the tokenizer does not have."""
+        if vocab_size not in self._banned:
+            ids = {self.mask_token_id}
+            if self.tokenizer is not None:
+                ids |= set(range(vocab_size)).difference(self.tokenizer.get_vocab().values())
+            self._banned[vocab_size] = torch.tensor(sorted(ids), device=device)
+        return self._banned[vocab_size]
+
+    # ---------------------------------------------------------------------------------------- checks
+
+    def check(self, canvas: Canvas) -> None:
+        """Raise unless the model can be called with this canvas.
+
+        Raises:
+            NapDecodeError: ids out of range, too many positions, padding for a model that takes no
+                attention mask, a slot to decode without a mask in it, or active dropout.
+        """
+        lowest, highest = int(canvas.tokens.min()), int(canvas.tokens.max())
+        if lowest < 0 or highest >= (self._num_embeddings or highest + 1):
+            wrong = lowest if lowest < 0 else highest
+            limit = f"from 0 to {self._num_embeddings - 1}" if self._num_embeddings else "from 0"
+            raise NapDecodeError(f"token id {wrong} is out of range: the model has ids {limit}. Wrong tokenizer?")
+        if bool((canvas.tokens[canvas.decodable] != self.mask_token_id).any()):
+            raise NapDecodeError(f"every slot to decode must hold the mask id {self.mask_token_id} at the start")
+        # Where positions are physical indices, padding takes positions too.
+        longest = int(canvas.attention_mask.sum(1).max()) if self.family.position_ids else canvas.tokens.shape[1]
+        limit = self._max_positions
+        if limit is not None and longest > limit:
+            raise NapDecodeError(
+                f"the longest row takes {longest} positions (prompt and canvas), but the model has {limit}; shorten "
+                "the prompt or the canvas"
+            )
+        if self.family.attention == "none" and canvas.is_padded:
+            raise NapDecodeError(
+                f"{self.family.name} takes no attention mask, so rows of different length cannot share a batch; "
+                "decode rows of equal length together"
+            )
+        if isinstance(self.model, nn.Module) and self.model.training:
+            for name, module in self.model.named_modules():
+                if isinstance(module, nn.Dropout) and module.p > 0:
+                    raise NapDecodeError(
+                        f"the model is in training mode and would drop activations at random ({name}); call model.eval()"
+                    )
+
+    @cached_property
+    def _max_positions(self) -> int | None:
+        for name in ("max_position_embeddings", "max_sequence_length"):
+            limit = getattr(self.config, name, None)
+            if isinstance(limit, int) and limit > 0:
+                return limit - (self._position_offset or 0)
+        return None
+
+    def _check_sees_future(self) -> None:
+        """Change all tokens but the first, and see whether the prediction at the first one notices."""
+        others = [i for i in range(5) if i not in (self.mask_token_id, self.pad_token_id)]
+        if (self._num_embeddings or 5) < 5:
+            return  # too few ids to change one for another
+        first, same, other = self.mask_token_id, others[0], others[1]
+        rows = [[first] + [same] * 5, [first] + [same] * 5, [first] + [other] * 5]
+        canvas = Canvas.from_prompts(
+            [row[:-1] for row in rows],
+            CanvasTemplate.plain(1),
+            mask_token_id=self.mask_token_id,
+            device=self.device,
+        )
+        with torch.no_grad():
+            # A shifted model predicts position 1 from position 0; both kinds are asked at position 0.
+            wanted = torch.full((3, 1), 1 if self.family.shift else 0, device=self.device)
+            logits = self._forward(canvas.tokens, wanted, canvas).double()
+        noise, effect = (logits[0] - logits[1]).abs().max(), (logits[0] - logits[2]).abs().max()
+        if bool(effect <= 2 * noise):
+            raise NapDecodeError(
+                f"{type(self.model).__name__} ignores the future: tokens to the right of a position do not change "
+                "what it predicts there, so it cannot fill in masks. Decoders of transformers 5 attend both ways "
+                "after model.config.is_causal = False (set it before wrapping; the weights must be trained so)"
+            )
+
+    # ---------------------------------------------------------------------------------------- forward
+
+    def __call__(self, tokens: Tensor, wanted: Tensor, canvas: Canvas) -> Tensor:
+        """Logits at the wanted positions, after guidance and logits processors; one forward pass.
+
+        Args:
+            tokens: ``(B, L)`` int64, the canvas as it stands.
+            wanted: ``(B, K)`` int64, columns.
+            canvas: the canvas that decoding started from.
+
+        Returns:
+            ``(B, K, V)``, in the model's precision.
+        """
+        if self.cfg_scale == 0:
+            logits = self._forward(tokens, wanted, canvas)
+        else:
+            unconditional = torch.where(canvas.prompt, self.mask_token_id, tokens)
+            both = self._forward(torch.cat([tokens, unconditional]), wanted.repeat(2, 1), canvas)
+            conditional, free = both.chunk(2)
+            logits = free + (self.cfg_scale + 1) * (conditional - free)
+        if self.logits_processor:
+            num_rows, width, vocab_size = logits.shape
+            scores = logits.reshape(num_rows * width, vocab_size)
+            input_ids = tokens.repeat_interleave(width, dim=0)
+            for processor in self.logits_processor:
+                scores = processor(input_ids, scores)
+            logits = scores.view(num_rows, width, vocab_size)
+        return logits
+
+    def _forward(self, tokens: Tensor, wanted: Tensor, canvas: Canvas) -> Tensor:
+        repeats = len(tokens) // len(canvas.tokens)  # 2 under guidance
+        attention_mask = canvas.attention_mask.repeat(repeats, 1)
+        if self.family.shift:
+            # Dream predicts the first position from itself, as there is nothing before it.
+            wanted = (wanted - 1).clamp(min=0)
+        if self.config is None:
+            return _take(_logits(self.model(tokens, attention_mask)), wanted)
+        options: dict[str, Any] = {"use_cache": False} if "use_cache" in self._arguments else {}
+        if canvas.is_padded:  # without padding every model does the same, and faster, without a mask
+            if self.family.attention == "4d":
+                length = tokens.shape[1]
+                attention_mask = attention_mask.bool()[:, None, None, :].expand(-1, 1, length, length)
+            options["attention_mask"] = attention_mask
+            if self.family.position_ids and self._position_offset is None and "position_ids" in self._arguments:
+                options["position_ids"] = canvas.position_ids.repeat(repeats, 1)
+        if self._takes_indices:
+            return _logits(self.model(input_ids=tokens, logits_to_keep=wanted, **options))  # type: ignore[call-arg]
+        with _rows_kept(self._head, wanted, tokens.shape) as kept:
+            logits = _logits(self.model(input_ids=tokens, **options))  # type: ignore[call-arg]
+        return logits if kept else _take(logits, wanted)
+
+
+def _logits(output: Any) -> Tensor:
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if logits is None and isinstance(output, tuple):
+        logits = output[0]
+    if not isinstance(logits, Tensor) or logits.ndim != 3:
+        got = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(output).__name__
+        raise NapDecodeError(f"the model must return logits (B, L, V) or an object with such .logits, not {got}")
+    return logits
+
+
+def _take(rows: Tensor, wanted: Tensor) -> Tensor:
+    """``(B, L, H), (B, K) -> (B, K, H)``."""
+    return rows.take_along_dim(wanted.to(rows.device)[:, :, None], dim=1)
+
+
+@contextmanager
+def _rows_kept(head: nn.Module | None, wanted: Tensor, shape: torch.Size) -> Iterator[list[bool]]:
+    """While open, the output layer sees only the wanted rows; yields a list that is non-empty once it did."""
+    kept: list[bool] = []
+
+    def keep(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        hidden = arguments[0] if arguments else None
+        # A tied output layer may be the input embedding itself, which is called with ids.
+        if not isinstance(hidden, Tensor) or hidden.ndim != 3 or hidden.shape[:2] != shape:
+            return None
+        kept.append(True)
+        return (_take(hidden, wanted), *arguments[1:])
+
+    handle = head.register_forward_pre_hook(keep) if head is not None else None
+    try:
+        yield kept
+    finally:
+        if handle is not None:
+            handle.remove()

@@ -1,0 +1,136 @@
+"""What came out of a decode, at what cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from nap_decode.canvas import Canvas
+from nap_decode.errors import NapDecodeError
+from nap_decode.trace import DecodeTrace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, eq=False)
+class SamplerOutput:
+    """The decoded batch.
+
+    Texts are a string for a single prompt and a list of strings for a batch; with a block's end token
+    and what follows it cut off, and without special tokens.
+
+    Args:
+        sequences: ``(B, L)`` int64, left padding, prompt and canvas.
+        canvas: what decoding started from.
+        trace: what happened when, on the CPU.
+        forward_passes: calls of the model.
+        wall_time: seconds that the decoding loop took.
+        seed: the seed that was used, None if nothing was drawn.
+        end_token_ids: ids that end a block.
+        tokenizer: for the texts; None if there is none.
+        is_single: whether the input was one prompt rather than a batch.
+
+    Example:
+        >>> from nap_decode import ParallelForcedSampler, demo
+        >>> sampler = ParallelForcedSampler(*demo.load(), path_length=11, summary_length=2, tokens_per_step=4)
+        >>> out = sampler("6 0 6 4 6 2 1 2 4 7 0 6 =")
+        >>> out.summary, out.forward_passes, out.finish_reason
+        ('6', 9, ['end'])
+    """
+
+    sequences: Tensor
+    canvas: Canvas
+    trace: DecodeTrace
+    forward_passes: int
+    wall_time: float
+    seed: int | None
+    end_token_ids: tuple[int, ...]
+    tokenizer: PreTrainedTokenizerBase | None = None
+    is_single: bool = False
+
+    @cached_property
+    def _before_end(self) -> Tensor:
+        return self.trace.before_end(self.end_token_ids)
+
+    @property
+    def finish_reason(self) -> list[str]:
+        """For each row ``"end"`` if its last block holds an end token, else ``"length"``."""
+        last = len(self.trace.block_names) - 1
+        cut = (self.trace.block == last) & ~self._before_end
+        return ["end" if ended else "length" for ended in cut.any(1).tolist()]
+
+    @property
+    def tokens_per_forward(self) -> list[float]:
+        """For each row the decoded tokens before the end of their block, by the forward passes it took."""
+        passes = self.trace.forward_passes.clamp(min=1)
+        return (self._before_end.sum(1) / passes).tolist()
+
+    @cached_property
+    def blocks(self) -> dict[str, str | list[str]]:
+        """The text of every block by its name."""
+        return {name: self._texts([self._block_text(row, j) for row in self._rows])
+                for j, name in enumerate(self.trace.block_names)}
+
+    @property
+    def paths(self) -> list[str] | list[list[str]]:
+        """Texts of the blocks that are not a summary, for each row."""
+        names = [n for n, held in zip(self.trace.block_names, self.canvas.held, strict=True) if not held]
+        rows = [[self._block_text(row, self.trace.block_names.index(n)) for n in names] for row in self._rows]
+        return rows[0] if self.is_single else rows
+
+    @property
+    def summary(self) -> str | list[str]:
+        """The text of the summary.
+
+        Raises:
+            NapDecodeError: the canvas has none.
+        """
+        for name, held in zip(self.trace.block_names, self.canvas.held, strict=True):
+            if held:
+                return self.blocks[name]
+        raise NapDecodeError(f"the canvas has no summary; its blocks are {list(self.trace.block_names)}")
+
+    @cached_property
+    def text(self) -> str | list[str]:
+        """What was decoded, blocks and the clamped text between them in order, a block on a line.
+
+        For infill it is the whole text, with the holes filled.
+        """
+        return self._texts([self._row_text(row) for row in self._rows])
+
+    @property
+    def _rows(self) -> range:
+        return range(len(self.sequences))
+
+    def _texts(self, rows: list[str]) -> str | list[str]:
+        return rows[0] if self.is_single else rows
+
+    def _block_text(self, row: int, block: int) -> str:
+        kept = (self.trace.block[row] == block) & self._before_end[row]
+        return self._decode(self.trace.tokens[row][kept].tolist(), skip_special_tokens=True).strip()
+
+    def _row_text(self, row: int) -> str:
+        tokens, block = self.trace.tokens[row].tolist(), self.trace.block[row].tolist()
+        present, prompt = self.canvas.attention_mask[row].tolist(), self.canvas.prompt[row].tolist()
+        first = min(column for column, b in enumerate(block) if b >= 0) if max(block) >= 0 else len(block)
+        if any(prompt[first:]):  # infill
+            return self._decode([t for t, p in zip(tokens, present, strict=True) if p], skip_special_tokens=True)
+        columns = [c for c in range(len(block)) if present[c] and not prompt[c]]
+        lines: list[str] = []
+        for index, run in groupby(columns, key=lambda c: block[c]):
+            if index < 0:
+                lines.append(self._decode([tokens[c] for c in run], skip_special_tokens=False).strip())
+            else:
+                header = lines.pop() + " " if lines else ""
+                lines.append(header + self._block_text(row, index))
+        return "\n".join(lines)
+
+    def _decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:
+        if self.tokenizer is None:
+            raise NapDecodeError("texts need a tokenizer; pass one to the sampler, or read .sequences")
+        return str(self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))

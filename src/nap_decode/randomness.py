@@ -1,0 +1,54 @@
+"""Counter-based random numbers: every draw is a function of (row seed, step, stream, position).
+
+A draw that is computed instead of consumed cannot depend on the other rows of a batch, on padding
+or on the order in which positions are visited, needs no state, and costs one tensor expression for
+the whole batch.  The mixing function is the finaliser of SplitMix64 (Steele, Lea and Flood, "Fast
+splittable pseudorandom number generators", OOPSLA 2014), applied once per coordinate.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+TOKEN_STREAM = 1
+"""Draws that choose a token."""
+CONFIDENCE_STREAM = 2
+"""Draws that serve as a confidence."""
+
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
+
+
+def _mix(z: Tensor) -> Tensor:
+    # int64 products wrap around, as SplitMix64 wants; `>>` keeps the sign, so it is masked off.
+    z = (z ^ ((z >> 30) & 0x3_FFFF_FFFF)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
+    z = (z ^ ((z >> 27) & 0x1F_FFFF_FFFF)) * -7723592293110705685  # 0x94D049BB133111EB
+    return z ^ ((z >> 31) & 0x1_FFFF_FFFF)
+
+
+def row_seeds(seed: int, num_rows: int, device: torch.device | None = None) -> Tensor:
+    """Seeds of the rows of a batch, ``(num_rows,)`` int64, each from ``seed`` and the row's index.
+
+    Example:
+        >>> bool((row_seeds(7, 4)[:2] == row_seeds(7, 2)).all())
+        True
+    """
+    base = torch.full((num_rows,), seed, dtype=torch.int64, device=device)
+    return _mix(_mix(base) + torch.arange(1, num_rows + 1, device=device) * _GOLDEN)
+
+
+def uniform(seeds: Tensor, step: int, stream: int, positions: Tensor) -> Tensor:
+    """Uniform draws on ``[0, 1)``, float32 with 24 random bits.
+
+    Args:
+        seeds: ``(B,)`` int64, one per row.
+        step: index of the decoding step.
+        stream: which use the draws serve; different streams are independent.
+        positions: ``(B, K)`` int64, the position each draw belongs to.
+
+    Returns:
+        ``(B, K)`` float32.
+    """
+    key = _mix(seeds + (step * 8 + stream + 1) * 0x632B_E59B_D9B4_E019)
+    bits = _mix(key[:, None] + (positions + 1) * _GOLDEN)
+    return ((bits >> 40) & 0xFF_FFFF).to(torch.float32) * 2.0**-24

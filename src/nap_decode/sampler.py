@@ -1,0 +1,465 @@
+"""The loop that decodes a canvas, and NAP's decoder as a composition of its parts."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from nap_decode.canvas import Canvas, CanvasTemplate, Prompts, count_blocks, encode_prompts
+from nap_decode.committers import Commit, MicroConfidenceCommitter, Selection, Slots
+from nap_decode.confidence import Confidence
+from nap_decode.denoiser import Denoiser, Model
+from nap_decode.errors import NapDecodeError
+from nap_decode.output import SamplerOutput
+from nap_decode.randomness import row_seeds as seeds_of_rows
+from nap_decode.schedulers import BlockScheduler, MacroParallelScheduler, Plan
+from nap_decode.trace import DecodeTrace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, eq=False)
+class DecodeState:
+    """The canvas between two steps, as a callback sees it.
+
+    Args:
+        canvas: what decoding started from.
+        step: steps done.
+        total_steps: steps of the longest row; None if the number depends on the model.
+        tokens: ``(B, L)`` int64.
+        masked: ``(B, L)`` bool, slots still to decode.
+        commit_step: ``(B, L)`` int64, index of the step that committed a slot, -1 for none.
+        confidence: ``(B, L)`` float32, confidence when it was committed, nan for none.
+    """
+
+    canvas: Canvas
+    step: int
+    total_steps: int | None
+    tokens: Tensor
+    masked: Tensor
+    commit_step: Tensor
+    confidence: Tensor
+
+    @classmethod
+    def start(cls, canvas: Canvas, total_steps: int | None) -> DecodeState:
+        """Nothing is committed yet."""
+        return cls(
+            canvas=canvas,
+            step=0,
+            total_steps=total_steps,
+            tokens=canvas.tokens,
+            masked=canvas.decodable,
+            commit_step=torch.full_like(canvas.tokens, -1),
+            confidence=torch.full_like(canvas.tokens, torch.nan, dtype=torch.float32),
+        )
+
+    def after(self, commit: Commit, slots: Slots) -> DecodeState:
+        """The state one step later."""
+        chosen = slots.spread(commit.chosen) & (slots.rank >= 0)
+        return DecodeState(
+            canvas=self.canvas,
+            step=self.step + 1,
+            total_steps=self.total_steps,
+            tokens=torch.where(chosen, slots.spread(commit.tokens), self.tokens),
+            masked=self.masked & ~chosen,
+            commit_step=torch.where(chosen, self.step, self.commit_step),
+            confidence=torch.where(chosen, slots.spread(commit.confidence).float(), self.confidence),
+        )
+
+    def edited(self, tokens: Tensor, mask_token_id: int) -> DecodeState:
+        """The state after a callback replaced tokens.  Edited slots count as committed by the last step.
+
+        Raises:
+            NapDecodeError: the shape differs, a clamped token was changed, or a slot was masked after the
+                last step of a fixed schedule.
+        """
+        if tokens.shape != self.tokens.shape:
+            raise NapDecodeError(
+                f"a callback must return tokens {tuple(self.tokens.shape)} or None, not {tuple(tokens.shape)}"
+            )
+        changed = tokens != self.tokens
+        if bool((changed & ~self.canvas.decodable).any()):
+            raise NapDecodeError("a callback changed the prompt, a header or padding; it may edit decoded slots only")
+        masked = self.canvas.decodable & (tokens == mask_token_id)
+        if self.step == self.total_steps and bool(masked.any()):
+            raise NapDecodeError(
+                f"a callback masked slots after step {self.step}, the last one; mask them earlier, or decode with an "
+                "adaptive selection, which has no last step"
+            )
+        return DecodeState(
+            canvas=self.canvas,
+            step=self.step,
+            total_steps=self.total_steps,
+            tokens=tokens.clone(),
+            masked=masked,
+            commit_step=torch.where(masked, -1, torch.where(changed, self.step - 1, self.commit_step)),
+            confidence=torch.where(changed, torch.nan, self.confidence),
+        )
+
+
+Callback: TypeAlias = Callable[[DecodeState], "Tensor | None"]
+"""Called after every step; returns new tokens ``(B, L)`` to edit the canvas, or None to leave it.  A mask
+id in a decodable slot puts the slot up for decoding again."""
+
+
+class Sampler:
+    """Decodes with any scheduler and committer.
+
+    Args:
+        model: a :class:`Denoiser`, or whatever one can be made of.
+        tokenizer: for prompts and outputs that are text, and for special ids; a Denoiser's own if left out.
+        scheduler: how many tokens each block commits at each step.
+        committer: which positions and tokens; :class:`MicroConfidenceCommitter` at temperature 0 by default.
+        template: what follows a prompt; needed unless ``max_new_tokens`` is given with the prompts.
+        mask_token_id: see :class:`Denoiser`.
+
+    Raises:
+        NapDecodeError: parts that do not go together.
+
+    Example:
+        >>> from nap_decode import SemiAutoregressiveScheduler, demo
+        >>> sampler = Sampler(*demo.load(), scheduler=SemiAutoregressiveScheduler(tokens_per_step=2, block_length=4))
+        >>> out = sampler("1 2 3 4 5 6 7 0 1 2 3 4 = <think 1>", max_new_tokens=8)
+        >>> out.forward_passes, out.tokens_per_forward
+        (4, [2.0])
+    """
+
+    def __init__(
+        self,
+        model: Denoiser | Model,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        scheduler: BlockScheduler,
+        committer: MicroConfidenceCommitter | None = None,
+        template: CanvasTemplate | None = None,
+        mask_token_id: int | None = None,
+    ) -> None:
+        if isinstance(model, Denoiser):
+            if mask_token_id not in (None, model.mask_token_id):
+                raise NapDecodeError(
+                    f"mask_token_id={mask_token_id}, but the Denoiser was made with {model.mask_token_id}"
+                )
+            self.denoiser = model
+        else:
+            self.denoiser = Denoiser(model, tokenizer, mask_token_id=mask_token_id)
+        self.tokenizer = tokenizer if tokenizer is not None else self.denoiser.tokenizer
+        self.scheduler = scheduler
+        self.committer = committer or MicroConfidenceCommitter()
+        self.template = template
+        if not self.committer.selection.is_adaptive and not scheduler.is_fixed:
+            raise NapDecodeError(
+                f"{type(self.committer.selection).__name__} commits exactly what the scheduler says, so "
+                f"{type(scheduler).__name__} needs steps= or tokens_per_step="
+            )
+        if self.committer.selection.is_adaptive and scheduler.steps is not None:
+            raise NapDecodeError(
+                f"steps={scheduler.steps} cannot be kept: {type(self.committer.selection).__name__} decides by "
+                "confidence how many tokens a step commits; use tokens_per_step= for the least number"
+            )
+
+    def __call__(
+        self,
+        prompts: Prompts,
+        *,
+        max_new_tokens: int | None = None,
+        seed: int | None = None,
+        row_seeds: Sequence[int] | None = None,
+        callback: Callback | None = None,
+        progress: bool | None = None,
+    ) -> SamplerOutput:
+        """Decode the template (or ``max_new_tokens`` slots) after one prompt or a batch.
+
+        Args:
+            prompts: text, chat messages, token ids, or a list of any of these (a ragged batch).
+            max_new_tokens: slots to decode, instead of the sampler's template.
+            seed: see :meth:`decode`.
+            row_seeds: see :meth:`decode`.
+            callback: see :meth:`decode`.
+            progress: see :meth:`decode`.
+        """
+        rows, is_single = encode_prompts(prompts, self.tokenizer)
+        canvas = self._append(rows, max_new_tokens)
+        return self._decode(canvas, seed, row_seeds, callback, progress, is_single)
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        seed: int | None = None,
+        row_seeds: Sequence[int] | None = None,
+        callback: Callback | None = None,
+        progress: bool | None = None,
+        return_dict_in_generate: bool = False,
+    ) -> Tensor | SamplerOutput:
+        """Ids in, ids out, like a transformers model's ``generate``.
+
+        Args:
+            input_ids: ``(B, P)`` int64, padded on either side.
+            attention_mask: ``(B, P)``, 0 for padding; without it nothing is padding.
+            max_new_tokens: slots to decode, instead of the sampler's template.
+            seed: see :meth:`decode`.
+            row_seeds: see :meth:`decode`.
+            callback: see :meth:`decode`.
+            progress: see :meth:`decode`.
+            return_dict_in_generate: return a :class:`SamplerOutput`.
+
+        Returns:
+            ``(B, P + canvas)`` int64, prompts padded on the left, on the device of ``input_ids``.
+        """
+        if input_ids.ndim != 2:
+            raise NapDecodeError(f"input_ids must be (B, P), but are {tuple(input_ids.shape)}")
+        rows, _ = encode_prompts(input_ids, self.tokenizer, attention_mask)
+        canvas = self._append(rows, max_new_tokens, prompt_width=input_ids.shape[1])
+        output = self._decode(canvas, seed, row_seeds, callback, progress, is_single=False)
+        return output if return_dict_in_generate else output.sequences.to(input_ids.device)
+
+    def infill(
+        self,
+        texts: Prompts,
+        *,
+        seed: int | None = None,
+        row_seeds: Sequence[int] | None = None,
+        callback: Callback | None = None,
+        progress: bool | None = None,
+    ) -> SamplerOutput:
+        """Decode the mask tokens in texts; every run of masks is a block of its own.
+
+        Args:
+            texts: as the prompts of a call, with mask tokens in them.
+            seed: see :meth:`decode`.
+            row_seeds: see :meth:`decode`.
+            callback: see :meth:`decode`.
+            progress: see :meth:`decode`.
+        """
+        rows, is_single = encode_prompts(texts, self.tokenizer)
+        canvas = Canvas.from_infill(
+            rows,
+            mask_token_id=self.denoiser.mask_token_id,
+            pad_token_id=self.denoiser.pad_token_id,
+            device=self.denoiser.device,
+        )
+        return self._decode(canvas, seed, row_seeds, callback, progress, is_single)
+
+    def decode(
+        self,
+        canvas: Canvas,
+        *,
+        seed: int | None = None,
+        row_seeds: Sequence[int] | None = None,
+        callback: Callback | None = None,
+        progress: bool | None = None,
+    ) -> SamplerOutput:
+        """Decode a canvas.
+
+        Args:
+            canvas: what to decode.
+            seed: the seed that row seeds derive from, with each row's index.  If draws are needed and
+                there is none, it is drawn from torch's global generator (``torch.manual_seed``).
+            row_seeds: a seed for every row instead, so that a row's result does not depend on its place in
+                the batch.
+            callback: called with the :class:`DecodeState` after every step; may edit the canvas.
+            progress: show a bar on stderr; None shows it in terminals and notebooks only.
+
+        Raises:
+            NapDecodeError: see :meth:`Denoiser.check` and :meth:`BlockScheduler.plan`.
+        """
+        return self._decode(canvas, seed, row_seeds, callback, progress, is_single=False)
+
+    def _append(self, rows: list[list[int]], max_new_tokens: int | None, prompt_width: int = 0) -> Canvas:
+        template = self.template if max_new_tokens is None else CanvasTemplate.plain(max_new_tokens)
+        if template is None:
+            raise NapDecodeError("say what to decode: give the sampler a template, or pass max_new_tokens=")
+        return Canvas.from_prompts(
+            rows,
+            template,
+            mask_token_id=self.denoiser.mask_token_id,
+            pad_token_id=self.denoiser.pad_token_id,
+            tokenizer=self.tokenizer,
+            prompt_width=prompt_width,
+            device=self.denoiser.device,
+        )
+
+    def _decode(
+        self,
+        canvas: Canvas,
+        seed: int | None,
+        row_seeds: Sequence[int] | None,
+        callback: Callback | None,
+        progress: bool | None,
+        is_single: bool,
+    ) -> SamplerOutput:
+        self.denoiser.check(canvas)
+        partition = self.scheduler.partition(canvas)
+        plan = self.scheduler.plan(partition.lengths, partition.held)
+        adaptive = self.committer.selection.is_adaptive
+        total_steps = None if adaptive else int(plan.steps.max())
+        seed, seeds = self._seeds(canvas, seed, row_seeds)
+        device = canvas.tokens.device
+
+        state = DecodeState.start(canvas, total_steps)
+        remaining = partition.lengths  # (B, M), on the host throughout
+        row_passes = torch.zeros(len(remaining), dtype=torch.int64)
+        forward_passes = 0
+        started = time.perf_counter()
+        with torch.no_grad(), _progress_bar(total_steps, progress) as bar:
+            while bool((remaining > 0).any()):
+                quota = plan.quota(remaining, None if adaptive else state.step)
+                is_open = plan.open(remaining) if adaptive else quota > 0
+                width = int((remaining * is_open).sum(1).max())
+                slots = Slots.pack(
+                    canvas,
+                    partition.block,
+                    state.masked,
+                    is_open.to(device, non_blocking=True),
+                    quota.to(device, non_blocking=True),
+                    width,
+                    seeds,
+                    state.step,
+                )
+                logits = self.denoiser(state.tokens, slots.index, canvas)
+                banned = self.denoiser.banned(logits.shape[-1], device)
+                commit = self.committer(logits.to(device), slots, banned)
+                state = state.after(commit, slots)
+                row_passes += is_open.any(1)
+                forward_passes += 1
+                edit = callback(state) if callback is not None else None
+                if edit is not None:
+                    state = state.edited(edit, self.denoiser.mask_token_id)
+                if adaptive or edit is not None:
+                    # The one place that waits for the device: only it knows how many slots are left.
+                    remaining = count_blocks(partition.block, remaining.shape[1], state.masked).cpu()
+                else:
+                    remaining = remaining - quota
+                bar.update(1)
+            sequences, trace = state.tokens, self._trace(state, row_passes)
+        return SamplerOutput(
+            sequences=sequences,
+            canvas=canvas,
+            trace=trace,
+            forward_passes=forward_passes,
+            wall_time=time.perf_counter() - started,
+            seed=seed,
+            end_token_ids=self.denoiser.end_token_ids,
+            tokenizer=self.tokenizer,
+            is_single=is_single,
+        )
+
+    def _seeds(self, canvas: Canvas, seed: int | None, row_seeds: Sequence[int] | None) -> tuple[int | None, Tensor]:
+        num_rows, device = canvas.tokens.shape[0], canvas.tokens.device
+        if row_seeds is not None:
+            if seed is not None or len(row_seeds) != num_rows:
+                given = "seed too" if seed is not None else f"{len(row_seeds)} for {num_rows} rows"
+                raise NapDecodeError(f"row_seeds must be one seed for every row, and no seed besides; given: {given}")
+            return None, torch.tensor(list(row_seeds), dtype=torch.int64, device=device)
+        if seed is None and self.committer.is_random:
+            seed = int(torch.randint(2**62, ()))
+        return seed, seeds_of_rows(seed or 0, num_rows, device)
+
+    def _trace(self, state: DecodeState, row_passes: Tensor) -> DecodeTrace:
+        return DecodeTrace(
+            tokens=state.tokens.cpu(),
+            block=state.canvas.block.cpu(),
+            step=state.commit_step.cpu(),
+            confidence=state.confidence.cpu(),
+            forward_passes=row_passes,
+            block_names=state.canvas.block_names,
+            mask_token_id=self.denoiser.mask_token_id,
+        )
+
+
+class ParallelForcedSampler(Sampler):
+    """NAP's parallel-forced decoding (arXiv 2602.23225, section 4.2).
+
+    A canvas of m paths and a summary; every step's budget is spread over all paths (macro-parallel), and
+    inside each path the most confident positions are committed (micro-confidence).  The authors published
+    no decoder; what the paper leaves open is decided in :class:`MacroParallelScheduler`.
+
+    Args:
+        model: see :class:`Sampler`.
+        tokenizer: see :class:`Sampler`.
+        num_paths: see :meth:`CanvasTemplate.nap`.
+        path_length: see :meth:`CanvasTemplate.nap`.
+        summary_length: see :meth:`CanvasTemplate.nap`.
+        total_length: see :meth:`CanvasTemplate.nap`.
+        template: a canvas of your own instead of the four options above.
+        tokens_per_step: see :class:`BlockScheduler`; 4 if ``steps`` is not given either.
+        steps: see :class:`BlockScheduler`.
+        hold_until: see :class:`MacroParallelScheduler`.
+        share_last_step: see :class:`MacroParallelScheduler`.
+        temperature: see :class:`MicroConfidenceCommitter`.
+        top_k: see :class:`MicroConfidenceCommitter`.
+        top_p: see :class:`MicroConfidenceCommitter`.
+        confidence: see :class:`MicroConfidenceCommitter`.
+        selection: see :class:`MicroConfidenceCommitter`.
+        mask_token_id: see :class:`Denoiser`.
+
+    Example:
+        >>> from nap_decode import demo
+        >>> model, tokenizer = demo.load()
+        >>> sampler = ParallelForcedSampler(model, tokenizer, path_length=11, summary_length=2, tokens_per_step=6)
+        >>> out = sampler("6 0 6 4 6 2 1 2 4 7 0 6 =")
+        >>> print(out.text)
+        <think 1> 6 0 4 2 0 1 3 7 0 0 6
+        <think 2> 4 5 7 3 4 4 2 4 4 2 6
+        <think 3> 3 3 5 3 3 5 1 7 5 4 6
+        <summary> 6
+    """
+
+    def __init__(
+        self,
+        model: Denoiser | Model,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        num_paths: int = 3,
+        path_length: int | Sequence[int] | None = None,
+        summary_length: int = 32,
+        total_length: int | None = None,
+        template: CanvasTemplate | None = None,
+        tokens_per_step: int | None = None,
+        steps: int | None = None,
+        hold_until: float = 1.0,
+        share_last_step: bool = False,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        confidence: str | Confidence = "probability",
+        selection: Selection | None = None,
+        mask_token_id: int | None = None,
+    ) -> None:
+        if tokens_per_step is None and steps is None:
+            tokens_per_step = 4
+        super().__init__(
+            model,
+            tokenizer,
+            scheduler=MacroParallelScheduler(
+                steps=steps,
+                tokens_per_step=tokens_per_step,
+                hold_until=hold_until,
+                share_last_step=share_last_step,
+            ),
+            committer=MicroConfidenceCommitter(
+                temperature=temperature, top_k=top_k, top_p=top_p, confidence=confidence, selection=selection
+            ),
+            template=template
+            or CanvasTemplate.nap(
+                num_paths, path_length=path_length, summary_length=summary_length, total_length=total_length
+            ),
+            mask_token_id=mask_token_id,
+        )
+
+
+def _progress_bar(total: int | None, progress: bool | None) -> Any:
+    from transformers.utils import logging  # its bars obey transformers' own switch
+
+    if progress is None:
+        progress = sys.stderr.isatty() or "ipykernel" in sys.modules
+    return logging.tqdm(total=total, desc="decoding", unit="step", disable=not progress)

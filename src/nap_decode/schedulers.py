@@ -1,0 +1,427 @@
+"""How many tokens each block may commit at each step.
+
+A scheduler is a partition of the slots into blocks and a list of phases.  A phase says how many tokens
+of each block it decodes; phases follow each other, and inside a phase every block gets its fair share of
+every step's budget.  What the three schedulers do with a canvas of two paths and a summary, two tokens
+per step (digits: the step that commits a slot; inside a block the committer decides which)::
+
+                             R_1      R_2      S
+    MacroParallel            0 1 2 3  0 1 2 3  4 4     paths together, then the summary
+    SemiAutoregressive       0 0 1 1  2 2 3 3  4 4     one block after the other
+    AnyOrder                 ? ? ? ?  ? ? ? ?  ? ?     no blocks: the committer decides alone
+
+All arithmetic is exact, in int64 tensors of shape (rows, blocks), without a data-dependent branch, on
+whichever device they are.  The sampler runs it on the host, where a fixed schedule is known in advance,
+so that the device is neither asked nor given work.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from nap_decode.canvas import Canvas, count_blocks
+from nap_decode.errors import NapDecodeError, check_between, check_integer
+
+_NEVER = 2**62
+
+
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """The blocks that a scheduler distributes its budget over.
+
+    Args:
+        block: ``(B, L)`` block of every slot to decode, -1 elsewhere.
+        lengths: ``(B, M)`` on the CPU, slots of each block.
+        held: for each block whether it is held back until the others are done.
+    """
+
+    block: Tensor
+    lengths: Tensor
+    held: tuple[bool, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What a scheduler decided for one batch.  Made by :meth:`BlockScheduler.plan`.
+
+    Args:
+        phase_tokens: ``(B, P, M)`` tokens of each block that each phase decodes.
+        step_ends: ``(B, P)`` steps taken when each phase ends.  All phases but the last may end at 0
+            steps: then the budget is spread as if there were one phase, and a step may straddle two.
+        tokens_per_step: tokens that a step of an adaptive decoder commits at least.
+        lengths: ``(B, M)`` slots of each block.
+    """
+
+    phase_tokens: Tensor
+    step_ends: Tensor
+    tokens_per_step: int
+    lengths: Tensor
+
+    @property
+    def steps(self) -> Tensor:
+        """``(B,)`` steps of each row."""
+        return self.step_ends[:, -1]
+
+    def _phase_ends(self) -> Tensor:
+        return self.phase_tokens.sum(2).cumsum(1)  # (B, P) tokens
+
+    def _current_phase(self, committed: Tensor) -> Tensor:
+        """``(B,)`` tokens committed -> index of the phase that decodes the next one."""
+        ends = self._phase_ends()
+        return (ends <= committed[:, None]).sum(1).clamp(max=ends.shape[1] - 1)
+
+    def open(self, remaining: Tensor) -> Tensor:
+        """``(B, M)`` bool: blocks that may commit, from the slots that remain in each."""
+        committed = (self.lengths - remaining).sum(1)
+        last = self._current_phase(committed)[:, None, None]
+        begun = torch.arange(self.phase_tokens.shape[1], device=last.device)[None, :, None] <= last
+        return ((self.phase_tokens > 0) & begun).any(1) & (remaining > 0)
+
+    def quota(self, remaining: Tensor, step: int | None = None) -> Tensor:
+        """Tokens that each block commits at a step.
+
+        If fewer or more tokens than planned were committed (a callback edited the canvas), the quota
+        returns to the plan as fast as it can; at the last step it is whatever remains.
+
+        Args:
+            remaining: ``(B, M)`` slots of each block that are still masked.
+            step: index of the step in a fixed schedule; None for the guaranteed minimum of an
+                adaptive step, which is counted from the tokens committed so far.
+
+        Returns:
+            ``(B, M)`` int64.
+        """
+        committed = self.lengths - remaining  # (B, M)
+        total = committed.sum(1)  # (B,)
+        if step is None:
+            end = self._phase_ends().gather(1, self._current_phase(total)[:, None])[:, 0]
+            target = torch.minimum(total + self.tokens_per_step, end)
+        else:
+            target = self._target(step)
+        return (self._shares(committed, target) - committed).clamp(min=0)
+
+    def _target(self, step: int) -> Tensor:
+        """``(B,)`` tokens that each row has committed after a step; the larger steps of a phase come first."""
+        taken = torch.full_like(self.steps, step + 1)
+        phase = (self.step_ends < taken[:, None]).sum(1, keepdim=True).clamp(max=self.step_ends.shape[1] - 1)
+        first_steps = torch.nn.functional.pad(self.step_ends, (1, 0))
+        ends = torch.nn.functional.pad(self._phase_ends(), (1, 0))
+        # A phase of no steps hands its tokens to the next one, so a stretch may begin phases earlier.
+        begin = torch.where(first_steps[:, :-1] > 0, ends[:, :-1], 0).gather(1, phase)[:, 0]
+        tokens = ends[:, 1:].gather(1, phase)[:, 0] - begin
+        before = first_steps.gather(1, phase)[:, 0]
+        steps = (self.step_ends.gather(1, phase)[:, 0] - before).clamp(min=1)
+        done = torch.minimum(taken - before, steps)
+        return begin + done * (tokens // steps) + torch.minimum(done, tokens % steps)
+
+    def _shares(self, committed: Tensor, target: Tensor) -> Tensor:
+        """``(B, M)`` tokens that each block has committed when its row has committed ``target (B,)``."""
+        phase = self._current_phase(target)
+        index = phase[:, None, None].expand(-1, 1, self.phase_tokens.shape[2])
+        through = self.phase_tokens.cumsum(1).gather(1, index)[:, 0]  # (B, M) at the end of the phase
+        weights = self.phase_tokens.gather(1, index)[:, 0]  # (B, M)
+        before = through - weights
+        inside = (committed - before).clamp(min=0)
+        return before + fair_share(weights, inside, target - before.sum(1))
+
+
+class BlockScheduler(ABC):
+    """Decides how many tokens each block may commit at each step.
+
+    A subclass names the phases; everything else follows.  This one decodes the blocks from the last to
+    the first:
+
+    Example:
+        >>> class Backwards(BlockScheduler):
+        ...     def phases(self, lengths, held):
+        ...         return torch.diag_embed(lengths).flip(1)  # phase p decodes block M - 1 - p
+        >>> plan = Backwards(tokens_per_step=2).plan(torch.tensor([[4, 2]]))
+        >>> remaining = torch.tensor([[4, 2]])
+        >>> plan.quota(remaining, step=0).tolist()
+        [[0, 2]]
+
+    Args:
+        steps: steps of every row.
+        tokens_per_step: instead of ``steps``: each row takes its tokens divided by this, rounded up, in
+            steps.  With an adaptive selection it is the least number of tokens per step.
+
+    Raises:
+        NapDecodeError: both, or a number below 1.
+    """
+
+    def __init__(self, *, steps: int | None = None, tokens_per_step: int | None = None) -> None:
+        if steps is not None:
+            check_integer("steps", steps, 1)
+        if tokens_per_step is not None:
+            check_integer("tokens_per_step", tokens_per_step, 1)
+        if steps is not None and tokens_per_step is not None:
+            raise NapDecodeError(f"give steps ({steps}) or tokens_per_step ({tokens_per_step}), not both")
+        self.steps = steps
+        self.tokens_per_step = tokens_per_step
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the number of steps is given."""
+        return self.steps is not None or self.tokens_per_step is not None
+
+    def partition(self, canvas: Canvas) -> Partition:
+        """The blocks to distribute over; by default those of the canvas."""
+        return Partition(canvas.block, canvas.lengths, canvas.held)
+
+    @abstractmethod
+    def phases(self, lengths: Tensor, held: tuple[bool, ...]) -> Tensor:
+        """Tokens of each block in each phase, ``(B, M) -> (B, P, M)``; over the phases they add up to ``lengths``."""
+
+    def shares_steps(self) -> bool:
+        """Whether a step that completes a phase gives what is left of its budget to the next one."""
+        return False
+
+    def plan(self, lengths: Tensor, held: tuple[bool, ...] | None = None) -> Plan:
+        """Fix the steps of every row.
+
+        Args:
+            lengths: ``(B, M)`` int64, slots of each block.
+            held: for each block whether it is held back; none by default.
+
+        Raises:
+            NapDecodeError: more steps than tokens, or fewer steps than phases.
+        """
+        phase_tokens = self.phases(lengths, held or (False,) * lengths.shape[1])
+        if not torch.equal(phase_tokens.sum(1), lengths):
+            raise NapDecodeError(
+                f"the phases of {type(self).__name__} must add up to the block lengths {lengths.tolist()}, but make "
+                f"{phase_tokens.sum(1).tolist()}"
+            )
+        tokens = phase_tokens.sum(2)  # (B, P)
+        total = tokens.sum(1)
+        if self.steps is not None:
+            steps = torch.where(total > 0, self.steps, 0)
+        else:
+            steps = -(-total // (self.tokens_per_step or 1))
+        shared = self.shares_steps()
+        self._check_steps(total, steps, torch.where(total > 0, 1, 0) if shared else (tokens > 0).sum(1))
+        if shared:
+            step_ends = torch.nn.functional.pad(steps[:, None], (tokens.shape[1] - 1, 0))
+        else:
+            step_ends = divide_steps(tokens, steps)
+        return Plan(phase_tokens, step_ends, self.tokens_per_step or 1, lengths)
+
+    def _check_steps(self, total: Tensor, steps: Tensor, num_phases: Tensor) -> None:
+        asked = f"steps={self.steps}" if self.steps is not None else f"tokens_per_step={self.tokens_per_step}"
+        for row in (steps > total).nonzero()[:1, 0].tolist():
+            raise NapDecodeError(
+                f"{asked} is more than the {int(total[row])} tokens to decode in row {row}, and every step must "
+                f"commit at least one; ask for at most {int(total[row])} steps, or use tokens_per_step"
+            )
+        for row in (steps < num_phases).nonzero()[:1, 0].tolist():
+            raise NapDecodeError(
+                f"{asked} makes {int(steps[row])} steps for the {int(total[row])} tokens of row {row}, but "
+                f"{type(self).__name__} decodes them in {int(num_phases[row])} phases of at least one step each; "
+                f"ask for more steps{self._fewer_phases_hint()}"
+            )
+
+    def _fewer_phases_hint(self) -> str:
+        return ""
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{name}={value!r}" for name, value in vars(self).items() if value is not None)
+        return f"{type(self).__name__}({options})"
+
+
+class MacroParallelScheduler(BlockScheduler):
+    """NAP's rule: every step's budget is spread over all paths; the summary is held back.
+
+    "The unmasking budget is distributed across all m reasoning blocks at every step" (arXiv 2602.23225,
+    section 4.2); what the paper leaves open is decided here:
+
+    * cumulative fair share: after every step each block has received its ideal share, rounded down or up,
+      and the shares of a step make its budget exactly (:func:`fair_share`).  With fewer tokens per step
+      than blocks, the blocks take turns;
+    * blocks marked ``held`` (the summary) open when ``hold_until`` of the other tokens are committed.
+      The steps are divided between the two phases in proportion to their tokens, at least one each.
+
+    Args:
+        steps: see :class:`BlockScheduler`.
+        tokens_per_step: see :class:`BlockScheduler`.
+        hold_until: share of the path tokens, 0 to 1, that are committed before the summary opens.
+            1 decodes it last, 0 along with the paths.
+        share_last_step: let the summary use what is left of the step that completes the first phase,
+            instead of having steps of its own.
+
+    Example:
+        >>> scheduler = MacroParallelScheduler(tokens_per_step=2)
+        >>> plan = scheduler.plan(torch.tensor([[3, 3, 2]]), held=(False, False, True))
+        >>> remaining, rows = torch.tensor([[3, 3, 2]]), []
+        >>> for step in range(int(plan.steps[0])):
+        ...     quota = plan.quota(remaining, step)
+        ...     remaining = remaining - quota
+        ...     rows += quota.tolist()
+        >>> rows
+        [[1, 1, 0], [1, 1, 0], [1, 1, 0], [0, 0, 2]]
+    """
+
+    def __init__(
+        self,
+        *,
+        steps: int | None = None,
+        tokens_per_step: int | None = None,
+        hold_until: float = 1.0,
+        share_last_step: bool = False,
+    ) -> None:
+        super().__init__(steps=steps, tokens_per_step=tokens_per_step)
+        check_between("hold_until", hold_until, 0.0, 1.0)
+        self.hold_until = hold_until
+        self.share_last_step = share_last_step
+
+    @override
+    def phases(self, lengths: Tensor, held: tuple[bool, ...]) -> Tensor:
+        is_held = torch.tensor(held, device=lengths.device)
+        free = torch.where(is_held, 0, lengths)
+        # ceil, but not of a product that is whole up to rounding: 0.7 * 10 = 7.000000000000001
+        first_tokens = (free.sum(1).double() * self.hold_until - 1e-9).ceil().clamp(min=0).long()
+        first = fair_share(free, torch.zeros_like(free), first_tokens)
+        return torch.stack([first, lengths - first], dim=1)
+
+    @override
+    def shares_steps(self) -> bool:
+        return self.share_last_step
+
+    @override
+    def _fewer_phases_hint(self) -> str:
+        return ", or for share_last_step=True or hold_until=0.0"
+
+
+class SemiAutoregressiveScheduler(BlockScheduler):
+    """One block after the other, each with steps in proportion to its tokens (LLaDA, arXiv 2502.09992).
+
+    Args:
+        steps: see :class:`BlockScheduler`.
+        tokens_per_step: see :class:`BlockScheduler`.
+        block_length: cut each row's slots into blocks of this length, whatever the blocks of the canvas
+            (the last one may be shorter); None to decode the blocks of the canvas in order.
+
+    Example:
+        >>> plan = SemiAutoregressiveScheduler(steps=3).plan(torch.tensor([[4, 2]]))
+        >>> plan.quota(torch.tensor([[4, 2]]), step=0).tolist()
+        [[2, 0]]
+        >>> plan.quota(torch.tensor([[0, 2]]), step=2).tolist()
+        [[0, 2]]
+    """
+
+    def __init__(
+        self, *, steps: int | None = None, tokens_per_step: int | None = None, block_length: int | None = None
+    ) -> None:
+        super().__init__(steps=steps, tokens_per_step=tokens_per_step)
+        if block_length is not None:
+            check_integer("block_length", block_length, 1)
+        self.block_length = block_length
+
+    @override
+    def partition(self, canvas: Canvas) -> Partition:
+        if self.block_length is None:
+            return super().partition(canvas)
+        index = canvas.decodable.cumsum(1) - 1
+        block = torch.where(canvas.decodable, index // self.block_length, -1)
+        num_blocks = math.ceil(int(canvas.lengths.sum(1).max()) / self.block_length)
+        return Partition(block, count_blocks(block, num_blocks).cpu(), (False,) * num_blocks)
+
+    @override
+    def phases(self, lengths: Tensor, held: tuple[bool, ...]) -> Tensor:
+        return torch.diag_embed(lengths)
+
+    @override
+    def _fewer_phases_hint(self) -> str:
+        return ", or for longer blocks"
+
+
+class AnyOrderScheduler(BlockScheduler):
+    """No blocks: the budget of a step goes to any slots of the canvas ("AO" in the paper).
+
+    Args:
+        steps: see :class:`BlockScheduler`.
+        tokens_per_step: see :class:`BlockScheduler`.
+
+    Example:
+        >>> plan = AnyOrderScheduler(tokens_per_step=4).plan(torch.tensor([[10]]))
+        >>> [int(plan.quota(torch.tensor([[left]]), step)) for step, left in enumerate([10, 6, 3])]
+        [4, 3, 3]
+    """
+
+    @override
+    def partition(self, canvas: Canvas) -> Partition:
+        block = torch.where(canvas.decodable, 0, -1)
+        return Partition(block, canvas.lengths.sum(1, keepdim=True), (False,))
+
+    @override
+    def phases(self, lengths: Tensor, held: tuple[bool, ...]) -> Tensor:
+        return lengths[:, None]
+
+
+def fair_share(weights: Tensor, committed: Tensor, target: Tensor) -> Tensor:
+    """Tokens that each block has when its row has ``target``: its ideal share, rounded down or up.
+
+    The ideal share of block b is ``target * weights[b] / sum(weights)``.  Called with growing targets,
+    and each time with what it returned before, the shares never shrink, always make ``target`` exactly,
+    and are always the ideal rounded down or up.  Each token is a unit job, released when the rounded-up
+    ideal reaches it and due when the rounded-down ideal does; earliest deadline first meets all
+    deadlines if that is possible at all, and the quota method of apportionment (Balinski and Young, 1975)
+    shows that it is.
+
+    Args:
+        weights: ``(B, M)`` int64, tokens of each block.
+        committed: ``(B, M)`` int64, tokens that each block has already.
+        target: ``(B,)`` int64, tokens of each row.
+
+    Returns:
+        ``(B, M)`` int64.
+
+    Example:
+        >>> weights = committed = torch.tensor([[2, 2, 2]])
+        >>> committed = torch.zeros_like(weights)
+        >>> for target in range(1, 7):
+        ...     committed = fair_share(weights, committed, torch.tensor([target]))
+        ...     print(committed.tolist()[0])
+        [1, 0, 0]
+        [1, 1, 0]
+        [1, 1, 1]
+        [2, 1, 1]
+        [2, 2, 1]
+        [2, 2, 2]
+    """
+    total = weights.sum(1, keepdim=True).clamp(min=1)
+    ideal = target[:, None] * weights  # times total
+    lower = ideal // total
+    share = torch.maximum(lower, committed)
+    released = (ideal % total > 0) & (share == lower)
+    due = -(-(lower + 1) * total // weights.clamp(min=1))
+    order = torch.where(released, due, _NEVER).argsort(dim=1, stable=True)
+    spare = target[:, None] - share.sum(1, keepdim=True)
+    return share + (released & (order.argsort(1) < spare)).long()
+
+
+def divide_steps(tokens: Tensor, steps: Tensor) -> Tensor:
+    """Divide each row's steps between its phases in proportion to their tokens, at least one each.
+
+    Args:
+        tokens: ``(B, P)`` int64, tokens of each phase; a phase without tokens gets no step.
+        steps: ``(B,)`` int64, from the number of phases with tokens to the number of tokens.
+
+    Returns:
+        ``(B, P)`` int64: the steps taken when each phase ends.
+
+    Example:
+        >>> divide_steps(torch.tensor([[990, 32]]), torch.tensor([256])).tolist()
+        [[248, 256]]
+    """
+    total = tokens.sum(1, keepdim=True).clamp(min=1)
+    steps = steps[:, None]
+    begun = (tokens > 0).long().cumsum(1)  # phases with tokens up to here
+    ends = (2 * steps * tokens.cumsum(1) + total) // (2 * total)  # rounded to the nearest
+    ends = (ends - begun).clamp(min=0).cummax(1).values + begun  # at least one more than the phase before
+    return torch.minimum(ends, steps - (begun[:, -1:] - begun))  # leave one for each phase to come

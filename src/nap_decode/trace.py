@@ -1,0 +1,92 @@
+"""What happened when: the record of a decode."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from os import PathLike
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nap_decode.errors import NapDecodeError
+
+_FORMAT = 1
+_TENSORS = ("tokens", "block", "step", "confidence", "forward_passes")
+
+
+@dataclass(frozen=True, eq=False)
+class DecodeTrace:
+    """For every slot the step that committed it and its confidence then; no canvas is kept per step.
+
+    Args:
+        tokens: ``(B, L)`` int64, the canvas at the end.
+        block: ``(B, L)`` int64, block of every decoded slot, -1 for clamped slots and padding.
+        step: ``(B, L)`` int64, index of the step that committed the slot, -1 if it was not decoded.
+        confidence: ``(B, L)`` float32, confidence when it was committed, nan where there is none.
+        forward_passes: ``(B,)`` int64, forward passes that each row took part in.
+        block_names: names of the blocks.
+        mask_token_id: the mask id.
+
+    Example:
+        >>> trace = DecodeTrace(
+        ...     tokens=torch.tensor([[5, 6, 7]]), block=torch.tensor([[-1, 0, 0]]),
+        ...     step=torch.tensor([[-1, 1, 0]]), confidence=torch.tensor([[torch.nan, 0.9, 0.8]]),
+        ...     forward_passes=torch.tensor([2]), block_names=("completion",), mask_token_id=1)
+        >>> trace.canvas_at(1).tolist()
+        [[5, 1, 7]]
+    """
+
+    tokens: Tensor
+    block: Tensor
+    step: Tensor
+    confidence: Tensor
+    forward_passes: Tensor
+    block_names: tuple[str, ...]
+    mask_token_id: int
+
+    def canvas_at(self, steps: int) -> Tensor:
+        """``(B, L)``: the canvas after this many steps.
+
+        A slot that a callback masked again shows as masked until it was committed for good.
+        """
+        return torch.where(self.step >= steps, self.mask_token_id, self.tokens)
+
+    def before_end(self, end_token_ids: Collection[int]) -> Tensor:
+        """``(B, L)`` bool: decoded slots before the first end token of their block."""
+        is_end = torch.isin(self.tokens, torch.tensor(sorted(end_token_ids), dtype=self.tokens.dtype))
+        before = self.block >= 0
+        for index in range(len(self.block_names)):
+            ended = (is_end & (self.block == index)).cumsum(1) > 0
+            before &= ~(ended & (self.block == index))
+        return before
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write to one ``.npz`` file, which numpy can read without unpickling."""
+        header = json.dumps(
+            {"format": _FORMAT, "block_names": self.block_names, "mask_token_id": self.mask_token_id}
+        )
+        arrays = {name: getattr(self, name).cpu().numpy() for name in _TENSORS}
+        with open(path, "wb") as file:  # an open file, because numpy would add .npz to a bare name
+            np.savez_compressed(file, header=np.array(header), **arrays)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> DecodeTrace:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            NapDecodeError: the file is not a trace, or of a newer format.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                header = json.loads(str(file["header"]))
+                tensors = {name: torch.from_numpy(file[name]) for name in _TENSORS}
+        except (KeyError, ValueError, AttributeError, EOFError) as error:
+            raise NapDecodeError(f"{path} is not a trace written by DecodeTrace.save ({error})") from error
+        if header["format"] != _FORMAT:
+            raise NapDecodeError(
+                f"{path} has trace format {header['format']}, but this version reads {_FORMAT}; update nap_decode"
+            )
+        return cls(**tensors, block_names=tuple(header["block_names"]), mask_token_id=header["mask_token_id"])
