@@ -3,6 +3,7 @@
 The parts are described in the README; each can be replaced by your own.
 """
 
+from nap_decode.arness import ARness, ARnessMeter
 from nap_decode.canvas import Block, Canvas, CanvasTemplate
 from nap_decode.committers import MicroConfidenceCommitter, QuotaSelection, ThresholdSelection
 from nap_decode.denoiser import Denoiser

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Collection
 from dataclasses import dataclass
 from os import PathLike
@@ -83,7 +84,7 @@ class DecodeTrace:
             with np.load(path, allow_pickle=False) as file:
                 header = json.loads(str(file["header"]))
                 tensors = {name: torch.from_numpy(file[name]) for name in _TENSORS}
-        except (KeyError, ValueError, AttributeError, EOFError) as error:
+        except (KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
             raise NapDecodeError(f"{path} is not a trace written by DecodeTrace.save ({error})") from error
         if header["format"] != _FORMAT:
             raise NapDecodeError(

@@ -1,0 +1,182 @@
+"""The command ``nap-decode``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from nap_decode import __version__
+from nap_decode.arness import ARnessMeter
+from nap_decode.canvas import CanvasTemplate
+from nap_decode.committers import MicroConfidenceCommitter, ThresholdSelection
+from nap_decode.confidence import CONFIDENCES
+from nap_decode.denoiser import Denoiser
+from nap_decode.errors import NapDecodeError
+from nap_decode.sampler import Sampler
+from nap_decode.schedulers import (
+    AnyOrderScheduler,
+    BlockScheduler,
+    MacroParallelScheduler,
+    SemiAutoregressiveScheduler,
+)
+from nap_decode.trace import DecodeTrace
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0, or 2 for bad input."""
+    args = _parser().parse_args(arguments)
+    try:
+        args.run(args)
+    except (NapDecodeError, OSError) as error:
+        print(f"nap-decode: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="nap-decode", description="Decode masked-diffusion language models.")
+    parser.add_argument("--version", action="version", version=f"nap-decode {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="watch the embedded model decode, and compare two decoders on it")
+    demo.add_argument("--problems", type=int, default=100, help="held-out problems in the table (default: 100)")
+    demo.set_defaults(run=_demo)
+
+    generate = commands.add_parser("generate", help="decode prompts with any checkpoint")
+    generate.set_defaults(run=_generate)
+    add = generate.add_argument_group("model").add_argument
+    add("--model", required=True, help="directory or hub name of a transformers checkpoint")
+    add("--device", default="cpu", help="where to run, for example cuda (default: cpu)")
+    add("--dtype", default="auto", help="float32, bfloat16, float16 or auto (default: as the checkpoint says)")
+    add("--mask-token-id", type=int, help="the mask id, if neither tokenizer nor config names it")
+    add("--bidirectional", action="store_true", help="set is_causal = False in the config of a decoder")
+    add("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
+    add = generate.add_argument_group("what to decode").add_argument
+    add("--prompt", action="append", required=True, help="text; may be given several times")
+    add("--chat", action="store_true", help="put each prompt through the chat template, as a user's message")
+    add("--infill", action="store_true", help="decode the mask tokens in the prompts instead of appending")
+    add("--max-new-tokens", type=int, help="append one block of this length instead of NAP's canvas")
+    add("--num-paths", type=int, default=3)
+    add("--path-length", type=int, help="slots of each path (default: 330)")
+    add("--summary-length", type=int, default=32)
+    add("--total-length", type=int, help="slots of all blocks; the paths get equal shares")
+    add = generate.add_argument_group("how").add_argument
+    add("--scheduler", choices=("macro-parallel", "semi-autoregressive", "any-order"), default="macro-parallel")
+    add("--tokens-per-step", type=int, help="default: 4")
+    add("--steps", type=int, help="instead of --tokens-per-step")
+    add("--hold-until", type=float, help="share of path tokens before the summary opens (macro-parallel; default: 1)")
+    add("--block-length", type=int, help="cut the canvas into blocks of this length (semi-autoregressive)")
+    add("--temperature", type=float, default=0.0)
+    add("--top-k", type=int)
+    add("--top-p", type=float)
+    add("--confidence", choices=sorted(CONFIDENCES), default="probability")
+    add("--threshold", type=float, help="commit every token with this confidence, and at least --tokens-per-step")
+    add("--cfg-scale", type=float, default=0.0, help="classifier-free guidance")
+    add("--seed", type=int, default=0)
+    add = generate.add_argument_group("output").add_argument
+    add("--trace", help="write what happened when to this file")
+    add("--summary-only", action="store_true", help="print summaries instead of whole canvases")
+
+    arness = commands.add_parser("arness", help="how autoregressive was a decode?")
+    arness.set_defaults(run=_arness)
+    arness.add_argument("trace", help="file written by generate --trace or DecodeTrace.save")
+    arness.add_argument("--k", type=int, nargs="+", default=[1], help="values of k (default: 1)")
+    arness.add_argument("--end-token-ids", type=int, nargs="+", default=[], help="ids that end a block")
+    arness.add_argument("--trim", action="store_true", help="leave out what follows a block's end")
+    arness.add_argument("--json", action="store_true", help="print all numbers as JSON")
+    return parser
+
+
+def _demo(args: argparse.Namespace) -> None:
+    if args.problems < 1:
+        raise NapDecodeError(f"--problems must be at least 1, but is {args.problems}")
+    from transformers.utils import logging
+
+    from nap_decode.demo.show import run_demo
+
+    logging.disable_progress_bar()  # of loading a few megabytes
+    run_demo(problems=args.problems)
+
+
+def _generate(args: argparse.Namespace) -> None:
+    # Options are checked before the model is loaded, which may take minutes.
+    scheduler = _scheduler(args)
+    selection = None if args.threshold is None else ThresholdSelection(args.threshold)
+    committer = MicroConfidenceCommitter(
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        confidence=args.confidence,
+        selection=selection,
+    )
+    template = CanvasTemplate.nap(
+        args.num_paths,
+        path_length=args.path_length,
+        summary_length=args.summary_length,
+        total_length=args.total_length,
+    )
+    if args.infill and args.max_new_tokens is not None:
+        raise NapDecodeError("--infill decodes the mask tokens in the prompt; --max-new-tokens does not go with it")
+
+    model, tokenizer = _load(args)
+    denoiser = Denoiser(model, tokenizer, mask_token_id=args.mask_token_id, cfg_scale=args.cfg_scale)
+    sampler = Sampler(denoiser, scheduler=scheduler, committer=committer, template=template)
+    prompts: list[Any] = [[{"role": "user", "content": p}] for p in args.prompt] if args.chat else args.prompt
+    if args.infill:
+        output = sampler.infill(prompts, seed=args.seed)
+    else:
+        output = sampler(prompts, max_new_tokens=args.max_new_tokens, seed=args.seed)
+    texts = output.summary if args.summary_only else output.text
+    for prompt, text, tpf in zip(args.prompt, texts, output.tokens_per_forward, strict=True):
+        print(f"# {prompt}\n{text}")
+        print(f"# {output.forward_passes} forward passes, {tpf:.2f} tokens per forward pass\n")
+    if args.trace:
+        output.trace.save(args.trace)
+
+
+def _scheduler(args: argparse.Namespace) -> BlockScheduler:
+    options = {"steps": args.steps, "tokens_per_step": args.tokens_per_step}
+    if args.steps is None and args.tokens_per_step is None:
+        options["tokens_per_step"] = 4 if args.threshold is None else 1
+    for name, needed in (("hold_until", "macro-parallel"), ("block_length", "semi-autoregressive")):
+        if getattr(args, name) is not None and args.scheduler != needed:
+            raise NapDecodeError(f"--{name.replace('_', '-')} goes with --scheduler {needed}, not {args.scheduler}")
+    if args.scheduler == "macro-parallel":
+        return MacroParallelScheduler(**options, hold_until=1.0 if args.hold_until is None else args.hold_until)
+    if args.scheduler == "semi-autoregressive":
+        return SemiAutoregressiveScheduler(**options, block_length=args.block_length)
+    return AnyOrderScheduler(**options)
+
+
+def _load(args: argparse.Namespace) -> tuple[Any, Any]:
+    import transformers
+
+    trust = {"trust_remote_code": args.trust_remote_code}
+    config = transformers.AutoConfig.from_pretrained(args.model, **trust)
+    if args.bidirectional:
+        config.is_causal = False
+    architectures, remote = config.architectures or [], getattr(config, "auto_map", None) or {}
+    if any(name.endswith("ForMaskedLM") for name in architectures):
+        loader = transformers.AutoModelForMaskedLM
+    elif "AutoModel" in remote and "AutoModelForCausalLM" not in remote:
+        loader = transformers.AutoModel
+    else:
+        loader = transformers.AutoModelForCausalLM
+    # torch_dtype is the name that every supported version of transformers takes.
+    model = loader.from_pretrained(args.model, config=config, torch_dtype=args.dtype, **trust)
+    return model.to(args.device).eval(), transformers.AutoTokenizer.from_pretrained(args.model, **trust)
+
+
+def _arness(args: argparse.Namespace) -> None:
+    meter = ARnessMeter(args.k, end_token_ids=args.end_token_ids, trim=args.trim)
+    meter.update(DecodeTrace.load(args.trace))
+    measured = meter.compute()
+    print(json.dumps(dataclasses.asdict(measured), indent=1) if args.json else measured)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
