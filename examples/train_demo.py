@@ -74,6 +74,16 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def save_tokenizer(output: Path) -> None:
+    make_tokenizer().save_pretrained(output)
+    # transformers 5 writes names that 4 does not know; both know these.
+    file = output / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config["additional_special_tokens"] = config.pop("extra_special_tokens", HEADERS)
+    file.write_text(json.dumps(config, indent=2) + "\n")
+
+
 def make_model() -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=20,  # two rows more than the tokenizer has, as in released checkpoints
@@ -167,7 +177,7 @@ def train(output: Path, seed: int) -> None:
         logits = model(input_ids=noised, use_cache=False).logits[learnt]
         loss = F.cross_entropy(logits, tokens[learnt])
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if (step + 1) % 100 == 0:
@@ -180,7 +190,7 @@ def train(output: Path, seed: int) -> None:
             )
 
     model.eval().save_pretrained(output)
-    make_tokenizer().save_pretrained(output)
+    save_tokenizer(output)
     record = {
         "script": "examples/train_demo.py",
         "seed": seed,

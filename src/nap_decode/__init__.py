@@ -1,6 +1,6 @@
-"""Decoding for masked-diffusion language models: parallel-forced, and every other way.
+"""Decoding for masked-diffusion language models.
 
-The parts are described in the README; each can be replaced by your own.
+One loop (:class:`Sampler`) and small parts that plug into it; every one can be replaced by your own.
 """
 
 from nap_decode.arness import ARness, ARnessMeter
@@ -20,3 +20,27 @@ from nap_decode.schedulers import (
 from nap_decode.trace import DecodeTrace
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "ARness",
+    "ARnessMeter",
+    "AnyOrderScheduler",
+    "Block",
+    "BlockScheduler",
+    "Canvas",
+    "CanvasTemplate",
+    "DecodeState",
+    "DecodeTrace",
+    "Denoiser",
+    "MacroParallelScheduler",
+    "MicroConfidenceCommitter",
+    "ModelFamily",
+    "NapDecodeError",
+    "ParallelForcedSampler",
+    "QuotaSelection",
+    "Sampler",
+    "SamplerOutput",
+    "SemiAutoregressiveScheduler",
+    "ThresholdSelection",
+    "register_family",
+]

@@ -47,6 +47,16 @@ class ARness:
         tokens_per_step: tokens by steps that commit at least one ("AFP").
         tokens_per_forward: tokens before the end of their block by forward passes ("TPF").
         blocks: the same measures for every block on its own: order and positions restricted to it.
+
+    Example:
+        >>> meter = ARnessMeter(ks=(1, 2))
+        >>> meter.update(DecodeTrace(
+        ...     tokens=torch.tensor([[7, 7, 7, 7]]), block=torch.zeros(1, 4, dtype=torch.int64),
+        ...     step=torch.tensor([[0, 1, 0, 1]]), confidence=torch.tensor([[0.9, 0.9, 0.5, 0.5]]),
+        ...     forward_passes=torch.tensor([2]), block_names=("completion",), mask_token_id=1))
+        >>> measured = meter.compute()  # committed in the order 0 2 | 1 3
+        >>> measured.global_at, measured.local_at
+        ({1: 0.75, 2: 1.0}, {1: 0.0, 2: 0.0})
     """
 
     sequences: int
@@ -71,7 +81,8 @@ class ARness:
         rows = [header, self._cells("all", ks), *(part._cells(name, ks) for name, part in self.blocks.items())]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join(
-            row[0].ljust(widths[0]) + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
+            row[0].ljust(widths[0])
+            + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
             for row in rows
         )
 

@@ -42,6 +42,10 @@ class Block:
         length: slots.
         held: whether a macro-parallel scheduler holds it back until the other blocks are done (a
             summary).
+
+    Example:
+        >>> Block("verdict", 8, held=True)
+        Block(name='verdict', length=8, held=True)
     """
 
     name: str
@@ -54,7 +58,7 @@ class Block:
 
 @dataclass(frozen=True)
 class CanvasTemplate:
-    """The layout of what follows a prompt: clamped text and blocks of slots, in order.
+    r"""The layout of what follows a prompt: clamped text and blocks of slots, in order.
 
     Args:
         parts: text (a string or token ids), which is clamped, and :class:`Block`, which is decoded.
@@ -66,7 +70,7 @@ class CanvasTemplate:
         >>> template = CanvasTemplate.nap(num_paths=3, total_length=1022)
         >>> [block.length for block in template.blocks]
         [330, 330, 330, 32]
-        >>> CanvasTemplate(("Q: 1 + 1\\nA:", Block("answer", 8), "\\nDone.")).blocks
+        >>> CanvasTemplate(("Q: 1 + 1\nA:", Block("answer", 8), "\nDone.")).blocks
         (Block(name='answer', length=8, held=False),)
     """
 
@@ -170,7 +174,7 @@ class Canvas:
     Args:
         tokens: ``(B, L)`` int64, the mask id in every slot to decode.
         block: ``(B, L)`` int64, the block of every slot to decode, -1 for clamped slots and padding.
-        attention_mask: ``(B, L)`` int64, 0 for padding.
+        attention_mask: ``(B, L)`` int64, 0 for padding, which is on the left.
         prompt: ``(B, L)`` bool, the slots that the unconditional branch of classifier-free guidance
             masks.
         block_names: names of the M blocks.
@@ -204,6 +208,8 @@ class Canvas:
             if getattr(self, name).shape != self.tokens.shape:
                 shapes = f"{tuple(getattr(self, name).shape)}, tokens {tuple(self.tokens.shape)}"
                 raise NapDecodeError(f"{name} and tokens of a canvas must have one shape, but {name} has {shapes}")
+        if bool((self.attention_mask[:, 1:] < self.attention_mask[:, :-1]).any()):
+            raise NapDecodeError("the attention_mask of a canvas must be 0 for padding on the left, then 1 to the end")
         highest = int(self.block.max())
         if highest < 0:
             raise NapDecodeError("no slot of the canvas is to be decoded; is the mask token in the text?")
@@ -229,9 +235,19 @@ class Canvas:
         return count_blocks(self.block, len(self.block_names)).cpu()
 
     @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest row, padding not counted."""
+        return int(self.attention_mask.sum(1).max())
+
+    @cached_property
     def is_padded(self) -> bool:
         """Whether any row has padding."""
         return not bool(self.attention_mask.all())
+
+    @cached_property
+    def padding(self) -> Tensor:
+        """``(B, 1)`` int64: columns of padding on the left of each row."""
+        return self.tokens.shape[1] - self.attention_mask.sum(1, keepdim=True)
 
     @classmethod
     def from_prompts(

@@ -51,7 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     add = generate.add_argument_group("model").add_argument
     add("--model", required=True, help="directory or hub name of a transformers checkpoint")
     add("--device", default="cpu", help="where to run, for example cuda (default: cpu)")
-    add("--dtype", default="auto", help="float32, bfloat16, float16 or auto (default: as the checkpoint says)")
+    add(
+        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="default: as the checkpoint"
+    )
     add("--mask-token-id", type=int, help="the mask id, if neither tokenizer nor config names it")
     add("--bidirectional", action="store_true", help="set is_causal = False in the config of a decoder")
     add("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
@@ -166,8 +168,9 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
         loader = transformers.AutoModel
     else:
         loader = transformers.AutoModelForCausalLM
-    # torch_dtype is the name that every supported version of transformers takes.
-    model = loader.from_pretrained(args.model, config=config, torch_dtype=args.dtype, **trust)
+    renamed = tuple(map(int, transformers.__version__.split(".")[:2])) >= (4, 56)
+    dtype = {"dtype" if renamed else "torch_dtype": args.dtype}
+    model = loader.from_pretrained(args.model, config=config, **dtype, **trust)
     return model.to(args.device).eval(), transformers.AutoTokenizer.from_pretrained(args.model, **trust)
 
 

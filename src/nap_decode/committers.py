@@ -136,6 +136,7 @@ class QuotaSelection:
     is_adaptive = False
 
     def __call__(self, confidence: Tensor, block: Tensor, quota: Tensor) -> Tensor:
+        """See :class:`Selection`."""
         # A column of zeros is the quota of block M, the one of slots that only fill a row up.
         quota = torch.nn.functional.pad(quota, (0, 1))
         return rank_in_block(confidence, block) < quota.gather(1, block)
@@ -160,6 +161,7 @@ class ThresholdSelection:
     is_adaptive = True
 
     def __call__(self, confidence: Tensor, block: Tensor, quota: Tensor) -> Tensor:
+        """See :class:`Selection`."""
         reaches = (confidence >= self.threshold) & (block < quota.shape[1])
         return reaches | QuotaSelection()(confidence, block, quota)
 
@@ -287,9 +289,9 @@ class MicroConfidenceCommitter:
         scores = logits / self.temperature
         unused = torch.empty(0, dtype=torch.long)  # the warpers look at the scores alone
         if self.top_k is not None:
-            scores = TopKLogitsWarper(self.top_k)(unused, scores)  # type: ignore[arg-type]
+            scores = TopKLogitsWarper(self.top_k)(unused, scores)
         if self.top_p is not None:
-            scores = TopPLogitsWarper(self.top_p)(unused, scores)  # type: ignore[arg-type]
+            scores = TopPLogitsWarper(self.top_p)(unused, scores)
         return scores.softmax(1)
 
 

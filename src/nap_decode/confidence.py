@@ -90,9 +90,7 @@ def leftmost(candidates: Candidates) -> Tensor:
     return -candidates.positions.to(candidates.logits.dtype)
 
 
-CONFIDENCES: dict[str, Confidence] = {
-    f.__name__: f for f in (probability, margin, negative_entropy, random, leftmost)
-}
+CONFIDENCES: dict[str, Confidence] = {f.__name__: f for f in (probability, margin, negative_entropy, random, leftmost)}
 """Confidences that can be asked for by name."""
 
 

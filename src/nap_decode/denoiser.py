@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from nap_decode.canvas import Canvas, CanvasTemplate
+from nap_decode.canvas import Canvas
 from nap_decode.errors import NapDecodeError, check_between
 from nap_decode.families import ModelFamily, find_family
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Model: TypeAlias = "nn.Module | Callable[[Tensor, Tensor], Any]"
 """A transformers model, or anything called as ``model(input_ids, attention_mask)`` that returns logits
-``(B, L, V)`` or an object with them as ``.logits``."""
+``(B, L, V)`` or an object with them as ``.logits``.  Rows are padded on the right."""
 LogitsProcessor: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """As in transformers: ``(input_ids (N, L), scores (N, V)) -> scores (N, V)``."""
 
@@ -33,6 +33,9 @@ class Denoiser:
     family's conventions.  Only wanted positions pass the output layer: native transformers models are
     told by ``logits_to_keep``; for others a hook on ``get_output_embeddings()`` drops the other rows
     during the call; failing both, the logits are sliced.
+
+    The model sees ragged rows padded on the right, behind the canvas, so that a row's positions are the
+    same as on its own, whether the model takes them from an argument, from the ids or from the index.
 
     Args:
         model: see :data:`Model`.
@@ -48,7 +51,7 @@ class Denoiser:
 
     Raises:
         NapDecodeError: no mask token is known; the model is of a kind that cannot be decoded by
-            unmasking; the model ignores the future.
+            unmasking, ignores the future, or is in training mode with dropout.
 
     Example:
         >>> from nap_decode import demo
@@ -87,6 +90,7 @@ class Denoiser:
         self.cfg_scale = cfg_scale
         self.logits_processor = tuple(logits_processor)
         self._banned: dict[int, Tensor] = {}
+        self._check_dropout()
         if self.config is not None:
             self._check_sees_future()
 
@@ -161,7 +165,8 @@ class Denoiser:
     @cached_property
     def _arguments(self) -> frozenset[str]:
         """Names that the model's forward takes; a compiled module is looked at through its wrapper."""
-        return frozenset(inspect.signature(getattr(self.model, "_orig_mod", self.model).forward).parameters)
+        model: Any = getattr(self.model, "_orig_mod", self.model)
+        return frozenset(inspect.signature(model.forward).parameters)
 
     @cached_property
     def _takes_indices(self) -> bool:
@@ -196,9 +201,11 @@ class Denoiser:
         """Raise unless the model can be called with this canvas.
 
         Raises:
-            NapDecodeError: ids out of range, too many positions, padding for a model that takes no
-                attention mask, a slot to decode without a mask in it, or active dropout.
+            NapDecodeError: ids out of range, too many positions, rows of different length for a model
+                that does not tell padding from text, a slot to decode without a mask in it, or active
+                dropout.
         """
+        self._check_dropout()
         lowest, highest = int(canvas.tokens.min()), int(canvas.tokens.max())
         if lowest < 0 or highest >= (self._num_embeddings or highest + 1):
             wrong = lowest if lowest < 0 else highest
@@ -206,24 +213,23 @@ class Denoiser:
             raise NapDecodeError(f"token id {wrong} is out of range: the model has ids {limit}. Wrong tokenizer?")
         if bool((canvas.tokens[canvas.decodable] != self.mask_token_id).any()):
             raise NapDecodeError(f"every slot to decode must hold the mask id {self.mask_token_id} at the start")
-        # Where positions are physical indices, padding takes positions too.
-        longest = int(canvas.attention_mask.sum(1).max()) if self.family.position_ids else canvas.tokens.shape[1]
-        limit = self._max_positions
-        if limit is not None and longest > limit:
+        if self._max_positions is not None and canvas.longest > self._max_positions:
             raise NapDecodeError(
-                f"the longest row takes {longest} positions (prompt and canvas), but the model has {limit}; shorten "
-                "the prompt or the canvas"
+                f"the longest row takes {canvas.longest} positions (prompt and canvas), but the model has "
+                f"{self._max_positions}; shorten the prompt or the canvas"
             )
-        if self.family.attention == "none" and canvas.is_padded:
+        if canvas.is_padded and not self._hides_padding:
             raise NapDecodeError(
-                f"{self.family.name} takes no attention mask, so rows of different length cannot share a batch; "
-                "decode rows of equal length together"
+                f"{self.family.name} models take no attention mask, or ignore it, so rows of different length cannot "
+                "share a batch: padding would be read as text. Decode rows of equal length together"
             )
+
+    def _check_dropout(self) -> None:
         if isinstance(self.model, nn.Module) and self.model.training:
             for name, module in self.model.named_modules():
                 if isinstance(module, nn.Dropout) and module.p > 0:
                     raise NapDecodeError(
-                        f"the model is in training mode and would drop activations at random ({name}); call model.eval()"
+                        f"the model is in training mode and {name} would drop activations at random; call model.eval()"
                     )
 
     @cached_property
@@ -234,30 +240,59 @@ class Denoiser:
                 return limit - (self._position_offset or 0)
         return None
 
-    def _check_sees_future(self) -> None:
-        """Change all tokens but the first, and see whether the prediction at the first one notices."""
-        others = [i for i in range(5) if i not in (self.mask_token_id, self.pad_token_id)]
-        if (self._num_embeddings or 5) < 5:
-            return  # too few ids to change one for another
-        first, same, other = self.mask_token_id, others[0], others[1]
-        rows = [[first] + [same] * 5, [first] + [same] * 5, [first] + [other] * 5]
-        canvas = Canvas.from_prompts(
-            [row[:-1] for row in rows],
-            CanvasTemplate.plain(1),
+    def _probe(self, *rows: Sequence[int]) -> Tensor:
+        """``(B, V)``: what the model predicts from the first position of each row."""
+        canvas = Canvas.from_infill(
+            # Decoding needs a mask somewhere; the last token is as good a place as any.
+            [[*row, self.mask_token_id] for row in rows],
             mask_token_id=self.mask_token_id,
+            pad_token_id=self.pad_token_id,
             device=self.device,
         )
+        # A shifted model predicts position 1 from position 0.
+        wanted = canvas.padding + (1 if self.family.shift else 0)
         with torch.no_grad():
-            # A shifted model predicts position 1 from position 0; both kinds are asked at position 0.
-            wanted = torch.full((3, 1), 1 if self.family.shift else 0, device=self.device)
-            logits = self._forward(canvas.tokens, wanted, canvas).double()
+            return self._forward(canvas.tokens, wanted, canvas)[:, 0]
+
+    def _probe_ids(self) -> tuple[int, int, int] | None:
+        """The mask id and two others; None if the vocabulary is too small to have them."""
+        others = [i for i in range(5) if i not in (self.mask_token_id, self.pad_token_id)]
+        return None if (self._num_embeddings or 5) < 5 else (self.mask_token_id, others[0], others[1])
+
+    def _check_sees_future(self) -> None:
+        """Change all tokens but the first, and see whether the prediction at the first one notices."""
+        ids = self._probe_ids()
+        if ids is None:
+            return
+        first, same, other = ids
+        logits = self._probe([first] + [same] * 4, [first] + [same] * 4, [first] + [other] * 4)
+        self.banned(logits.shape[-1], self.device)  # copied to the device now, not inside a decode
         noise, effect = (logits[0] - logits[1]).abs().max(), (logits[0] - logits[2]).abs().max()
         if bool(effect <= 2 * noise):
+            import transformers
+
             raise NapDecodeError(
                 f"{type(self.model).__name__} ignores the future: tokens to the right of a position do not change "
-                "what it predicts there, so it cannot fill in masks. Decoders of transformers 5 attend both ways "
-                "after model.config.is_causal = False (set it before wrapping; the weights must be trained so)"
+                "what it predicts there, so it cannot fill in masks. Decoders of transformers 5 (installed: "
+                f"{transformers.__version__}) attend both ways after model.config.is_causal = False; their weights "
+                "must have been trained so"
             )
+
+    @cached_property
+    def _hides_padding(self) -> bool:
+        """Whether padding leaves a row's predictions alone: pad a short row, and see whether they change."""
+        ids = self._probe_ids()
+        if self.family.attention == "none":
+            return False
+        if self.config is None or ids is None:
+            return True
+        first, same, other = ids
+        short, pads = [first, same, same], min(12, (self._max_positions or 16) - 4)
+        alone = self._probe(short, [first, other, other])
+        padded = self._probe(short, [same] * (len(short) + pads))
+        effect = (alone[0] - alone[1]).abs().max()  # of other tokens; that of so many pads would be like it
+        rounding = 16 * torch.finfo(alone.dtype).eps * alone[0].abs().max()  # another batch shape rounds otherwise
+        return bool((padded[0] - alone[0]).abs().max() <= 1e-3 * effect + rounding)
 
     # ---------------------------------------------------------------------------------------- forward
 
@@ -289,21 +324,26 @@ class Denoiser:
         return logits
 
     def _forward(self, tokens: Tensor, wanted: Tensor, canvas: Canvas) -> Tensor:
-        repeats = len(tokens) // len(canvas.tokens)  # 2 under guidance
-        attention_mask = canvas.attention_mask.repeat(repeats, 1)
+        mask = canvas.attention_mask.repeat(len(tokens) // len(canvas.tokens), 1)  # twice under guidance
+        if canvas.is_padded:
+            #  pad pad  a   b   c        a   b   c  pad
+            #  pad  d   e   f   g   ->   d   e   f   g
+            padding = canvas.padding.repeat(len(tokens) // len(canvas.tokens), 1)
+            columns = torch.arange(canvas.longest, device=tokens.device) + padding
+            mask = (columns < tokens.shape[1]).long()
+            tokens = tokens.gather(1, columns.clamp(max=tokens.shape[1] - 1)).where(mask.bool(), self.pad_token_id)
+            wanted = (wanted - padding).clamp(min=0)
         if self.family.shift:
             # Dream predicts the first position from itself, as there is nothing before it.
             wanted = (wanted - 1).clamp(min=0)
         if self.config is None:
-            return _take(_logits(self.model(tokens, attention_mask)), wanted)
+            return _take(_logits(self.model(tokens, mask)), wanted)
         options: dict[str, Any] = {"use_cache": False} if "use_cache" in self._arguments else {}
         if canvas.is_padded:  # without padding every model does the same, and faster, without a mask
-            if self.family.attention == "4d":
-                length = tokens.shape[1]
-                attention_mask = attention_mask.bool()[:, None, None, :].expand(-1, 1, length, length)
-            options["attention_mask"] = attention_mask
-            if self.family.position_ids and self._position_offset is None and "position_ids" in self._arguments:
-                options["position_ids"] = canvas.position_ids.repeat(repeats, 1)
+            whole = (-1, 1, tokens.shape[1], tokens.shape[1])
+            options["attention_mask"] = (
+                mask.bool()[:, None, None].expand(whole) if self.family.attention == "4d" else mask
+            )
         if self._takes_indices:
             return _logits(self.model(input_ids=tokens, logits_to_keep=wanted, **options))  # type: ignore[call-arg]
         with _rows_kept(self._head, wanted, tokens.shape) as kept:

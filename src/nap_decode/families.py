@@ -21,7 +21,6 @@ class ModelFamily:
             and batches must have rows of one length.
         mask_token_id: the mask id of released checkpoints, used if neither tokenizer nor config
             names one.
-        position_ids: whether to pass position ids to a forward that takes them.
         refusal: why this family cannot be decoded here, or None.
 
     Example:
@@ -33,7 +32,6 @@ class ModelFamily:
     shift: bool = False
     attention: Literal["2d", "4d", "none"] = "2d"
     mask_token_id: int | None = None
-    position_ids: bool = True
     refusal: str | None = None
 
     def __post_init__(self) -> None:
@@ -46,7 +44,7 @@ _UNIFORM = (
 )
 
 _FAMILIES: dict[str, ModelFamily] = {
-    "llada": ModelFamily(name="LLaDA", mask_token_id=126336, position_ids=False),
+    "llada": ModelFamily(name="LLaDA", mask_token_id=126336),
     "llada_moe": ModelFamily(name="LLaDA-MoE", mask_token_id=156895),
     "Dream": ModelFamily(name="Dream", shift=True, attention="4d", mask_token_id=151666),
     "diffusion_gemma": ModelFamily(name="DiffusionGemma", refusal=_UNIFORM),

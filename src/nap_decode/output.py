@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SamplerOutput:
     """The decoded batch.
 
@@ -53,6 +53,10 @@ class SamplerOutput:
     tokenizer: PreTrainedTokenizerBase | None = None
     is_single: bool = False
 
+    def __repr__(self) -> str:
+        rows = f"{len(self.sequences)} row{'s' if len(self.sequences) > 1 else ''}"
+        return f"SamplerOutput({rows}, {self.forward_passes} forward passes, {self.wall_time:.3g} s)"
+
     @cached_property
     def _before_end(self) -> Tensor:
         return self.trace.before_end(self.end_token_ids)
@@ -73,8 +77,10 @@ class SamplerOutput:
     @cached_property
     def blocks(self) -> dict[str, str | list[str]]:
         """The text of every block by its name."""
-        return {name: self._texts([self._block_text(row, j) for row in self._rows])
-                for j, name in enumerate(self.trace.block_names)}
+        return {
+            name: self._texts([self._block_text(row, j) for row in self._rows])
+            for j, name in enumerate(self.trace.block_names)
+        }
 
     @property
     def paths(self) -> list[str] | list[list[str]]:

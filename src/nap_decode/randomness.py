@@ -26,6 +26,11 @@ def _mix(z: Tensor) -> Tensor:
     return z ^ ((z >> 31) & 0x1_FFFF_FFFF)
 
 
+def wrap(number: int) -> int:
+    """The signed 64-bit integer that is congruent modulo 2**64, so that any whole number is a seed."""
+    return (number + 2**63) % 2**64 - 2**63
+
+
 def row_seeds(seed: int, num_rows: int, device: torch.device | None = None) -> Tensor:
     """Seeds of the rows of a batch, ``(num_rows,)`` int64, each from ``seed`` and the row's index.
 
@@ -33,7 +38,7 @@ def row_seeds(seed: int, num_rows: int, device: torch.device | None = None) -> T
         >>> bool((row_seeds(7, 4)[:2] == row_seeds(7, 2)).all())
         True
     """
-    base = torch.full((num_rows,), seed, dtype=torch.int64, device=device)
+    base = torch.full((num_rows,), wrap(seed), dtype=torch.int64, device=device)
     return _mix(_mix(base) + torch.arange(1, num_rows + 1, device=device) * _GOLDEN)
 
 
@@ -49,6 +54,6 @@ def uniform(seeds: Tensor, step: int, stream: int, positions: Tensor) -> Tensor:
     Returns:
         ``(B, K)`` float32.
     """
-    key = _mix(seeds + (step * 8 + stream + 1) * 0x632B_E59B_D9B4_E019)
+    key = _mix(seeds + wrap((step * 8 + stream + 1) * 0x632B_E59B_D9B4_E019))
     bits = _mix(key[:, None] + (positions + 1) * _GOLDEN)
     return ((bits >> 40) & 0xFF_FFFF).to(torch.float32) * 2.0**-24

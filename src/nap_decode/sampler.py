@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -18,6 +19,7 @@ from nap_decode.denoiser import Denoiser, Model
 from nap_decode.errors import NapDecodeError
 from nap_decode.output import SamplerOutput
 from nap_decode.randomness import row_seeds as seeds_of_rows
+from nap_decode.randomness import wrap
 from nap_decode.schedulers import BlockScheduler, MacroParallelScheduler, Plan
 from nap_decode.trace import DecodeTrace
 
@@ -37,6 +39,16 @@ class DecodeState:
         masked: ``(B, L)`` bool, slots still to decode.
         commit_step: ``(B, L)`` int64, index of the step that committed a slot, -1 for none.
         confidence: ``(B, L)`` float32, confidence when it was committed, nan for none.
+
+    Example:
+        >>> from nap_decode import demo
+        >>> sampler = ParallelForcedSampler(*demo.load(), path_length=11, summary_length=2, tokens_per_step=12)
+        >>> def report(state: DecodeState) -> None:
+        ...     print(f"step {state.step}: {int(state.masked.sum())} masked")
+        >>> out = sampler("6 0 6 4 6 2 1 2 4 7 0 6 =", callback=report)
+        step 1: 18 masked
+        step 2: 2 masked
+        step 3: 0 masked
     """
 
     canvas: Canvas
@@ -107,6 +119,14 @@ class DecodeState:
 Callback: TypeAlias = Callable[[DecodeState], "Tensor | None"]
 """Called after every step; returns new tokens ``(B, L)`` to edit the canvas, or None to leave it.  A mask
 id in a decodable slot puts the slot up for decoding again."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    is_open: Tensor  # (B, M) bool, blocks that may commit
+    quota: Tensor  # (B, M) tokens that each block shall commit
+    width: int  # slots of open blocks in the row that has most
+    active: Tensor  # (B,) on the host, 1 for rows that are not finished
 
 
 class Sampler:
@@ -306,46 +326,41 @@ class Sampler:
         device = canvas.tokens.device
 
         state = DecodeState.start(canvas, total_steps)
-        remaining = partition.lengths  # (B, M), on the host throughout
-        row_passes = torch.zeros(len(remaining), dtype=torch.int64)
-        forward_passes = 0
+        pending = self._schedule(plan, partition.lengths, 0, device)
+        passes: list[Tensor] = []
+        edited = False
         started = time.perf_counter()
         with torch.no_grad(), _progress_bar(total_steps, progress) as bar:
-            while bool((remaining > 0).any()):
-                quota = plan.quota(remaining, None if adaptive else state.step)
-                is_open = plan.open(remaining) if adaptive else quota > 0
-                width = int((remaining * is_open).sum(1).max())
+            while pending:
+                step = pending.popleft()
+                passes.append(step.active)
                 slots = Slots.pack(
-                    canvas,
-                    partition.block,
-                    state.masked,
-                    is_open.to(device, non_blocking=True),
-                    quota.to(device, non_blocking=True),
-                    width,
-                    seeds,
-                    state.step,
+                    canvas, partition.block, state.masked, step.is_open, step.quota, step.width, seeds, state.step
                 )
-                logits = self.denoiser(state.tokens, slots.index, canvas)
-                banned = self.denoiser.banned(logits.shape[-1], device)
-                commit = self.committer(logits.to(device), slots, banned)
+                logits = self.denoiser(state.tokens, slots.index, canvas).to(device)
+                commit = self.committer(logits, slots, self.denoiser.banned(logits.shape[-1], device))
                 state = state.after(commit, slots)
-                row_passes += is_open.any(1)
-                forward_passes += 1
                 edit = callback(state) if callback is not None else None
                 if edit is not None:
+                    edited = True
                     state = state.edited(edit, self.denoiser.mask_token_id)
                 if adaptive or edit is not None:
                     # The one place that waits for the device: only it knows how many slots are left.
-                    remaining = count_blocks(partition.block, remaining.shape[1], state.masked).cpu()
-                else:
-                    remaining = remaining - quota
+                    remaining = count_blocks(partition.block, partition.lengths.shape[1], state.masked).cpu()
+                    pending = self._schedule(plan, remaining, state.step, device)
                 bar.update(1)
-            sequences, trace = state.tokens, self._trace(state, row_passes)
+            row_passes = sum(passes, torch.zeros(len(canvas.tokens), dtype=torch.int64))
+            trace = self._trace(state, row_passes)
+        if not edited and bool(trace.confidence[trace.block >= 0].isnan().any()):
+            raise NapDecodeError(
+                "the model's logits, or the confidences made of them, were nan in places; the tokens committed there "
+                "mean nothing. Try another precision (bfloat16 instead of float16) or attention implementation"
+            )
         return SamplerOutput(
-            sequences=sequences,
+            sequences=state.tokens,
             canvas=canvas,
             trace=trace,
-            forward_passes=forward_passes,
+            forward_passes=len(passes),
             wall_time=time.perf_counter() - started,
             seed=seed,
             end_token_ids=self.denoiser.end_token_ids,
@@ -353,13 +368,32 @@ class Sampler:
             is_single=is_single,
         )
 
+    def _schedule(self, plan: Plan, remaining: Tensor, step: int, device: torch.device) -> deque[_Step]:
+        """What can be known, on the host, of the steps to come: all of them if the number is fixed, else one."""
+        adaptive = self.committer.selection.is_adaptive
+        quotas: list[Tensor] = []
+        is_open: list[Tensor] = []
+        while bool((remaining > 0).any()) and not (adaptive and quotas):
+            quota = plan.quota(remaining, None if adaptive else step)
+            step += 1
+            if adaptive or bool((quota > 0).any()):  # after an edit there may be steps with nothing left to do
+                quotas.append(quota)
+                is_open.append((plan.open(remaining) if adaptive else quota > 0) * remaining)
+                remaining = remaining - quota
+        if not quotas:
+            return deque()
+        slots = torch.stack(is_open)  # (S, B, M): slots of open blocks
+        on_device = zip((slots > 0).to(device), torch.stack(quotas).to(device), strict=True)
+        widths, active = slots.sum(2).amax(1).tolist(), (slots > 0).any(2).long()
+        return deque(_Step(*tensors, width, a) for tensors, width, a in zip(on_device, widths, active, strict=True))
+
     def _seeds(self, canvas: Canvas, seed: int | None, row_seeds: Sequence[int] | None) -> tuple[int | None, Tensor]:
         num_rows, device = canvas.tokens.shape[0], canvas.tokens.device
         if row_seeds is not None:
             if seed is not None or len(row_seeds) != num_rows:
                 given = "seed too" if seed is not None else f"{len(row_seeds)} for {num_rows} rows"
                 raise NapDecodeError(f"row_seeds must be one seed for every row, and no seed besides; given: {given}")
-            return None, torch.tensor(list(row_seeds), dtype=torch.int64, device=device)
+            return None, torch.tensor([wrap(s) for s in row_seeds], dtype=torch.int64, device=device)
         if seed is None and self.committer.is_random:
             seed = int(torch.randint(2**62, ()))
         return seed, seeds_of_rows(seed or 0, num_rows, device)

@@ -66,9 +66,7 @@ class DecodeTrace:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write to one ``.npz`` file, which numpy can read without unpickling."""
-        header = json.dumps(
-            {"format": _FORMAT, "block_names": self.block_names, "mask_token_id": self.mask_token_id}
-        )
+        header = json.dumps({"format": _FORMAT, "block_names": self.block_names, "mask_token_id": self.mask_token_id})
         arrays = {name: getattr(self, name).cpu().numpy() for name in _TENSORS}
         with open(path, "wb") as file:  # an open file, because numpy would add .npz to a bare name
             np.savez_compressed(file, header=np.array(header), **arrays)
@@ -81,9 +79,9 @@ class DecodeTrace:
             NapDecodeError: the file is not a trace, or of a newer format.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
-                header = json.loads(str(file["header"]))
-                tensors = {name: torch.from_numpy(file[name]) for name in _TENSORS}
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+                header = json.loads(str(arrays["header"]))
+                tensors = {name: torch.from_numpy(arrays[name]) for name in _TENSORS}
         except (KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
             raise NapDecodeError(f"{path} is not a trace written by DecodeTrace.save ({error})") from error
         if header["format"] != _FORMAT:

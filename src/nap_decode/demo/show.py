@@ -40,6 +40,7 @@ class LiveCanvas:
         self._height = 0
 
     def __call__(self, state: DecodeState) -> None:
+        """Draw."""
         live = self.file.isatty()
         lines = [f"step {state.step} of {state.total_steps}", *self._lines(state, live)]
         if live and self._height:
@@ -95,7 +96,7 @@ def run_demo(
     print(f"\nThe answer {output.summary} is {verdict}: {output.forward_passes} forward passes, ", end="", file=file)
     print(f"{output.tokens_per_forward[0]:.1f} tokens per forward pass.\n", file=file)
 
-    print(f"{problems} held-out problems; accuracy in percent, forward passes, global and local AR-ness@1:\n", file=file)
+    print(f"{problems} held-out problems: accuracy in percent, forward passes, AR-ness@1:\n", file=file)
     print(f"{'tokens':>8}  {'parallel-forced':^30}   {'any-order':^30}", file=file)
     columns = f"{'accuracy':>9}{'passes':>7}{'global':>7}{'local':>7}"
     print(f"{'per step':>8}  {columns}   {columns}", file=file)

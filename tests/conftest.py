@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import settings
+from models import tiny_llama
+from transformers.utils import logging
+
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.load_profile("ci")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quiet():
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)  # the models are too small to be worth more
+
+
+@pytest.fixture(scope="session")
+def llama():
+    """A bidirectional decoder with random weights, in float64; 24 ids, of which the mask is 1."""
+    return tiny_llama()
+
+
+@pytest.fixture(scope="session")
+def embedded():
+    from nap_decode import demo
+
+    return demo.load()

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from models import MASK, PAD, Words
+
+from nap_decode import Block, Canvas, CanvasTemplate, NapDecodeError
+from nap_decode.canvas import count_blocks, encode_prompts
+
+TEMPLATE = CanvasTemplate(((7,), Block("a", 2), (8, 9), Block("b", 1, held=True)))
+
+
+def test_prompts_are_padded_on_the_left():
+    canvas = Canvas.from_prompts([[5, 6, 4], [5]], TEMPLATE, mask_token_id=MASK, pad_token_id=PAD)
+    assert canvas.tokens.tolist() == [[5, 6, 4, 7, 1, 1, 8, 9, 1], [0, 0, 5, 7, 1, 1, 8, 9, 1]]
+    assert canvas.block.tolist() == [[-1, -1, -1, -1, 0, 0, -1, -1, 1]] * 2
+    assert canvas.attention_mask.tolist() == [[1] * 9, [0, 0] + [1] * 7]
+    assert canvas.position_ids.tolist() == [list(range(9)), [0, 0, *range(7)]]
+    assert canvas.prompt.tolist() == [[True] * 3 + [False] * 6, [False] * 2 + [True] + [False] * 6]
+    assert canvas.lengths.tolist() == [[2, 1]] * 2
+    assert canvas.block_names == ("a", "b")
+    assert canvas.held == (False, True)
+    assert canvas.is_padded
+    assert not Canvas.from_prompts([[5]], TEMPLATE, mask_token_id=MASK).is_padded
+
+
+def test_infill_numbers_the_holes_of_each_row():
+    canvas = Canvas.from_infill([[1, 5, 1, 1], [6, 1]], mask_token_id=MASK, pad_token_id=PAD)
+    assert canvas.block.tolist() == [[0, -1, 1, 1], [-1, -1, -1, 0]]
+    assert canvas.lengths.tolist() == [[1, 2], [1, 0]]
+    assert canvas.prompt.tolist() == [[False, True, False, False], [False, False, True, False]]
+
+
+def test_padding_with_the_mask_id_is_not_a_hole():
+    canvas = Canvas.from_infill([[5, 1, 1], [1]], mask_token_id=MASK, pad_token_id=MASK)
+    assert canvas.block.tolist() == [[-1, 0, 0], [-1, -1, 0]]
+
+
+def test_nap_template():
+    template = CanvasTemplate.nap(2, path_length=3, summary_length=1)
+    assert template.parts == (
+        "<think 1>", Block("path 1", 3), "<think 2>", Block("path 2", 3), "<summary>", Block("summary", 1, held=True),
+    )  # fmt: skip
+    template = CanvasTemplate.nap(
+        2,
+        path_length=[2, 1],
+        summary_length=1,
+        path_header="Attempt {}:",
+        path_footer=[(4,), "end"],
+        summary_header=(6, 7),
+        summary_footer="done",
+    )
+    assert template.parts == (
+        "Attempt 1:", Block("path 1", 2), (4,), "Attempt 2:", Block("path 2", 1), "end",
+        (6, 7), Block("summary", 1, held=True), "done",
+    )  # fmt: skip
+    assert len(CanvasTemplate.nap(2, path_length=3, summary_length=0).blocks) == 2
+
+
+@pytest.mark.parametrize(("total", "paths", "lengths"), [(12, 3, [4, 3, 3, 2]), (1022, 3, [330, 330, 330, 32])])
+def test_lengths_are_derived_from_a_total(total, paths, lengths):
+    template = CanvasTemplate.nap(paths, total_length=total, summary_length=lengths[-1])
+    assert [b.length for b in template.blocks] == lengths
+
+
+def test_text_of_a_template_is_tokenized_without_special_tokens():
+    assert CanvasTemplate(("5 6", Block("a", 2))).encode(Words(), MASK) == ([5, 6, 1, 1], [-1, -1, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: CanvasTemplate(("text",)), "a template needs at least one Block"),
+        (lambda: CanvasTemplate((Block("a", 1), Block("a", 1))), r"different names, but are called \['a', 'a'\]"),
+        (lambda: Block("a", 0), "the length of block 'a' must be a whole number of at least 1, but is 0"),
+        (lambda: CanvasTemplate.plain(-1), "the length of block 'completion' must be"),
+        (lambda: CanvasTemplate.nap(0), "num_paths must be a whole number of at least 1"),
+        (lambda: CanvasTemplate.nap(3, path_length=[4, 4]), "path_length names 2 lengths for num_paths=3"),
+        (lambda: CanvasTemplate.nap(3, path_header=["a"]), "path_header lists 1 texts for num_paths=3"),
+        (
+            lambda: CanvasTemplate.nap(2, path_length=4, summary_length=2, total_length=12),
+            r"do not add up: paths \[4, 4\] and a summary of 2 make 10, but total_length is 12",
+        ),
+        (lambda: CanvasTemplate.nap(3, total_length=10), "total_length must be a whole number of at least 35"),
+        (lambda: CanvasTemplate.nap().encode(None, MASK), "the template's text '<think 1>' needs a tokenizer"),
+    ],
+)
+def test_bad_templates(make, message):
+    with pytest.raises(NapDecodeError, match=message):
+        make()
+
+
+def test_bad_canvases():
+    ids = torch.tensor([[5, 1]])
+    good = {
+        "tokens": ids,
+        "block": torch.tensor([[-1, 0]]),
+        "attention_mask": torch.ones_like(ids),
+        "prompt": torch.tensor([[True, False]]),
+        "block_names": ("a",),
+        "held": (False,),
+    }
+    Canvas(**good)
+    for change, message in (
+        ({"tokens": ids[0]}, r"must be \(B, L\)"),
+        ({"block": ids[:, :1]}, r"block and tokens of a canvas must have one shape, but block has \(1, 1\)"),
+        ({"block": torch.tensor([[0, 1]])}, "block index 1 needs 2 block names and held flags"),
+        ({"attention_mask": torch.tensor([[1, 0]])}, "must be 0 for padding on the left, then 1 to the end"),
+        ({"block": torch.tensor([[-1, -1]])}, "no slot of the canvas is to be decoded"),
+    ):
+        with pytest.raises(NapDecodeError, match=message):
+            Canvas(**(good | change))
+
+
+def test_count_blocks():
+    block = torch.tensor([[0, 0, 2, -1], [1, 1, 1, 2]])
+    assert count_blocks(block, 3).tolist() == [[2, 0, 1], [0, 3, 1]]
+    where = torch.tensor([[True, False, True, True], [False, True, True, False]])
+    assert count_blocks(block, 3, where).tolist() == [[1, 0, 1], [0, 2, 0]]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "rows", "single"),
+    [
+        ("5 6", [[3, 5, 6]], True),
+        (["5 6", "7"], [[3, 5, 6], [3, 7]], False),
+        ([{"role": "user", "content": "6"}], [[4, 6, 5]], True),
+        ([[{"role": "user", "content": "6"}], "7"], [[4, 6, 5], [3, 7]], False),
+        ([5, 6], [[5, 6]], True),
+        ([[5, 6], [7]], [[5, 6], [7]], False),
+        (torch.tensor([5, 6]), [[5, 6]], True),
+        (torch.tensor([[5, 6], [7, 8]]), [[5, 6], [7, 8]], False),
+        ([torch.tensor([5, 6]), torch.tensor([7])], [[5, 6], [7]], False),
+        (list(np.array([5, 6])), [[5, 6]], True),
+        ([[]], [[]], False),
+        ("", [[3]], True),
+    ],
+)
+def test_prompts_of_every_form(prompts, rows, single):
+    assert encode_prompts(prompts, Words()) == (rows, single)
+
+
+def test_an_attention_mask_removes_padding_wherever_it_is():
+    ids, mask = torch.tensor([[0, 5, 6], [7, 0, 8]]), torch.tensor([[0, 1, 1], [1, 0, 1]])
+    assert encode_prompts(ids, None, mask) == ([[5, 6], [7, 8]], False)
+    assert encode_prompts(ids[0], None, mask[0]) == ([[5, 6]], True)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "mask", "message"),
+    [
+        ([], None, "the batch of prompts is empty"),
+        (torch.tensor([1.0]), None, "token ids must be whole numbers"),
+        (torch.tensor([[[1]]]), None, r"of shape \(P,\) or \(B, P\)"),
+        (torch.tensor([[5]]), torch.tensor([[1, 1]]), r"attention_mask \(1, 2\) and input_ids \(1, 1\) must have"),
+        ([[5]], torch.tensor([[1]]), "an attention_mask goes with a tensor"),
+        ([None], None, "a prompt must be text"),
+    ],
+)
+def test_bad_prompts(prompts, mask, message):
+    with pytest.raises(NapDecodeError, match=message):
+        encode_prompts(prompts, Words(), mask)
+
+
+def test_text_needs_a_tokenizer():
+    with pytest.raises(NapDecodeError, match="text or chat messages needs a tokenizer"):
+        encode_prompts("5", None)

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from nap_decode import DecodeTrace, demo
+from nap_decode.cli import main
+
+MODEL = ["--model", str(demo.CHECKPOINT)]
+PROMPT = ["--prompt", "6 0 6 4 6 2 1 2 4 7 0 6 ="]
+PLACES = ["--path-length", "11", "--summary-length", "2"]
+
+
+def run(capsys, *arguments):
+    status = main(arguments)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_generate_and_arness(capsys, tmp_path):
+    file = str(tmp_path / "trace")
+    status, out, _ = run(capsys, "generate", *MODEL, *PROMPT, *PLACES, "--trace", file)
+    assert status == 0
+    assert out.splitlines()[4] == "<summary> 6"
+    assert "9 forward passes, 3.78 tokens per forward pass" in out
+    assert DecodeTrace.load(file).step.max() == 8
+    status, out, _ = run(capsys, "arness", file, "--k", "1", "2")
+    assert status == 0
+    assert "Global@2" in out
+    status, out, _ = run(capsys, "arness", file, "--json", "--end-token-ids", "3", "--trim")
+    assert json.loads(out)["blocks"]["path 1"]["sequences"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "passes"),
+    [
+        (["--scheduler", "any-order", "--steps", "7"], 7),
+        (["--scheduler", "semi-autoregressive", "--block-length", "5", "--tokens-per-step", "5"], 7),
+        (["--hold-until", "0", "--tokens-per-step", "5"], 7),
+        (["--tokens-per-step", "5", "--temperature", "0.5", "--top-k", "3", "--top-p", "0.9", "--seed", "3"], 7),
+        (["--tokens-per-step", "7", "--confidence", "margin", "--cfg-scale", "0.5"], 5),
+        (["--threshold", "0"], 2),
+    ],
+)
+def test_options_of_generate(capsys, options, passes):
+    status, out, _ = run(capsys, "generate", *MODEL, *PROMPT, *PLACES, *options)
+    assert status == 0
+    assert f"# {passes} forward passes" in out
+
+
+def test_other_canvases(capsys):
+    status, out, _ = run(capsys, "generate", *MODEL, *PROMPT, "--max-new-tokens", "8", "--tokens-per-step", "4")
+    assert (status, "# 2 forward passes" in out) == (0, True)
+    arguments = ["--prompt", "6 <mask> 6", "--prompt", "1 1 <mask> <mask>", "--infill", "--scheduler", "any-order"]
+    status, out, _ = run(capsys, "generate", *MODEL, *arguments)
+    assert status == 0
+    texts = out.splitlines()
+    assert texts[1].startswith("6 ")
+    assert texts[1].endswith(" 6")
+    assert texts[5].startswith("1 1")
+    status, out, _ = run(
+        capsys, "generate", *MODEL, *PROMPT, "--total-length", "35", "--summary-length", "2", "--summary-only"
+    )
+    assert out.splitlines()[1] == "6"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*PLACES, "--steps", "0"], "steps must be a whole number of at least 1"),
+        ([*PLACES, "--steps", "99"], "steps=99 is more than the 35 tokens"),
+        (
+            [*PLACES, "--block-length", "4"],
+            "--block-length goes with --scheduler semi-autoregressive, not macro-parallel",
+        ),
+        (
+            [*PLACES, "--scheduler", "any-order", "--hold-until", "1"],
+            "--hold-until goes with --scheduler macro-parallel",
+        ),
+        ([*PLACES, "--top-k", "4"], "top_k=4 has no effect at temperature 0"),
+        (["--infill", "--max-new-tokens", "4"], "--max-new-tokens does not go with it"),
+        ([], "takes 1040 positions .* but the model has 256"),
+    ],
+)
+def test_bad_input(capsys, arguments, message):
+    status, out, err = run(capsys, "generate", *MODEL, *PROMPT, *arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith("nap-decode: error: ")
+    import re
+
+    assert re.search(message, err)
+
+
+def test_files_that_are_not_there(capsys, tmp_path):
+    status, _, err = run(capsys, "arness", str(tmp_path / "none"))
+    assert status == 2
+    assert "No such file" in err
+    status, _, err = run(capsys, "demo", "--problems", "0")
+    assert status == 2
+    assert "--problems must be at least 1" in err
+
+
+def test_unknown_options(capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", *MODEL, *PROMPT, "--confidence", "probabilty"])
+    assert "probability" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([])

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import nap_decode
+from nap_decode import ModelFamily, NapDecodeError, register_family
+from nap_decode.families import find_family
+
+SOURCE = Path(nap_decode.__file__).parent
+
+# The parts, and those that each may import; every one may import what its imports may.
+LAYERS = [
+    {"errors", "randomness"},
+    {"families", "trace"},
+    {"arness", "canvas", "confidence"},
+    {"denoiser", "schedulers", "committers"},
+    {"output"},
+    {"sampler"},
+    {"demo"},
+    {"cli"},
+]
+
+
+@pytest.mark.parametrize("name", nap_decode.__all__)
+def test_every_public_object_has_an_example(name):
+    assert ">>>" in getattr(nap_decode, name).__doc__
+
+
+def test_imports_point_one_way():
+    place = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+    for path in SOURCE.rglob("*.py"):
+        part = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+        if part == "__init__":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("nap_decode."):
+                other = node.module.split(".")[1]
+                assert other == part or place[other] < place[part], f"{path.name} imports {node.module}"
+
+
+def test_importing_runs_nothing_heavy():
+    code = "import sys, nap_decode; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "nap_decode.sampler" in loaded
+    for heavy in ("transformers", "matplotlib", "nap_decode.demo", "nap_decode.cli"):
+        assert heavy not in loaded
+
+
+def test_version():
+    assert importlib.metadata.version("nap_decode") == nap_decode.__version__
+
+
+def test_families():
+    assert not find_family(None).shift
+    mine = ModelFamily(name="mine", shift=True)
+    register_family("a_test_model", mine)
+    register_family("a_test_model", mine)
+    with pytest.raises(NapDecodeError, match="a family is registered for model type 'a_test_model' already"):
+        register_family("a_test_model", ModelFamily(name="other"))
+
+    class Config:
+        model_type = "a_test_model"
+
+    assert find_family(Config()) is mine

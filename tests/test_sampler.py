@@ -1,0 +1,489 @@
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from models import KNOWN, MASK, PAD, VOCABULARY, TableModel, Words
+from reference import decode_row, law
+
+from nap_decode import (
+    AnyOrderScheduler,
+    Block,
+    Canvas,
+    CanvasTemplate,
+    Denoiser,
+    MacroParallelScheduler,
+    MicroConfidenceCommitter,
+    NapDecodeError,
+    ParallelForcedSampler,
+    Sampler,
+    SemiAutoregressiveScheduler,
+    ThresholdSelection,
+)
+from nap_decode.confidence import CONFIDENCES
+
+TEMPLATE = CanvasTemplate.nap(
+    3, path_length=(4, 3, 4), summary_length=3, path_header=[(10,), (11, 12), (13,)], summary_header=(14,)
+)
+TOKENS = 14
+SCHEDULERS = {
+    "macro": MacroParallelScheduler(tokens_per_step=3),
+    "macro, one token": MacroParallelScheduler(tokens_per_step=1),
+    "macro, 80 %": MacroParallelScheduler(steps=5, hold_until=0.8),
+    "macro, together": MacroParallelScheduler(steps=4, hold_until=0.0),
+    "macro, shared": MacroParallelScheduler(tokens_per_step=4, share_last_step=True),
+    "blocks of the canvas": SemiAutoregressiveScheduler(steps=6),
+    "blocks of 5": SemiAutoregressiveScheduler(tokens_per_step=2, block_length=5),
+    "any order": AnyOrderScheduler(tokens_per_step=3),
+    "one shot": AnyOrderScheduler(steps=1),
+}
+
+
+def prefer_even(candidates):
+    return -(candidates.tokens % 2).double() - candidates.positions / 1000
+
+
+CONFIDENCE = [*CONFIDENCES, prefer_even]
+BATCHES = {
+    "single": [[5, 6, 7]],
+    "equal": [[5, 6, 7], [8, 9, 5], [7, 7, 7]],
+    "ragged": [[5, 6, 7, 8, 9], [7], [5, 6, 7], [6, 5, 9, 9]],
+}
+
+
+def steps_of(scheduler):
+    return scheduler.steps or math.ceil(TOKENS / scheduler.tokens_per_step)
+
+
+@pytest.fixture(scope="module")
+def denoiser(llama):
+    return Denoiser(llama, Words())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("prompts", BATCHES.values(), ids=BATCHES)
+@pytest.mark.parametrize("confidence", CONFIDENCE, ids=str)
+@pytest.mark.parametrize("scheduler", SCHEDULERS.values(), ids=SCHEDULERS)
+class TestContract:
+    """What holds for every scheduler, confidence and batch."""
+
+    @pytest.fixture
+    def sampler(self, denoiser, scheduler, confidence, temperature):
+        committer = MicroConfidenceCommitter(temperature=temperature, confidence=confidence)
+        return Sampler(denoiser, scheduler=scheduler, committer=committer, template=TEMPLATE)
+
+    def test_rules(self, sampler, prompts, scheduler):
+        seeds = [100 + row for row in range(len(prompts))]
+        out = sampler(prompts, row_seeds=seeds)
+        width = max(map(len, prompts))
+        header, block = TEMPLATE.encode(None, MASK)
+        for row, prompt in enumerate(prompts):
+            got = out.sequences[row].tolist()
+            assert got[: width - len(prompt)] == [PAD] * (width - len(prompt))
+            assert got[width - len(prompt) : width] == prompt
+            for g, h, b in zip(got[width:], header, block, strict=True):
+                if b < 0:
+                    assert g == h
+                else:
+                    assert g != MASK
+                    assert g < KNOWN
+
+        steps = steps_of(scheduler)
+        assert out.forward_passes == steps
+        assert out.trace.forward_passes.tolist() == [steps] * len(prompts)
+        partition = scheduler.partition(out.canvas)
+        plan = scheduler.plan(partition.lengths, partition.held)
+        remaining = partition.lengths
+        for step in range(steps):
+            quota = plan.quota(remaining, step)
+            for row in range(len(prompts)):
+                committed = partition.block[row][out.trace.step[row] == step].tolist()
+                assert committed.count(-1) == 0
+                assert [committed.count(b) for b in range(quota.shape[1])] == quota[row].tolist()
+            remaining = remaining - quota
+        assert not remaining.any()
+
+        again = sampler(prompts, row_seeds=seeds)
+        assert torch.equal(again.sequences, out.sequences)
+        assert torch.equal(again.trace.step, out.trace.step)
+        for row, prompt in enumerate(prompts):
+            alone = sampler([prompt], row_seeds=[seeds[row]])
+            kept = len(prompt) + len(header)
+            assert torch.equal(alone.sequences[0], out.sequences[row, -kept:])
+            assert torch.equal(alone.trace.step[0], out.trace.step[row, -kept:])
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("confidence", ["probability", "margin", "negative_entropy", "leftmost"])
+@pytest.mark.parametrize("scheduler", SCHEDULERS.values(), ids=SCHEDULERS)
+def test_agrees_with_the_reference(llama, scheduler, confidence, shift):
+    from nap_decode import ModelFamily
+
+    denoiser = Denoiser(llama, Words(), family=ModelFamily(name="test", shift=shift))
+    committer = MicroConfidenceCommitter(confidence=confidence)
+    prompts = BATCHES["ragged"]
+    out = Sampler(denoiser, scheduler=scheduler, committer=committer, template=TEMPLATE)(prompts)
+    partition = scheduler.partition(out.canvas)
+    plan = scheduler.plan(partition.lengths, partition.held)
+    remaining, quotas = partition.lengths, []
+    for step in range(int(plan.steps.max())):
+        quotas.append(plan.quota(remaining, step))
+        remaining = remaining - quotas[-1]
+    banned = {MASK, *range(KNOWN, VOCABULARY)}
+
+    def model(ids, _):
+        with torch.no_grad():
+            return llama(ids).logits
+
+    for row, prompt in enumerate(prompts):
+        start = out.sequences.shape[1] - len(prompt) - len(TEMPLATE.encode(None, MASK)[0])
+        tokens, steps = decode_row(
+            model,
+            out.canvas.tokens[row, start:].tolist(),
+            partition.block[row, start:].tolist(),
+            [quota[row].tolist() for quota in quotas],
+            confidence=confidence,
+            banned=banned,
+            shift=shift,
+        )
+        assert out.sequences[row, start:].tolist() == tokens
+        assert out.trace.step[row, start:].tolist() == steps
+
+
+@pytest.mark.parametrize(
+    ("confidence", "tokens_per_step", "temperature"),
+    [("probability", 1, 1.0), ("probability", 2, 1.0), ("random", 1, 1.0), ("random", 2, 0.7), ("probability", 4, 1.0)],
+)
+def test_samples_follow_the_enumerated_law(confidence, tokens_per_step, temperature):
+    model = TableModel(vocabulary=4, length=4, seed=3)  # three tokens and the mask, id 3
+    sampler = Sampler(
+        model,
+        mask_token_id=3,
+        scheduler=AnyOrderScheduler(tokens_per_step=tokens_per_step),
+        committer=MicroConfidenceCommitter(confidence=confidence, temperature=temperature),
+        template=CanvasTemplate.plain(4),
+    )
+    count = 40_000
+    rows = sampler([[]] * count, seed=11).sequences
+    seen = Counter(map(tuple, rows.tolist()))
+    quotas = [tokens_per_step] * (4 // tokens_per_step)
+    expected = law(model, 4, 3, quotas, random_positions=confidence == "random", temperature=temperature)
+    assert sum(expected.values()) == pytest.approx(1)
+    assert set(seen) <= set(expected)
+    # Pool outcomes that are expected less than five times, as the chi-square approximation wants.
+    rare = [row for row, p in expected.items() if p * count < 5]
+    cells = [(seen[row], p * count) for row, p in expected.items() if p * count >= 5]
+    cells.append((sum(seen[row] for row in rare), sum(expected[row] for row in rare) * count))
+    statistic = sum((s - e) ** 2 / e for s, e in cells if e)
+    freedom = len([e for _, e in cells if e]) - 1
+    # Wilson and Hilferty: the cube root is nearly normal.  3.7 standard deviations: one failure in 10,000.
+    z = ((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom))
+    assert z < 3.7
+    assert freedom > 20
+
+
+def test_temperature_zero_draws_nothing(denoiser):
+    sampler = Sampler(denoiser, scheduler=AnyOrderScheduler(tokens_per_step=3), template=TEMPLATE)
+    state = torch.get_rng_state()
+    out = sampler([[5]])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert out.seed is None
+    assert torch.equal(sampler([[5]], seed=3).sequences, out.sequences)
+
+
+def test_without_a_seed_torchs_global_generator_decides(denoiser):
+    sampler = ParallelForcedSampler(denoiser, template=TEMPLATE, temperature=1.0)
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        first, second = sampler([[5]]), sampler([[5]])
+        torch.manual_seed(5)
+        assert torch.equal(sampler([[5]]).sequences, first.sequences)
+    assert not torch.equal(first.sequences, second.sequences)
+    assert torch.equal(sampler([[5]], seed=first.seed).sequences, first.sequences)
+
+
+def test_rows_of_a_batch_draw_differently(denoiser):
+    sampler = ParallelForcedSampler(denoiser, template=TEMPLATE, temperature=1.0)
+    assert len(set(map(tuple, sampler([[5]] * 8, seed=0).sequences.tolist()))) > 1
+
+
+def test_ragged_infill(denoiser):
+    texts = [[5, MASK, 6, MASK, MASK], [MASK, 7], [5, 6, 7, MASK, MASK, MASK, MASK, 8]]
+    for scheduler in (AnyOrderScheduler(tokens_per_step=2), MacroParallelScheduler(tokens_per_step=2)):
+        out = Sampler(denoiser, scheduler=scheduler).infill(texts)
+        assert out.trace.forward_passes.tolist() == [2, 1, 2]
+        assert out.forward_passes == 2
+        assert not (out.sequences == MASK).any()
+        for row, text in enumerate(texts):
+            got = out.sequences[row, -len(text) :].tolist()
+            assert all(g == t for g, t in zip(got, text, strict=True) if t != MASK)
+            alone = Sampler(denoiser, scheduler=scheduler).infill([text])
+            assert alone.sequences[0].tolist() == got
+
+
+def test_infill_of_text(denoiser):
+    out = Sampler(denoiser, scheduler=AnyOrderScheduler(steps=2)).infill("5 _ 7 _")
+    words = out.text.split()
+    assert (words[0], words[2]) == ("5", "7")
+    assert out.trace.block_names == ("hole 1", "hole 2")
+
+
+def test_generate_keeps_the_width_of_the_prompt(denoiser):
+    sampler = Sampler(denoiser, scheduler=AnyOrderScheduler(tokens_per_step=2))
+    ids = torch.tensor([[5, 6, 0, 0], [5, 6, 7, 0]])
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]])
+    right = sampler.generate(ids, attention_mask=mask, max_new_tokens=6)
+    left = sampler.generate(ids.roll(1, 1), attention_mask=mask.roll(1, 1), max_new_tokens=6)
+    assert right.shape == (2, 10)
+    assert right[:, :4].tolist() == [[0, 0, 5, 6], [0, 5, 6, 7]]
+    assert torch.equal(left, right)
+    assert right[0, 4:].tolist() == sampler([[5, 6]], max_new_tokens=6).sequences[0, 2:].tolist()
+    out = sampler.generate(ids, attention_mask=mask, max_new_tokens=6, return_dict_in_generate=True)
+    assert torch.equal(out.sequences, right)
+
+
+def test_arguments_are_not_changed(denoiser):
+    canvas = Canvas.from_prompts([[5], [6, 7]], TEMPLATE, mask_token_id=MASK)
+    before = canvas.tokens.clone()
+    out = Sampler(denoiser, scheduler=AnyOrderScheduler(steps=2)).decode(canvas)
+    assert torch.equal(canvas.tokens, before)
+    assert out.sequences.data_ptr() != canvas.tokens.data_ptr()
+
+
+def test_the_head_sees_as_many_rows_as_are_wanted(denoiser, llama):
+    seen = []
+    handle = llama.get_output_embeddings().register_forward_hook(lambda m, args, out: seen.append(args[0].shape[:-1]))
+    try:
+        Sampler(denoiser, scheduler=MacroParallelScheduler(tokens_per_step=4), template=TEMPLATE)(BATCHES["ragged"])
+    finally:
+        handle.remove()
+    # 11 path tokens in 3 steps (4, 4, 3), every path visited, then the 3 of the summary.
+    assert [tuple(shape) for shape in seen] == [(4, 11), (4, 7), (4, 3), (4, 3)]
+
+
+def test_blocks_that_wait_for_their_turn_are_not_looked_at(denoiser, llama):
+    seen = []
+    handle = llama.get_output_embeddings().register_forward_hook(lambda m, args, out: seen.append(args[0].shape[1]))
+    try:
+        Sampler(denoiser, scheduler=MacroParallelScheduler(tokens_per_step=1), template=TEMPLATE)([[5]])
+    finally:
+        handle.remove()
+    assert max(seen) == 4
+    assert len(seen) == TOKENS
+
+
+class TestAdaptive:
+    def test_threshold_zero_commits_every_open_block_at_once(self, denoiser):
+        committer = MicroConfidenceCommitter(selection=ThresholdSelection(0.0))
+        out = Sampler(denoiser, scheduler=MacroParallelScheduler(), committer=committer, template=TEMPLATE)([[5], [6]])
+        assert out.forward_passes == 2
+        assert out.trace.step[out.trace.block == 3].unique().tolist() == [1]
+
+    def test_an_unreachable_threshold_commits_the_least(self, denoiser):
+        committer = MicroConfidenceCommitter(selection=ThresholdSelection(2.0))
+        for scheduler in (AnyOrderScheduler(), SemiAutoregressiveScheduler(), MacroParallelScheduler()):
+            out = Sampler(denoiser, scheduler=scheduler, committer=committer, template=TEMPLATE)([[5], [6, 7]])
+            assert out.forward_passes == TOKENS
+        out = Sampler(denoiser, scheduler=AnyOrderScheduler(tokens_per_step=4), committer=committer, template=TEMPLATE)(
+            [[5]]
+        )
+        assert out.forward_passes == 4
+
+    @pytest.mark.parametrize(
+        "scheduler", [AnyOrderScheduler(), SemiAutoregressiveScheduler(), MacroParallelScheduler()]
+    )
+    def test_rows_do_not_depend_on_each_other(self, denoiser, scheduler):
+        committer = MicroConfidenceCommitter(selection=ThresholdSelection(0.5))
+        sampler = Sampler(denoiser, scheduler=scheduler, committer=committer, template=TEMPLATE)
+        out = sampler(BATCHES["ragged"])
+        assert not (out.sequences == MASK).any()
+        assert out.trace.forward_passes.min() < TOKENS
+        assert len(out.trace.forward_passes.unique()) > 1
+        for row, prompt in enumerate(BATCHES["ragged"]):
+            alone = sampler([prompt])
+            assert alone.forward_passes == out.trace.forward_passes[row]
+            assert alone.sequences[0].tolist() == out.sequences[row, -alone.sequences.shape[1] :].tolist()
+
+    def test_what_a_step_commits_reaches_the_threshold(self, denoiser):
+        committer = MicroConfidenceCommitter(selection=ThresholdSelection(0.6))
+        out = Sampler(denoiser, scheduler=AnyOrderScheduler(), committer=committer, template=TEMPLATE)([[5]])
+        for step in range(out.forward_passes):
+            confidence = out.trace.confidence[out.trace.step == step]
+            assert (confidence >= 0.6).all() or len(confidence) == 1
+
+
+class TestCallback:
+    @pytest.fixture
+    def sampler(self, denoiser):
+        return Sampler(denoiser, scheduler=MacroParallelScheduler(tokens_per_step=2), template=TEMPLATE)
+
+    def test_reads(self, sampler):
+        states = []
+        out = sampler([[5], [6, 7]], callback=states.append)
+        assert [state.step for state in states] == list(range(1, 8))
+        assert {state.total_steps for state in states} == {7}
+        for state in states:
+            assert torch.equal(state.tokens, out.trace.canvas_at(state.step))
+            assert torch.equal(state.masked, state.tokens == MASK)
+            assert torch.equal(state.commit_step >= 0, state.canvas.decodable & ~state.masked)
+
+    def test_fills_a_slot(self, sampler):
+        def fill(state):
+            if state.step == 1:
+                tokens = state.tokens.clone()
+                column = int(state.masked[0].nonzero()[-1])
+                tokens[0, column] = 19
+                filled.append(column)
+                return tokens
+            return None
+
+        filled = []
+        out = sampler([[5]], callback=fill)
+        assert out.sequences[0, filled[0]] == 19
+        assert out.trace.step[0, filled[0]] == 0
+        assert math.isnan(out.trace.confidence[0, filled[0]])
+        assert not (out.sequences == MASK).any()
+        assert out.forward_passes <= 7
+
+    def test_masks_again(self, sampler):
+        def forget(state):
+            if state.step == 3:
+                return torch.where(state.canvas.decodable, MASK, state.tokens)
+            return None
+
+        out = sampler([[5]], callback=forget)
+        assert out.forward_passes == 7
+        assert out.trace.step[0].max() == 6
+        assert out.trace.step[out.trace.block >= 0].min() == 3
+        assert not (out.sequences == MASK).any()
+
+    def test_everything_at_once(self, sampler):
+        out = sampler([[5]], callback=lambda state: torch.where(state.masked, 9, state.tokens))
+        assert out.forward_passes == 1
+
+    @pytest.mark.parametrize(
+        ("edit", "message"),
+        [
+            (lambda s: s.tokens[:, :3], r"must return tokens \(1, 20\) or None, not \(1, 3\)"),
+            (lambda s: torch.full_like(s.tokens, 9), "changed the prompt, a header or padding"),
+        ],
+    )
+    def test_bad_edits(self, sampler, edit, message):
+        with pytest.raises(NapDecodeError, match=message):
+            sampler([[5]], callback=edit)
+
+    def test_masking_after_the_last_step(self, sampler):
+        def forget(state):
+            return torch.where(state.canvas.decodable, MASK, state.tokens)
+
+        with pytest.raises(NapDecodeError, match="masked slots after step 7, the last one"):
+            sampler([[5]], callback=forget)
+
+
+class TestBadInput:
+    """Each is refused before the first forward pass of the decode."""
+
+    @pytest.fixture
+    def sampler(self, denoiser, monkeypatch):
+        def forward(*_):
+            raise AssertionError("a forward pass was made")
+
+        monkeypatch.setattr(Denoiser, "__call__", forward)
+        return Sampler(denoiser, scheduler=AnyOrderScheduler(steps=15), template=TEMPLATE)
+
+    @pytest.mark.parametrize(
+        ("prompts", "message"),
+        [
+            ([[5]], "steps=15 is more than the 14 tokens to decode in row 0"),
+            ([[5, 24]], "token id 24 is out of range: the model has ids from 0 to 23"),
+            ([[5, -1]], "token id -1 is out of range"),
+            ([[5], [6] * 46], "takes 65 positions .* but the model has 64"),
+            ([], "the batch of prompts is empty"),
+            ([[5], 3.5], "a prompt must be text, chat messages, a list of token ids"),
+            ([[0.5]], "a prompt must be text"),
+        ],
+    )
+    def test_prompts(self, sampler, prompts, message):
+        with pytest.raises(NapDecodeError, match=message):
+            sampler(prompts)
+
+    def test_nothing_to_decode(self, sampler):
+        with pytest.raises(NapDecodeError, match="no slot of the canvas is to be decoded; is the mask token in"):
+            sampler.infill([[5, 6]])
+
+    def test_no_template(self, denoiser):
+        with pytest.raises(NapDecodeError, match="give the sampler a template, or pass max_new_tokens="):
+            Sampler(denoiser, scheduler=AnyOrderScheduler(steps=1))([[5]])
+
+    def test_row_seeds(self, sampler):
+        with pytest.raises(NapDecodeError, match="given: 1 for 2 rows"):
+            sampler([[5], [6]], row_seeds=[1], max_new_tokens=20)
+        with pytest.raises(NapDecodeError, match="given: seed too"):
+            sampler([[5]], row_seeds=[1], seed=2, max_new_tokens=20)
+
+    def test_parts_that_do_not_go_together(self, denoiser):
+        adaptive = MicroConfidenceCommitter(selection=ThresholdSelection())
+        with pytest.raises(NapDecodeError, match=r"AnyOrderScheduler needs steps= or tokens_per_step="):
+            Sampler(denoiser, scheduler=AnyOrderScheduler())
+        with pytest.raises(NapDecodeError, match="steps=4 cannot be kept: ThresholdSelection decides by confidence"):
+            Sampler(denoiser, scheduler=AnyOrderScheduler(steps=4), committer=adaptive)
+        with pytest.raises(NapDecodeError, match="mask_token_id=7, but the Denoiser was made with 1"):
+            Sampler(denoiser, scheduler=AnyOrderScheduler(steps=4), mask_token_id=7)
+
+    def test_unknown_options(self, denoiser):
+        with pytest.raises(TypeError, match="token_per_step"):
+            ParallelForcedSampler(denoiser, token_per_step=3)
+        with pytest.raises(NapDecodeError, match="Did you mean 'probability'"):
+            ParallelForcedSampler(denoiser, confidence="probabilty")
+
+    def test_logits_that_are_nan(self):
+        def broken(input_ids, attention_mask):
+            return torch.full((*input_ids.shape, 5), torch.nan)
+
+        sampler = Sampler(broken, mask_token_id=4, scheduler=AnyOrderScheduler(tokens_per_step=2))
+        with pytest.raises(NapDecodeError, match="were nan in places"):
+            sampler([[1]], max_new_tokens=4)
+
+    def test_tokens_where_masks_should_be(self, sampler):
+        canvas = Canvas.from_prompts([[5]], TEMPLATE, mask_token_id=9)
+        with pytest.raises(NapDecodeError, match="every slot to decode must hold the mask id 1"):
+            sampler.decode(canvas)
+
+
+def test_every_option_of_parallel_forced_reaches_its_part(denoiser):
+    sampler = ParallelForcedSampler(
+        denoiser,
+        num_paths=2,
+        total_length=11,
+        summary_length=1,
+        steps=9,
+        hold_until=0.5,
+        share_last_step=True,
+        temperature=0.5,
+        top_k=7,
+        top_p=0.8,
+        confidence="margin",
+    )
+    assert [b.length for b in sampler.template.blocks] == [5, 5, 1]
+    assert repr(sampler.scheduler) == "MacroParallelScheduler(steps=9, hold_until=0.5, share_last_step=True)"
+    committer = sampler.committer
+    assert (committer.temperature, committer.top_k, committer.top_p) == (0.5, 7, 0.8)
+    assert committer.confidence is CONFIDENCES["margin"]
+    assert ParallelForcedSampler(denoiser).scheduler.tokens_per_step == 4
+    own = CanvasTemplate((Block("a", 2),))
+    assert ParallelForcedSampler(denoiser, template=own).template is own
+
+
+def test_progress_bar_can_be_switched_on(denoiser, capsys):
+    from transformers.utils import logging
+
+    logging.enable_progress_bar()
+    try:
+        Sampler(denoiser, scheduler=AnyOrderScheduler(steps=2), template=TEMPLATE)([[5]], progress=True)
+        assert "2/2" in capsys.readouterr().err
+        Sampler(denoiser, scheduler=AnyOrderScheduler(steps=2), template=TEMPLATE)([[5]])
+        assert not capsys.readouterr().err
+    finally:
+        logging.disable_progress_bar()
