@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
+
+TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
+needs_transformers_5 = pytest.mark.skipif(
+    not TRANSFORMERS_5, reason="native decoders attend both ways since transformers 5, the embedded model among them"
+)
 
 MASK, PAD = 1, 0
 VOCABULARY = 24
@@ -34,21 +41,26 @@ class Words:
         return " ".join(f"4 {message['content']}" for message in messages) + " 5"
 
 
-def tiny_llama(**options) -> LlamaForCausalLM:
-    options = {"is_causal": False, "pad_token_id": PAD, "eos_token_id": 2, "bos_token_id": None} | options
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.6,  # far from uniform, so that positions depend on each other
-        **options,
-    )
+def tiny_model(**options) -> transformers.PreTrainedModel:
+    """A bidirectional model with random weights, in float64: a Llama, or a BERT before transformers 5."""
+    options = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.6,  # far from uniform, so that positions depend on each other
+        "pad_token_id": PAD,
+        "eos_token_id": 2,
+    } | options
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return LlamaForCausalLM(config).to(torch.float64).eval()
+        if TRANSFORMERS_5:
+            model = LlamaForCausalLM(LlamaConfig(**{"is_causal": False, "bos_token_id": None} | options))
+        else:
+            model = transformers.BertForMaskedLM(transformers.BertConfig(**options))
+        return model.to(torch.float64).eval()
 
 
 class TableModel:

@@ -191,29 +191,29 @@ class TestWatch:
                 append = 0
         return ids, order
 
-    def test_sees_what_our_own_trace_says(self, llama):
+    def test_sees_what_our_own_trace_says(self, tiny):
         prompt = [5, 6, 7]
         sampler = Sampler(
-            Denoiser(llama, mask_token_id=MASK),
+            Denoiser(tiny, mask_token_id=MASK),
             scheduler=AnyOrderScheduler(tokens_per_step=2),
             template=CanvasTemplate.plain(8),
         )
-        with ARnessMeter.watch(llama, MASK) as watch:
-            ids, _ = self.loop(llama, prompt, 8, 2)
+        with ARnessMeter.watch(tiny, MASK) as watch:
+            ids, _ = self.loop(tiny, prompt, 8, 2)
         got, ours = watch.trace(ids), sampler([prompt]).trace
         assert torch.equal(got.tokens, ours.tokens)
         assert torch.equal(got.step, ours.step)
         assert got.forward_passes.tolist() == [4]
         assert measure(got).global_upper == measure(ours).global_upper
-        with ARnessMeter.watch(llama, MASK) as watch:
+        with ARnessMeter.watch(tiny, MASK) as watch:
             sampler([prompt])
         assert torch.equal(watch.trace().step, ours.step)
 
-    def test_batches_growing_canvases_and_several_decodes(self, llama):
-        with ARnessMeter.watch(llama, MASK) as watch:
-            _, orders = self.loop(llama, [5, 6], 6, 1, batch=2, append=3)
-            self.loop(llama, [5, 6], 6, 3)
-            third, _ = self.loop(llama, [7, 7], 6, 3)
+    def test_batches_growing_canvases_and_several_decodes(self, tiny):
+        with ARnessMeter.watch(tiny, MASK) as watch:
+            _, orders = self.loop(tiny, [5, 6], 6, 1, batch=2, append=3)
+            self.loop(tiny, [5, 6], 6, 3)
+            third, _ = self.loop(tiny, [7, 7], 6, 3)
         traces = watch.traces()
         assert [len(t.tokens) for t in traces] == [2, 1, 1]
         assert [t.tokens.shape[1] for t in traces] == [11, 8, 8]
@@ -223,27 +223,27 @@ class TestWatch:
         assert traces[2].step.max() == 1
         assert torch.equal(watch.trace(third).tokens, third)
 
-    def test_rows_of_an_unconditional_branch_can_be_left_out(self, llama):
-        with ARnessMeter.watch(llama, MASK, num_rows=1) as watch:
-            guided = Denoiser(llama, mask_token_id=MASK, cfg_scale=1.0)
+    def test_rows_of_an_unconditional_branch_can_be_left_out(self, tiny):
+        with ARnessMeter.watch(tiny, MASK, num_rows=1) as watch:
+            guided = Denoiser(tiny, mask_token_id=MASK, cfg_scale=1.0)
             out = Sampler(guided, scheduler=AnyOrderScheduler(tokens_per_step=2))([[5, 6]], max_new_tokens=4)
         assert torch.equal(watch.trace(out.sequences).step, out.trace.step)
 
-    def test_leaves_the_model_as_it_was(self, llama):
-        with pytest.raises(ZeroDivisionError), ARnessMeter.watch(llama, MASK):
+    def test_leaves_the_model_as_it_was(self, tiny):
+        with pytest.raises(ZeroDivisionError), ARnessMeter.watch(tiny, MASK):
             raise ZeroDivisionError
-        assert not llama._forward_pre_hooks
+        assert not tiny._forward_pre_hooks
 
-    def test_errors(self, llama):
-        with ARnessMeter.watch(llama, MASK) as watch:
+    def test_errors(self, tiny):
+        with ARnessMeter.watch(tiny, MASK) as watch:
             pass
         with pytest.raises(NapDecodeError, match="was not called inside the with block"):
             watch.trace()
-        embeds = llama.get_input_embeddings()(torch.tensor([[5, MASK]]))
-        with ARnessMeter.watch(llama, MASK), pytest.raises(NapDecodeError, match="called without input_ids"):
-            llama(inputs_embeds=embeds)
-        with ARnessMeter.watch(llama, MASK) as watch, torch.no_grad():
-            llama(torch.tensor([[5, MASK]]))
+        embeds = tiny.get_input_embeddings()(torch.tensor([[5, MASK]]))
+        with ARnessMeter.watch(tiny, MASK), pytest.raises(NapDecodeError, match="called without input_ids"):
+            tiny(inputs_embeds=embeds)
+        with ARnessMeter.watch(tiny, MASK) as watch, torch.no_grad():
+            tiny(torch.tensor([[5, MASK]]))
         with pytest.raises(NapDecodeError, match=r"sequences \(1, 3\) must have the shape"):
             watch.trace(torch.tensor([[5, 6, 7]]))
 

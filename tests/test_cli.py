@@ -3,10 +3,12 @@ from __future__ import annotations
 import json
 
 import pytest
+from models import needs_transformers_5
 
 from nap_decode import DecodeTrace, demo
 from nap_decode.cli import main
 
+pytestmark = needs_transformers_5
 MODEL = ["--model", str(demo.CHECKPOINT)]
 PROMPT = ["--prompt", "6 0 6 4 6 2 1 2 4 7 0 6 ="]
 PLACES = ["--path-length", "11", "--summary-length", "2"]

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import io
+import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
+from models import needs_transformers_5
 
 from nap_decode import NapDecodeError, ParallelForcedSampler, demo
 from nap_decode.demo.problems import NimSum, running_totals, sample_problems
@@ -49,6 +52,7 @@ def test_the_embedded_model_solves_held_out_problems(embedded):
         assert set(out.finish_reason) == {"end"}
 
 
+@needs_transformers_5
 def test_demo_prints_a_canvas_and_a_table():
     file = io.StringIO()
     run_demo(problems=3, tokens_per_step=(6, 12), file=file)
@@ -75,6 +79,15 @@ def test_a_terminal_is_redrawn_in_colour(embedded):
     assert "\x1b[35m" in text  # path 2, older or masked
     plain = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text).splitlines()[-6:]
     assert [line.split(" ")[0] for line in plain] == ["step", "<bos>", "<think", "<think", "<think", "<summary>"]
+
+
+def test_the_readmes_results_are_those_of_the_log():
+    log = json.loads((demo.CHECKPOINT / "training_log.json").read_text())["accuracy_by_tokens_per_step"]
+    assert (log.pop("problems"), log.pop("seed")) == (500, 1000)
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    table = readme.split("<!-- results: accuracy_by_tokens_per_step -->")[1].split("<!-- end of results -->")[0]
+    header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.strip().splitlines())
+    assert {row[0]: dict(zip(header[1:], map(float, row[1:]), strict=True)) for row in rows} == log
 
 
 def test_old_transformers_are_told(monkeypatch):

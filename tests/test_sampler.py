@@ -58,8 +58,8 @@ def steps_of(scheduler):
 
 
 @pytest.fixture(scope="module")
-def denoiser(llama):
-    return Denoiser(llama, Words())
+def denoiser(tiny):
+    return Denoiser(tiny, Words())
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
@@ -118,10 +118,10 @@ class TestContract:
 @pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("confidence", ["probability", "margin", "negative_entropy", "leftmost"])
 @pytest.mark.parametrize("scheduler", SCHEDULERS.values(), ids=SCHEDULERS)
-def test_agrees_with_the_reference(llama, scheduler, confidence, shift):
+def test_agrees_with_the_reference(tiny, scheduler, confidence, shift):
     from nap_decode import ModelFamily
 
-    denoiser = Denoiser(llama, Words(), family=ModelFamily(name="test", shift=shift))
+    denoiser = Denoiser(tiny, Words(), family=ModelFamily(name="test", shift=shift))
     committer = MicroConfidenceCommitter(confidence=confidence)
     prompts = BATCHES["ragged"]
     out = Sampler(denoiser, scheduler=scheduler, committer=committer, template=TEMPLATE)(prompts)
@@ -135,7 +135,7 @@ def test_agrees_with_the_reference(llama, scheduler, confidence, shift):
 
     def model(ids, _):
         with torch.no_grad():
-            return llama(ids).logits
+            return tiny(ids).logits
 
     for row, prompt in enumerate(prompts):
         start = out.sequences.shape[1] - len(prompt) - len(TEMPLATE.encode(None, MASK)[0])
@@ -252,9 +252,9 @@ def test_arguments_are_not_changed(denoiser):
     assert out.sequences.data_ptr() != canvas.tokens.data_ptr()
 
 
-def test_the_head_sees_as_many_rows_as_are_wanted(denoiser, llama):
+def test_the_head_sees_as_many_rows_as_are_wanted(denoiser, tiny):
     seen = []
-    handle = llama.get_output_embeddings().register_forward_hook(lambda m, args, out: seen.append(args[0].shape[:-1]))
+    handle = tiny.get_output_embeddings().register_forward_hook(lambda m, args, out: seen.append(args[0].shape[:-1]))
     try:
         Sampler(denoiser, scheduler=MacroParallelScheduler(tokens_per_step=4), template=TEMPLATE)(BATCHES["ragged"])
     finally:
@@ -263,9 +263,9 @@ def test_the_head_sees_as_many_rows_as_are_wanted(denoiser, llama):
     assert [tuple(shape) for shape in seen] == [(4, 11), (4, 7), (4, 3), (4, 3)]
 
 
-def test_blocks_that_wait_for_their_turn_are_not_looked_at(denoiser, llama):
+def test_blocks_that_wait_for_their_turn_are_not_looked_at(denoiser, tiny):
     seen = []
-    handle = llama.get_output_embeddings().register_forward_hook(lambda m, args, out: seen.append(args[0].shape[1]))
+    handle = tiny.get_output_embeddings().register_forward_hook(lambda m, args, out: seen.append(args[0].shape[1]))
     try:
         Sampler(denoiser, scheduler=MacroParallelScheduler(tokens_per_step=1), template=TEMPLATE)([[5]])
     finally:

@@ -8,8 +8,8 @@ from nap_decode import AnyOrderScheduler, DecodeTrace, Denoiser, NapDecodeError,
 
 
 @pytest.fixture(scope="module")
-def trace(llama):
-    sampler = Sampler(Denoiser(llama, mask_token_id=MASK), scheduler=AnyOrderScheduler(tokens_per_step=3))
+def trace(tiny):
+    sampler = Sampler(Denoiser(tiny, mask_token_id=MASK), scheduler=AnyOrderScheduler(tokens_per_step=3))
     return sampler([[5, 6], [7]], max_new_tokens=7).trace
 
 

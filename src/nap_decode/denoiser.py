@@ -225,12 +225,11 @@ class Denoiser:
             )
 
     def _check_dropout(self) -> None:
-        if isinstance(self.model, nn.Module) and self.model.training:
-            for name, module in self.model.named_modules():
-                if isinstance(module, nn.Dropout) and module.p > 0:
-                    raise NapDecodeError(
-                        f"the model is in training mode and {name} would drop activations at random; call model.eval()"
-                    )
+        for name, module in self.model.named_modules() if isinstance(self.model, nn.Module) else ():
+            if isinstance(module, nn.Dropout) and module.training and module.p > 0:
+                raise NapDecodeError(
+                    f"the model is in training mode and {name} would drop activations at random; call model.eval()"
+                )
 
     @cached_property
     def _max_positions(self) -> int | None:
