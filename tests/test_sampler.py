@@ -7,6 +7,7 @@ import pytest
 import torch
 from models import KNOWN, MASK, PAD, VOCABULARY, TableModel, Words
 from reference import decode_row, law
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nap_decode import (
     AnyOrderScheduler,
@@ -272,6 +273,50 @@ def test_blocks_that_wait_for_their_turn_are_not_looked_at(denoiser, tiny):
         handle.remove()
     assert max(seen) == 4
     assert len(seen) == TOKENS
+
+
+WAITING = {"aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.is_nonzero", "aten.masked_select"}
+"""Operations that wait for the device, or whose result's shape the host must wait for."""
+
+
+def calls_of_a_step(scheduler, template, prompts, temperature=0.0):
+    """Names of the torch operations between the first and the last forward pass, for each step."""
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            steps[-1].append(str(function.overloadpacket))
+            return function(*args, **(kwargs or {}))
+
+    def model(input_ids, attention_mask):
+        steps.append([])
+        return table[input_ids]
+
+    steps, table = [[]], torch.randn(24, 24, generator=torch.Generator().manual_seed(0))
+    committer = MicroConfidenceCommitter(temperature=temperature)
+    sampler = Sampler(model, mask_token_id=MASK, scheduler=scheduler, committer=committer, template=template)
+    with Recorder():
+        sampler(prompts, seed=0)
+    return steps[1:-1]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("scheduler", SCHEDULERS.values(), ids=SCHEDULERS)
+def test_the_fixed_step_loop_never_waits_for_the_device(scheduler, temperature):
+    steps = calls_of_a_step(scheduler, TEMPLATE, BATCHES["ragged"], temperature)
+    assert len(steps) == steps_of(scheduler) - 1
+    for step in steps:
+        assert "aten.gather" in step
+        assert not WAITING & set(step)
+
+
+def test_the_number_of_operations_depends_neither_on_rows_nor_on_blocks():
+    counts = set()
+    for rows in (2, 16):
+        for paths in (1, 8):
+            template = CanvasTemplate.nap(paths, path_length=3, summary_length=0, path_header=[(7,)] * paths)
+            steps = calls_of_a_step(MacroParallelScheduler(steps=3), template, [[5]] * rows + [[5, 6]])
+            counts |= set(map(len, steps[1:]))  # the first also fills the canvas's caches
+    assert len(counts) == 1
 
 
 class TestAdaptive:

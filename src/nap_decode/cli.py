@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="watch the embedded model decode, and compare two decoders on it")
-    demo.add_argument("--problems", type=int, default=100, help="held-out problems in the table (default: 100)")
+    demo.add_argument("--problems", type=int, default=50, help="held-out problems in the table (default: 50)")
     demo.set_defaults(run=_demo)
 
     generate = commands.add_parser("generate", help="decode prompts with any checkpoint")

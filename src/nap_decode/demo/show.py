@@ -73,7 +73,7 @@ class LiveCanvas:
 
 
 def run_demo(
-    *, problems: int = 100, tokens_per_step: Sequence[int] = (1, 2, 3, 4, 6, 8, 12), file: TextIO | None = None
+    *, problems: int = 50, tokens_per_step: Sequence[int] = (1, 2, 3, 4, 6, 8, 12), file: TextIO | None = None
 ) -> None:
     """Decode held-out problems with the embedded model, and compare two decoders on it.
 
