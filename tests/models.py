@@ -24,6 +24,7 @@ class Words:
     """A tokenizer of numbers, with just what the package uses: "5 6" is the ids 5 and 6."""
 
     mask_token_id, pad_token_id, eos_token_id, sep_token_id = MASK, PAD, 2, None
+    chat_template = "the messages, each behind a 4, and a 5"
 
     def get_vocab(self) -> dict[str, int]:
         return {str(i): i for i in range(KNOWN)}

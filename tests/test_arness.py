@@ -13,7 +13,7 @@ from reference import kendall_tau_b, order_measures
 from nap_decode import AnyOrderScheduler, ARnessMeter, CanvasTemplate, DecodeTrace, Denoiser, NapDecodeError, Sampler
 
 
-def trace(*rows, block=None, confidence=None, tokens=None, names=("completion",), passes=None):
+def trace(*rows, block=None, confidence=None, tokens=None, names=("completion",), passes=None, ends=()):
     step = torch.tensor(rows)
     block = torch.where(step >= 0, 0, -1) if block is None else torch.tensor(block)
     return DecodeTrace(
@@ -24,6 +24,7 @@ def trace(*rows, block=None, confidence=None, tokens=None, names=("completion",)
         forward_passes=step.amax(1) + 1 if passes is None else torch.tensor(passes),
         block_names=names,
         mask_token_id=MASK,
+        end_token_ids=ends,
     )
 
 
@@ -140,13 +141,14 @@ def test_sequences_are_averaged_with_equal_weight():
 
 def test_padding_after_the_end_with_and_without():
     tokens = [[9, 9, 2, 2, 2, 2]]
-    t = trace([0, 1, 5, 4, 3, 2], tokens=tokens, passes=[6])
-    assert measure(t).global_at[1] == pytest.approx(3 / 6)
-    trimmed = measure(t, end_token_ids=[2], trim=True)
-    assert trimmed.global_at[1] == 1.0
-    assert trimmed.tokens_per_forward == pytest.approx(2 / 6)
-    assert measure(t, end_token_ids=[2]).tokens_per_forward == pytest.approx(2 / 6)
-    assert measure(t).tokens_per_forward == 1.0
+    got = measure(trace([0, 1, 5, 4, 3, 2], tokens=tokens, passes=[6], ends=(2,)))
+    assert got.global_at[1] == pytest.approx(3 / 6)
+    assert got.before_end.global_at[1] == 1.0
+    assert got.before_end.blocks["completion"].global_at[1] == 1.0
+    assert got.tokens_per_forward == got.before_end.tokens_per_forward == pytest.approx(2 / 6)
+    unknown = measure(trace([0, 1, 5, 4, 3, 2], tokens=tokens, passes=[6]))
+    assert unknown.before_end is None
+    assert unknown.tokens_per_forward == 1.0
 
 
 def test_reset_and_errors():
@@ -157,8 +159,7 @@ def test_reset_and_errors():
         meter.compute()
     with pytest.raises(NapDecodeError, match="k must be a whole number of at least 1, but is 0"):
         ARnessMeter((0,))
-    with pytest.raises(NapDecodeError, match="trim=True needs end_token_ids"):
-        ARnessMeter(trim=True)
+    assert ARnessMeter(3).ks == (3,)
 
 
 def test_as_a_table():
@@ -228,6 +229,29 @@ class TestWatch:
             guided = Denoiser(tiny, mask_token_id=MASK, cfg_scale=1.0)
             out = Sampler(guided, scheduler=AnyOrderScheduler(tokens_per_step=2))([[5, 6]], max_new_tokens=4)
         assert torch.equal(watch.trace(out.sequences).step, out.trace.step)
+
+    def test_an_unconditional_branch_in_calls_of_its_own_is_left_out(self, tiny):
+        with ARnessMeter.watch(tiny, MASK) as watch, torch.no_grad():
+            for ids in ([5, MASK, MASK], [5, 6, MASK], [5, 6, 7]):
+                tiny(torch.tensor([ids]))
+                tiny(torch.tensor([[MASK, *ids[1:]]]))
+        assert len(watch.traces()) == 1
+        assert watch.trace().step.tolist() == [[-1, 0, 1]]
+
+    def test_one_shot_decodes_of_one_prompt_are_told_apart_by_begin(self, tiny):
+        ids = torch.tensor([[5, MASK, MASK]])
+        with ARnessMeter.watch(tiny, MASK, end_token_ids=[9]) as watch, torch.no_grad():
+            tiny(ids)
+            watch.begin()
+            tiny(ids)
+        assert [t.forward_passes.tolist() for t in watch.traces()] == [[1], [1]]
+        assert watch.trace(torch.tensor([[5, 6, 9]])).before_end().tolist() == [[False, True, False]]
+
+    def test_sequences_of_another_decode_are_refused(self, tiny):
+        with ARnessMeter.watch(tiny, MASK) as watch, torch.no_grad():
+            tiny(torch.tensor([[5, 6, MASK]]))
+        with pytest.raises(NapDecodeError, match="where those were not masked; are the rows padded on another side"):
+            watch.trace(torch.tensor([[0, 5, 6]]))
 
     def test_leaves_the_model_as_it_was(self, tiny):
         with pytest.raises(ZeroDivisionError), ARnessMeter.watch(tiny, MASK):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from models import MASK, PAD, Words
+from transformers import BatchEncoding
 
 from nap_decode import Block, Canvas, CanvasTemplate, NapDecodeError
 from nap_decode.canvas import count_blocks, encode_prompts
@@ -74,6 +75,7 @@ def test_text_of_a_template_is_tokenized_without_special_tokens():
         (lambda: CanvasTemplate(("text",)), "a template needs at least one Block"),
         (lambda: CanvasTemplate((Block("a", 1), Block("a", 1))), r"different names, but are called \['a', 'a'\]"),
         (lambda: Block("a", 0), "the length of block 'a' must be a whole number of at least 1, but is 0"),
+        (lambda: CanvasTemplate(Block("a", 1)), "parts of a template must be a tuple of texts and Blocks"),
         (lambda: CanvasTemplate.plain(-1), "the length of block 'completion' must be"),
         (lambda: CanvasTemplate.nap(0), "num_paths must be a whole number of at least 1"),
         (lambda: CanvasTemplate.nap(3, path_length=[4, 4]), "path_length names 2 lengths for num_paths=3"),
@@ -106,6 +108,7 @@ def test_bad_canvases():
         ({"tokens": ids[0]}, r"must be \(B, L\)"),
         ({"block": ids[:, :1]}, r"block and tokens of a canvas must have one shape, but block has \(1, 1\)"),
         ({"block": torch.tensor([[0, 1]])}, "block index 1 needs 2 block names and held flags"),
+        ({"attention_mask": torch.tensor([[0, 1]]), "block": torch.tensor([[0, -1]])}, "padding of a canvas cannot be"),
         ({"attention_mask": torch.tensor([[1, 0]])}, "must be 0 for padding on the left, then 1 to the end"),
         ({"block": torch.tensor([[-1, -1]])}, "no slot of the canvas is to be decoded"),
     ):
@@ -133,6 +136,11 @@ def test_count_blocks():
         (torch.tensor([[5, 6], [7, 8]]), [[5, 6], [7, 8]], False),
         ([torch.tensor([5, 6]), torch.tensor([7])], [[5, 6], [7]], False),
         (list(np.array([5, 6])), [[5, 6]], True),
+        (np.array([5, 6]), [[5, 6]], True),
+        (np.array([[5, 6]]), [[5, 6]], False),
+        ({"input_ids": [5, 6], "attention_mask": [0, 1]}, [[6]], True),
+        (BatchEncoding({"input_ids": [[5, 6], [7]], "attention_mask": [[1, 1], [1]]}), [[5, 6], [7]], False),
+        (BatchEncoding({"input_ids": torch.tensor([[0, 6]]), "attention_mask": torch.tensor([[0, 1]])}), [[6]], False),
         ([[]], [[]], False),
         ("", [[3]], True),
     ],
@@ -151,16 +159,29 @@ def test_an_attention_mask_removes_padding_wherever_it_is():
     ("prompts", "mask", "message"),
     [
         ([], None, "the batch of prompts is empty"),
-        (torch.tensor([1.0]), None, "token ids must be whole numbers"),
-        (torch.tensor([[[1]]]), None, r"of shape \(P,\) or \(B, P\)"),
-        (torch.tensor([[5]]), torch.tensor([[1, 1]]), r"attention_mask \(1, 2\) and input_ids \(1, 1\) must have"),
-        ([[5]], torch.tensor([[1]]), "an attention_mask goes with a tensor"),
+        (torch.tensor([1.0]), None, "a prompt must be text"),
+        (torch.tensor([[[1]]]), None, "a prompt must be text"),
+        (
+            torch.tensor([[5]]),
+            torch.tensor([[1, 1]]),
+            r"but their rows have lengths \[2\] and \[1\]",
+        ),
+        (None, None, "prompts must be text, chat messages, token ids, or a list of these, not None"),
+        (5, None, "prompts must be text"),
+        ({"role": "user", "content": "6"}, None, "must have input_ids, but has .*; put chat messages in a list"),
         ([None], None, "a prompt must be text"),
     ],
 )
 def test_bad_prompts(prompts, mask, message):
     with pytest.raises(NapDecodeError, match=message):
         encode_prompts(prompts, Words(), mask)
+
+
+def test_chat_needs_a_template():
+    words = Words()
+    words.chat_template = None
+    with pytest.raises(NapDecodeError, match="the tokenizer has no chat template"):
+        encode_prompts([{"role": "user", "content": "6"}], words)
 
 
 def test_text_needs_a_tokenizer():

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 from models import needs_transformers_5
@@ -30,8 +32,11 @@ def test_generate_and_arness(capsys, tmp_path):
     status, out, _ = run(capsys, "arness", file, "--k", "1", "2")
     assert status == 0
     assert "Global@2" in out
-    status, out, _ = run(capsys, "arness", file, "--json", "--end-token-ids", "3", "--trim")
-    assert json.loads(out)["blocks"]["path 1"]["sequences"] == 1
+    status, out, _ = run(capsys, "arness", file, "--json")
+    measured = json.loads(out)
+    assert measured["blocks"]["path 1"]["sequences"] == 1
+    assert measured["blocks"]["summary"]["kendall_tau"] is None  # one step, and JSON has no nan
+    assert measured["before_end"]["tokens_per_forward"] == measured["tokens_per_forward"]
 
 
 @pytest.mark.parametrize(
@@ -43,6 +48,7 @@ def test_generate_and_arness(capsys, tmp_path):
         (["--tokens-per-step", "5", "--temperature", "0.5", "--top-k", "3", "--top-p", "0.9", "--seed", "3"], 7),
         (["--tokens-per-step", "7", "--confidence", "margin", "--cfg-scale", "0.5"], 5),
         (["--threshold", "0"], 2),
+        (["--tokens-per-step", "12", "--share-last-step"], 3),
     ],
 )
 def test_options_of_generate(capsys, options, passes):
@@ -81,7 +87,17 @@ def test_other_canvases(capsys):
             "--hold-until goes with --scheduler macro-parallel",
         ),
         ([*PLACES, "--top-k", "4"], "top_k=4 has no effect at temperature 0"),
-        (["--infill", "--max-new-tokens", "4"], "--max-new-tokens does not go with it"),
+        (["--infill", "--max-new-tokens", "4"], "--max-new-tokens does not go with --infill"),
+        (["--infill", "--num-paths", "4"], "--num-paths does not go with --infill"),
+        (["--max-new-tokens", "4", "--path-length", "4"], "--path-length does not go with --max-new-tokens"),
+        (["--max-new-tokens", "4", "--summary-only"], "--summary-only does not go with --max-new-tokens"),
+        ([*PLACES, "--threshold", "0.9", "--steps", "4"], "steps=4 cannot be kept"),
+        ([*PLACES, "--cfg-scale", "-1"], "--cfg-scale must be a finite number of at least 0"),
+        ([*PLACES, "--chat"], "the tokenizer has no chat template"),
+        (
+            [*PLACES, "--scheduler", "any-order", "--share-last-step"],
+            "--share-last-step goes with --scheduler",
+        ),
         ([], "takes 1040 positions .* but the model has 256"),
     ],
 )
@@ -109,3 +125,16 @@ def test_unknown_options(capsys):
     assert "probability" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([])
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    code = (
+        "import sys; from nap_decode.cli import main; print('x' * 10**6); sys.exit(main(['demo', '--problems', '1']))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(1)
+    process.stdout.close()
+    error = process.stderr.read().decode()
+    process.stderr.close()
+    process.wait()
+    assert "nap-decode: error" not in error

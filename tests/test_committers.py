@@ -163,6 +163,36 @@ def test_ids_without_probability_are_never_drawn():
     assert (tokens == 3).all()
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1e-6, 1.0])
+def test_where_no_id_is_left_the_confidence_is_nan(temperature):
+    scores = torch.full((1, 2, 5), -torch.inf)
+    scores[0, :, 3] = 0.0
+    scores[0, 1, 2] = 1e4
+    tokens, confidence = MicroConfidenceCommitter(temperature=temperature).propose(
+        scores, slots(1, 2), torch.tensor([3])
+    )
+    assert confidence.isnan().tolist() == [[True, False]]
+    assert tokens[0, 1] == 2
+
+
+def test_candidates_say_whose_they_are(monkeypatch):
+    seen = []
+
+    def look(candidates):
+        seen.append((candidates.rows.tolist(), candidates.block.tolist(), candidates.positions.tolist()))
+        return candidates.best
+
+    monkeypatch.setattr(committers, "CHUNK_ELEMENTS", 28)  # four rows of seven
+    MicroConfidenceCommitter(confidence=look).propose(logits(2, 3), slots(2, 3), NONE)
+    assert seen == [([0, 0, 0, 1], [0] * 4, [0, 1, 2, 0]), ([1, 1], [0] * 2, [1, 2])]
+
+
+@pytest.mark.parametrize("threshold", [math.nan, "0.9", None])
+def test_bad_thresholds(threshold):
+    with pytest.raises(NapDecodeError, match="threshold must be a number"):
+        ThresholdSelection(threshold)
+
+
 def test_draws_differ_between_steps_and_positions():
     committer = MicroConfidenceCommitter(temperature=3.0)
     flat = torch.zeros(1, 40, 50)
@@ -175,9 +205,13 @@ def test_draws_differ_between_steps_and_positions():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": -0.1}, "temperature must be a number from 0 to inf, but is -0.1"),
-        ({"temperature": "hot"}, "temperature must be a number from 0 to inf, but is 'hot'"),
-        ({"temperature": math.nan}, "temperature must be a number from 0 to inf, but is nan"),
+        ({"temperature": -0.1}, "temperature must be a finite number of at least 0, but is -0.1"),
+        ({"temperature": "hot"}, "temperature must be a finite number of at least 0, but is 'hot'"),
+        ({"temperature": math.nan}, "temperature must be a finite number of at least 0, but is nan"),
+        ({"temperature": math.inf}, "temperature must be a finite number of at least 0, but is inf"),
+        ({"temperature": 1e-320}, "temperature must be 0 or at least 1e-6"),
+        ({"confidence": 3}, "confidence must be a name or a function of Candidates, but is 3"),
+        ({"selection": "threshold"}, "selection must be a Selection, such as"),
         ({"temperature": 1.0, "top_k": 0}, "top_k must be a whole number of at least 1, but is 0"),
         ({"temperature": 1.0, "top_p": 1.2}, "top_p must be a number from 0 to 1, but is 1.2"),
         ({"top_k": 3}, "top_k=3 has no effect at temperature 0"),

@@ -182,7 +182,7 @@ def test_dream_is_shifted_and_takes_a_4d_mask(ragged):
 def test_models_without_an_attention_mask_take_no_padding(ragged):
     family = ModelFamily(name="MDLM", attention="none")
     denoiser = Denoiser(Remote("mdlm"), mask_token_id=MASK, family=family)
-    with pytest.raises(NapDecodeError, match="MDLM models take no attention mask, or ignore it, so rows of different"):
+    with pytest.raises(NapDecodeError, match="padding changes what MDLM models predict"):
         denoiser.check(ragged)
     denoiser.check(Canvas.from_prompts([[5], [6]], CanvasTemplate.plain(2), mask_token_id=MASK))
 
@@ -197,7 +197,7 @@ def test_models_that_ignore_their_attention_mask_take_no_padding(ragged, dtype):
     equal = Canvas.from_prompts([[5], [6]], CanvasTemplate.plain(2), mask_token_id=MASK)
     deaf = Denoiser(Deaf("deaf").to(dtype), mask_token_id=MASK)
     deaf.check(equal)
-    with pytest.raises(NapDecodeError, match="deaf models take no attention mask, or ignore it"):
+    with pytest.raises(NapDecodeError, match=r"padding changes what deaf models predict: .* in different batches"):
         deaf.check(ragged)
     Denoiser(Remote("hears").to(dtype), mask_token_id=MASK).check(ragged)
 
@@ -240,6 +240,26 @@ def test_functions_and_modules_are_called_with_ids_and_mask(ragged):
     assert torch.equal(Denoiser(Module(), mask_token_id=MASK)(ragged.tokens, WANTED, ragged), logits)
 
 
+def test_a_research_module_with_a_config_of_its_own_is_called_with_ids_and_mask(ragged):
+    class Mine(nn.Module):
+        config = {"width": 3}  # noqa: RUF012
+
+        def forward(self, x, mask):
+            assert x.shape == mask.shape
+            return torch.zeros(*x.shape, VOCABULARY)
+
+    assert Denoiser(Mine(), mask_token_id=MASK)(ragged.tokens, WANTED, ragged).shape == (3, 3, VOCABULARY)
+
+
+def test_devices(tiny):
+    function = TableModel(4, 2)
+    assert Denoiser(function, mask_token_id=3).device == torch.device("cpu")
+    assert Denoiser(function, mask_token_id=3, device="meta").device == torch.device("meta")
+    denoiser = Denoiser(tiny, mask_token_id=MASK)
+    assert denoiser.banned(VOCABULARY, torch.device("meta")).device == torch.device("meta")
+    assert denoiser.banned(VOCABULARY, torch.device("cpu")).device == torch.device("cpu")
+
+
 @torch.no_grad()
 def test_guidance(tiny, ragged):
     plain = Denoiser(tiny, mask_token_id=MASK)
@@ -277,6 +297,7 @@ def test_logits_processors_see_the_canvas_and_change_the_scores(tiny, ragged):
     logits = denoiser(ragged.tokens, WANTED, ragged)
     assert shapes == [((9, 10), (9, VOCABULARY))]
     assert (logits[:, :, 9] == -torch.inf).all()
+    assert Denoiser(tiny, mask_token_id=MASK, logits_processor=forbid_nine).logits_processor == (forbid_nine,)
     plain = Denoiser(tiny, mask_token_id=MASK)(ragged.tokens, WANTED, ragged)
     for row in range(3):
         for k in range(3):
@@ -334,6 +355,13 @@ class TestBadInput:
         with pytest.raises(NapDecodeError, match="DiffusionGemma cannot be decoded here: it is a uniform-diffusion"):
             Denoiser(Remote("diffusion_gemma"), mask_token_id=MASK)
 
+    def test_encoder_decoders(self):
+        model = transformers.T5ForConditionalGeneration(
+            transformers.T5Config(vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
+        ).eval()
+        with pytest.raises(NapDecodeError, match="T5ForConditionalGeneration is an encoder-decoder"):
+            Denoiser(model, mask_token_id=MASK)
+
     def test_dropout(self, ragged):
         model = build("Bert").train()
         with pytest.raises(NapDecodeError, match=r"training mode .* call model.eval\(\)"):
@@ -358,7 +386,7 @@ class TestBadInput:
             Denoiser(lambda ids, mask: {}, mask_token_id=MASK)(ragged.tokens, WANTED, ragged)
 
     def test_other_options(self, tiny):
-        with pytest.raises(NapDecodeError, match="cfg_scale must be a number from 0 to inf, but is -1"):
+        with pytest.raises(NapDecodeError, match="cfg_scale must be a finite number of at least 0, but is -1"):
             Denoiser(tiny, mask_token_id=MASK, cfg_scale=-1)
         with pytest.raises(NapDecodeError, match="model must be a torch module or a function"):
             Denoiser("bert-base-uncased", mask_token_id=MASK)

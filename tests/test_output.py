@@ -4,7 +4,7 @@ import pytest
 import torch
 from models import MASK, Words
 
-from nap_decode import Canvas, CanvasTemplate, DecodeTrace, NapDecodeError, SamplerOutput
+from nap_decode import Block, Canvas, CanvasTemplate, DecodeTrace, NapDecodeError, SamplerOutput
 
 WORDS = Words()
 TEMPLATE = CanvasTemplate.nap(
@@ -23,8 +23,9 @@ def output(tokens, prompts, template=TEMPLATE, single=False, tokenizer=WORDS, ca
         forward_passes=torch.full((len(tokens),), passes),
         block_names=canvas.block_names,
         mask_token_id=MASK,
+        end_token_ids=(2,),
     )
-    return SamplerOutput(tokens, canvas, trace, passes, 1.0, None, (2,), tokenizer, single)
+    return SamplerOutput(tokens, canvas, trace, passes, 1.0, None, tokenizer, single)
 
 
 ROW = [5, 6, 10, 7, 7, 2, 11, 12, 8, 2, 9, 13, 9, 2, 14]
@@ -57,8 +58,32 @@ def test_a_plain_completion():
 
 
 def test_infill_gives_the_whole_text():
-    canvas = Canvas.from_infill([[5, MASK, 7, MASK]], mask_token_id=MASK)
-    assert output([[5, 6, 7, 8]], None, canvas=canvas, single=True).text == "5 6 7 8"
+    for text, tokens in (([5, MASK, 7, MASK], [5, 6, 7, 8]), ([5, 6, MASK, MASK], [5, 6, 7, 8])):
+        canvas = Canvas.from_infill([text], mask_token_id=MASK)
+        assert output([tokens], None, canvas=canvas, single=True).text == "5 6 7 8"
+
+
+def test_the_last_hole_of_a_row_decides_how_it_finished():
+    canvas = Canvas.from_infill([[5, MASK, 6, MASK], [MASK, 5], [5, MASK]], mask_token_id=MASK)
+    assert output([[5, 9, 6, 2], [0, 0, 2, 5], [0, 0, 5, 9]], None, canvas=canvas).finish_reason == [
+        "end",
+        "end",
+        "length",
+    ]
+
+
+def test_white_space_is_kept():
+    class Spaces(Words):
+        def decode(self, ids, skip_special_tokens=False):
+            return "    " + super().decode(ids, skip_special_tokens) + "\n"
+
+    out = output([[5, 6, 7, 8, 2, 2]], [[5, 6]], CanvasTemplate.plain(4), single=True, tokenizer=Spaces())
+    assert out.text == out.blocks["completion"] == "    7 8\n"
+
+
+def test_blocks_side_by_side_have_lines_of_their_own():
+    template = CanvasTemplate((Block("a", 2), Block("b", 1), "10", Block("c", 1)))
+    assert output([[5, 7, 8, 9, 10, 9]], [[5]], template, single=True).text == "7 8\n9\n10 9"
 
 
 def test_texts_need_a_tokenizer():

@@ -16,8 +16,8 @@ SOURCE = Path(nap_decode.__file__).parent
 
 # The parts, and those that each may import; every one may import what its imports may.
 LAYERS = [
-    {"errors", "randomness"},
-    {"families", "trace"},
+    {"errors"},
+    {"families", "trace", "randomness"},
     {"arness", "canvas", "confidence"},
     {"denoiser", "schedulers", "committers"},
     {"output"},

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
+from nap_decode import NapDecodeError
 from nap_decode.randomness import row_seeds, uniform, wrap
 
 
@@ -51,3 +53,13 @@ def test_any_whole_number_is_a_seed(seed):
     assert len(row_seeds(seed, 4).unique()) == 4
     assert -(2**63) <= wrap(seed) < 2**63
     assert (wrap(seed) - seed) % 2**64 == 0
+
+
+@pytest.mark.parametrize("seed", [1.5, "a", None])
+def test_what_is_no_seed(seed):
+    with pytest.raises(NapDecodeError, match="a seed must be a whole number, but is"):
+        wrap(seed)
+
+
+def test_numbers_of_numpy_and_torch_are_seeds():
+    assert wrap(np.int64(3)) == wrap(torch.tensor(3)) == 3

@@ -190,7 +190,7 @@ def test_temperature_zero_draws_nothing(denoiser):
     state = torch.get_rng_state()
     out = sampler([[5]])
     assert torch.equal(torch.get_rng_state(), state)
-    assert out.seed is None
+    assert out.row_seeds is None
     assert torch.equal(sampler([[5]], seed=3).sequences, out.sequences)
 
 
@@ -202,7 +202,14 @@ def test_without_a_seed_torchs_global_generator_decides(denoiser):
         torch.manual_seed(5)
         assert torch.equal(sampler([[5]]).sequences, first.sequences)
     assert not torch.equal(first.sequences, second.sequences)
-    assert torch.equal(sampler([[5]], seed=first.seed).sequences, first.sequences)
+    assert torch.equal(sampler([[5]], row_seeds=first.row_seeds).sequences, first.sequences)
+
+
+def test_a_confidence_of_ones_own_may_draw(denoiser):
+    sampler = ParallelForcedSampler(denoiser, template=TEMPLATE, confidence=lambda candidates: candidates.uniform)
+    first, second = sampler([[5]]), sampler([[5]])
+    assert not torch.equal(first.trace.step, second.trace.step)
+    assert torch.equal(sampler([[5]], row_seeds=first.row_seeds).trace.step, first.trace.step)
 
 
 def test_rows_of_a_batch_draw_differently(denoiser):
@@ -251,6 +258,10 @@ def test_arguments_are_not_changed(denoiser):
     out = Sampler(denoiser, scheduler=AnyOrderScheduler(steps=2)).decode(canvas)
     assert torch.equal(canvas.tokens, before)
     assert out.sequences.data_ptr() != canvas.tokens.data_ptr()
+    out.trace.tokens.zero_()
+    out.trace.block.zero_()
+    assert out.sequences.any()
+    assert canvas.block.min() == -1
 
 
 def test_the_head_sees_as_many_rows_as_are_wanted(denoiser, tiny):
@@ -359,6 +370,25 @@ class TestAdaptive:
             assert (confidence >= 0.6).all() or len(confidence) == 1
 
 
+class TestThresholdUnderMacroParallel:
+    def test_a_block_that_runs_ahead_does_not_drag_the_others_along(self):
+        # Block 0 is certain, block 1 hopeless: it must get one token per pass, not catch up.
+        def model(input_ids, attention_mask):
+            logits = torch.zeros(*input_ids.shape, 15)
+            logits[:, :31, 7] = 50.0
+            return logits
+
+        committer = MicroConfidenceCommitter(selection=ThresholdSelection(0.9))
+        template = CanvasTemplate((Block("sure", 30), Block("unsure", 30)))
+        sampler = Sampler(
+            model, mask_token_id=1, scheduler=MacroParallelScheduler(), committer=committer, template=template
+        )
+        out = sampler([[5]])
+        sizes = torch.bincount(out.trace.step[0][out.trace.block[0] == 1]).tolist()
+        assert set(sizes) <= {0, 1}
+        assert out.forward_passes == 31
+
+
 class TestCallback:
     @pytest.fixture
     def sampler(self, denoiser):
@@ -408,10 +438,52 @@ class TestCallback:
         out = sampler([[5]], callback=lambda state: torch.where(state.masked, 9, state.tokens))
         assert out.forward_passes == 1
 
+    def test_changing_the_tensors_of_the_state_changes_nothing(self, sampler):
+        def meddle(state):
+            for tensor in (state.tokens, state.masked, state.commit_step, state.confidence):
+                tensor.zero_()
+
+        assert torch.equal(sampler([[5]], callback=meddle).sequences, sampler([[5]]).sequences)
+
+    def test_rows_do_not_depend_on_each_other_after_an_edit(self, denoiser):
+        sampler = ParallelForcedSampler(denoiser, template=TEMPLATE, tokens_per_step=2, temperature=1.0)
+
+        def fill(state):
+            if state.step != 1:
+                return None
+            tokens = state.tokens.clone()
+            columns = state.masked[0].nonzero()[:8, 0]
+            tokens[0, columns] = 9
+            return tokens
+
+        alone = sampler([[5]], row_seeds=[3], callback=fill)
+        batch = sampler([[5], [6]], row_seeds=[3, 4], callback=fill)
+        assert torch.equal(alone.sequences[0], batch.sequences[0])
+        assert torch.equal(alone.trace.step[0], batch.trace.step[0])
+        assert alone.trace.forward_passes[0] == batch.trace.forward_passes[0]
+        assert alone.forward_passes < batch.forward_passes
+
+    def test_nan_is_found_in_slots_that_were_not_edited(self):
+        def broken(input_ids, attention_mask):
+            return torch.full((*input_ids.shape, 5), torch.nan)
+
+        sampler = Sampler(broken, mask_token_id=4, scheduler=AnyOrderScheduler(tokens_per_step=2))
+        with pytest.raises(NapDecodeError, match="were nan in places"):
+            sampler([[1]], max_new_tokens=4, callback=lambda state: state.tokens)
+
     @pytest.mark.parametrize(
         ("edit", "message"),
         [
-            (lambda s: s.tokens[:, :3], r"must return tokens \(1, 20\) or None, not \(1, 3\)"),
+            (
+                lambda s: s.tokens[:, :3],
+                r"whole-number tokens \(1, 20\), not torch.int64 of \(1, 3\)",
+            ),
+            (lambda s: s.tokens.float(), "must return None or whole-number tokens"),
+            (lambda s: True, "must return None or whole-number tokens .* not True"),
+            (lambda s: s.tokens.masked_fill(s.masked, -7), "token ids that the tokenizer does not have: .-7"),
+            (lambda s: s.tokens.masked_fill(s.masked, 21), "token ids that the tokenizer does not have: .21"),
+            (lambda s: s.tokens.masked_fill(s.masked, 999), "token ids that the tokenizer does not have: .999"),
+            (lambda s: s.tokens.index_fill_(1, torch.tensor([0]), 9), "changed the prompt, a header or padding"),
             (lambda s: torch.full_like(s.tokens, 9), "changed the prompt, a header or padding"),
         ],
     )
@@ -446,7 +518,8 @@ class TestBadInput:
             ([[5, -1]], "token id -1 is out of range"),
             ([[5], [6] * 46], "takes 65 positions .* but the model has 64"),
             ([], "the batch of prompts is empty"),
-            ([[5], 3.5], "a prompt must be text, chat messages, a list of token ids"),
+            ([[5], 3.5], "a prompt must be text, chat messages, or a list or 1-D tensor"),
+            ([[5, 1]], "there is a mask token in prompt 0; infill"),
             ([[0.5]], "a prompt must be text"),
         ],
     )
@@ -472,10 +545,21 @@ class TestBadInput:
         adaptive = MicroConfidenceCommitter(selection=ThresholdSelection())
         with pytest.raises(NapDecodeError, match=r"AnyOrderScheduler needs steps= or tokens_per_step="):
             Sampler(denoiser, scheduler=AnyOrderScheduler())
-        with pytest.raises(NapDecodeError, match="steps=4 cannot be kept: ThresholdSelection decides by confidence"):
+        with pytest.raises(NapDecodeError, match="steps=4 cannot be kept: the committer's selection decides"):
             Sampler(denoiser, scheduler=AnyOrderScheduler(steps=4), committer=adaptive)
-        with pytest.raises(NapDecodeError, match="mask_token_id=7, but the Denoiser was made with 1"):
-            Sampler(denoiser, scheduler=AnyOrderScheduler(steps=4), mask_token_id=7)
+        for options in ({"mask_token_id": 7}, {"tokenizer": Words()}):
+            with pytest.raises(NapDecodeError, match="the Denoiser has its own tokenizer and mask_token_id"):
+                Sampler(denoiser, scheduler=AnyOrderScheduler(steps=4), **options)
+        with pytest.raises(NapDecodeError, match="scheduler must be a BlockScheduler, such as"):
+            Sampler(denoiser, scheduler="macro")
+        with pytest.raises(NapDecodeError, match="committer must be a Committer, such as"):
+            Sampler(denoiser, scheduler=AnyOrderScheduler(steps=4), committer="x")
+        with pytest.raises(NapDecodeError, match="a template has its own blocks; leave out num_paths"):
+            ParallelForcedSampler(denoiser, template=TEMPLATE, num_paths=7)
+
+    def test_input_ids_must_be_a_tensor(self, sampler):
+        with pytest.raises(NapDecodeError, match=r"input_ids must be a tensor \(B, P\), but are \[\[5, 6\]\]"):
+            sampler.generate([[5, 6]])
 
     def test_unknown_options(self, denoiser):
         with pytest.raises(TypeError, match="token_per_step"):
@@ -512,10 +596,12 @@ def test_every_option_of_parallel_forced_reaches_its_part(denoiser):
         confidence="margin",
     )
     assert [b.length for b in sampler.template.blocks] == [5, 5, 1]
-    assert repr(sampler.scheduler) == "MacroParallelScheduler(steps=9, hold_until=0.5, share_last_step=True)"
+    assert sampler.scheduler == MacroParallelScheduler(steps=9, hold_until=0.5, share_last_step=True)
     committer = sampler.committer
     assert (committer.temperature, committer.top_k, committer.top_p) == (0.5, 7, 0.8)
-    assert committer.confidence is CONFIDENCES["margin"]
+    assert committer.confidence == "margin"
+    adaptive = ParallelForcedSampler(denoiser, selection=ThresholdSelection())
+    assert adaptive.scheduler == MacroParallelScheduler(tokens_per_step=1)
     assert ParallelForcedSampler(denoiser).scheduler.tokens_per_step == 4
     own = CanvasTemplate((Block("a", 2),))
     assert ParallelForcedSampler(denoiser, template=own).template is own

@@ -184,13 +184,46 @@ def test_a_quota_returns_to_the_plan_when_the_canvas_was_edited():
     assert plan.quota(torch.tensor([[5]]), 3).tolist() == [[5]]  # the last step takes what remains
 
 
-def test_adaptive_quotas_count_from_what_is_committed_and_stop_at_the_gate():
-    plan = MacroParallelScheduler(tokens_per_step=2).plan(torch.tensor([[3, 3, 4]]), (False, False, True))
+def test_the_least_of_an_adaptive_step_stops_at_the_gate():
+    scheduler = MacroParallelScheduler(tokens_per_step=2)
+    plan = scheduler.plan(torch.tensor([[3, 3, 4]]), (False, False, True), adaptive=True)
     assert plan.open(torch.tensor([[3, 3, 4]])).tolist() == [[True, True, False]]
-    assert plan.quota(torch.tensor([[3, 3, 4]])).tolist() == [[1, 1, 0]]
-    assert plan.quota(torch.tensor([[0, 1, 4]])).tolist() == [[0, 1, 0]]
+    assert plan.least(torch.tensor([[3, 3, 4]])).tolist() == [[1, 1, 0]]
+    assert plan.least(torch.tensor([[0, 1, 4]])).tolist() == [[0, 1, 0]]
     assert plan.open(torch.tensor([[0, 0, 4]])).tolist() == [[False, False, True]]
-    assert plan.quota(torch.tensor([[0, 0, 4]])).tolist() == [[0, 0, 2]]
+    assert plan.least(torch.tensor([[0, 0, 4]])).tolist() == [[0, 0, 2]]
+
+
+@settings(max_examples=600)
+@given(rows_of(9), st.integers(1, 12), st.sampled_from([0.0, 0.4, 0.8, 1.0]), st.data())
+def test_the_least_never_exceeds_tokens_per_step_however_uneven_the_blocks(lengths, tokens_per_step, hold, data):
+    lengths = torch.tensor(lengths)
+    held = (False,) * (lengths.shape[1] - 1) + (True,)
+    for scheduler in (
+        MacroParallelScheduler(tokens_per_step=tokens_per_step, hold_until=hold),
+        SemiAutoregressiveScheduler(tokens_per_step=tokens_per_step),
+        AnyOrderScheduler(tokens_per_step=tokens_per_step),
+    ):
+        plan = scheduler.plan(lengths, held, adaptive=True)
+        remaining = lengths
+        while remaining.any():
+            least, is_open = plan.least(remaining), plan.open(remaining)
+            assert (least.sum(1) <= tokens_per_step).all()
+            assert ((least > 0).any(1) == (remaining > 0).any(1)).all()
+            assert (least <= remaining * is_open).all()
+            # The threshold may add any number in the open blocks.
+            more = data.draw(st.floats(0, 1)) * (remaining * is_open - least)
+            remaining = remaining - least - more.long()
+
+
+def test_macro_parallel_needs_one_phase_only_where_nothing_is_held_back():
+    assert roll_out(MacroParallelScheduler(steps=1, hold_until=0.5).plan(torch.tensor([[2, 2]]))).tolist() == [[[2, 2]]]
+
+
+def test_adaptive_plans_have_no_steps_to_be_too_few():
+    SemiAutoregressiveScheduler(tokens_per_step=4).plan(torch.tensor([[1, 1, 1]]), adaptive=True)
+    with pytest.raises(NapDecodeError, match="3 phases of at least one step each; cut longer blocks"):
+        SemiAutoregressiveScheduler(tokens_per_step=4).plan(torch.tensor([[1, 1, 1]]))
 
 
 def test_partitions_of_a_canvas():
@@ -240,7 +273,7 @@ def test_more_steps_than_tokens():
 
 def test_fewer_steps_than_phases():
     lengths, held = torch.tensor([[3, 3, 2]]), (False, False, True)
-    with pytest.raises(NapDecodeError, match="2 phases of at least one step each; ask for more steps, or for share"):
+    with pytest.raises(NapDecodeError, match="2 phases of at least one step each; set share_last_step=True"):
         MacroParallelScheduler(tokens_per_step=8).plan(lengths, held)
     MacroParallelScheduler(tokens_per_step=8, share_last_step=True).plan(lengths, held)
     MacroParallelScheduler(tokens_per_step=8, hold_until=0.0).plan(lengths, held)

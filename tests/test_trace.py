@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import dataclasses
+import json
+
+import numpy as np
 import pytest
 import torch
 from models import MASK
@@ -21,7 +25,8 @@ def test_saves_to_one_file_and_loads_back(trace, tmp_path):
     for name in ("tokens", "block", "step", "forward_passes"):
         assert torch.equal(getattr(loaded, name), getattr(trace, name))
     torch.testing.assert_close(loaded.confidence, trace.confidence, equal_nan=True, rtol=0, atol=0)
-    assert (loaded.block_names, loaded.mask_token_id) == (trace.block_names, trace.mask_token_id)
+    for name in ("block_names", "mask_token_id", "end_token_ids"):
+        assert getattr(loaded, name) == getattr(trace, name)
 
 
 def test_any_steps_canvas(trace):
@@ -44,11 +49,12 @@ def test_files_that_are_no_trace(tmp_path, content):
 
 
 def test_other_archives_and_newer_formats(trace, tmp_path, monkeypatch):
-    import numpy as np
-
     np.savez(tmp_path / "other.npz", a=np.zeros(2))
-    with pytest.raises(NapDecodeError, match="is not a trace"):
-        DecodeTrace.load(tmp_path / "other.npz")
+    np.savez(tmp_path / "bare.npz", header=np.array(json.dumps({})))
+    np.save(tmp_path / "array.npy", np.zeros(2))
+    for name in ("other.npz", "bare.npz", "array.npy"):
+        with pytest.raises(NapDecodeError, match="is not a trace"):
+            DecodeTrace.load(tmp_path / name)
     monkeypatch.setattr("nap_decode.trace._FORMAT", 2)
     trace.save(tmp_path / "new")
     monkeypatch.undo()
@@ -66,6 +72,8 @@ def test_before_end():
         block_names=("a", "b"),
         mask_token_id=MASK,
     )
-    assert trace.before_end([2]).long().tolist() == [[0, 1, 0, 0, 1, 1, 0], [0, 1, 1, 1, 1, 0, 0]]
-    assert trace.before_end([2, 8]).long().tolist() == [[0, 1, 0, 0, 1, 0, 0], [0, 1, 1, 1, 1, 0, 0]]
-    assert torch.equal(trace.before_end([]), trace.block >= 0)
+    assert torch.equal(trace.before_end(), trace.block >= 0)
+    by_two = dataclasses.replace(trace, end_token_ids=(2,))
+    assert by_two.before_end().long().tolist() == [[0, 1, 0, 0, 1, 1, 0], [0, 1, 1, 1, 1, 0, 0]]
+    by_two_or_eight = dataclasses.replace(trace, end_token_ids=(2, 8))
+    assert by_two_or_eight.before_end().long().tolist() == [[0, 1, 0, 0, 1, 0, 0], [0, 1, 1, 1, 1, 0, 0]]

@@ -5,7 +5,7 @@ One loop (:class:`Sampler`) and small parts that plug into it; every one can be 
 
 from nap_decode.arness import ARness, ARnessMeter
 from nap_decode.canvas import Block, Canvas, CanvasTemplate
-from nap_decode.committers import MicroConfidenceCommitter, QuotaSelection, ThresholdSelection
+from nap_decode.committers import Committer, MicroConfidenceCommitter, QuotaSelection, ThresholdSelection
 from nap_decode.denoiser import Denoiser
 from nap_decode.errors import NapDecodeError
 from nap_decode.families import ModelFamily, register_family
@@ -28,6 +28,7 @@ __all__ = [
     "Block",
     "BlockScheduler",
     "Canvas",
+    "Committer",
     "CanvasTemplate",
     "DecodeState",
     "DecodeTrace",

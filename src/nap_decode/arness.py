@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,8 @@ class ARness:
         tokens_per_step: tokens by steps that commit at least one ("AFP").
         tokens_per_forward: tokens before the end of their block by forward passes ("TPF").
         blocks: the same measures for every block on its own: order and positions restricted to it.
+        before_end: the same measures without the padding after each block's end; None if no trace says which
+            tokens end a block, or nothing stands before them.
 
     Example:
         >>> meter = ARnessMeter(ks=(1, 2))
@@ -68,6 +70,7 @@ class ARness:
     tokens_per_step: float
     tokens_per_forward: float
     blocks: dict[str, ARness] = field(default_factory=dict)
+    before_end: ARness | None = None
 
     @property
     def step_level(self) -> dict[int, float]:
@@ -100,8 +103,9 @@ class ARnessMeter:
 
     Args:
         ks: values of k.
-        end_token_ids: ids that end a block.  With ``trim`` the padding after them is left out.
-        trim: measure only what stands before the end of its block.
+
+    Raises:
+        NapDecodeError: a k below 1.
 
     Example:
         >>> from nap_decode import ParallelForcedSampler, demo
@@ -112,36 +116,33 @@ class ARnessMeter:
         True
     """
 
-    def __init__(self, ks: Sequence[int] = (1,), *, end_token_ids: Sequence[int] = (), trim: bool = False) -> None:
-        for k in ks:
+    def __init__(self, ks: Sequence[int] = (1,)) -> None:
+        for k in ks if isinstance(ks, Sequence) else [ks]:
             check_integer("k", k, 1)
-        if trim and not end_token_ids:
-            raise NapDecodeError("trim=True needs end_token_ids: nothing else tells where a text ends")
-        self.ks = tuple(ks)
-        self.end_token_ids = tuple(end_token_ids)
-        self.trim = trim
+        self.ks = tuple(ks) if isinstance(ks, Sequence) else (ks,)
         self.reset()
 
     def reset(self) -> None:
         """Forget everything."""
-        # By block name, "" for the whole sequence: one dict of measures for every sequence.
-        self._values: dict[str, list[dict[str, float]]] = {}
+        # By block name ("" for the whole sequence) and whether only what stands before the end is counted:
+        # one dict of measures for every sequence.
+        self._values: dict[tuple[str, bool], list[dict[str, float]]] = {}
 
     def update(self, trace: DecodeTrace) -> None:
         """Add the sequences of a trace."""
-        before_end = trace.before_end(self.end_token_ids)
-        counted = (before_end if self.trim else trace.block >= 0).numpy()
-        block = trace.block.numpy()
+        before_end, block = trace.before_end().numpy(), trace.block.numpy()
+        scopes = {False: block >= 0} | ({True: before_end} if trace.end_token_ids else {})
+        regions = {"": block >= 0} | {name: block == j for j, name in enumerate(trace.block_names)}
         for row in range(len(block)):
-            regions = {"": counted[row]}
-            regions |= {name: counted[row] & (block[row] == j) for j, name in enumerate(trace.block_names)}
-            for name, region in regions.items():
-                if region.any():
-                    step, confidence = trace.step[row].numpy()[region], trace.confidence[row].numpy()[region]
-                    values = _measure(step, confidence, self.ks)
-                    passes = int(trace.forward_passes[row])
-                    values["tokens_per_forward"] = int(before_end[row].numpy()[region].sum()) / max(passes, 1)
-                    self._values.setdefault(name, []).append(values)
+            for trimmed, scope in scopes.items():
+                for name, region in regions.items():
+                    counted = scope[row] & region[row]
+                    if counted.any():
+                        step, confidence = trace.step[row].numpy()[counted], trace.confidence[row].numpy()[counted]
+                        values = _measure(step, confidence, self.ks)
+                        tokens = int((counted & before_end[row]).sum())
+                        values["tokens_per_forward"] = tokens / max(int(trace.forward_passes[row]), 1)
+                        self._values.setdefault((name, trimmed), []).append(values)
 
     def compute(self) -> ARness:
         """The averages over all sequences so far.
@@ -151,10 +152,16 @@ class ARnessMeter:
         """
         if not self._values:
             raise NapDecodeError("nothing was measured; call update with a trace first")
-        blocks = {name: self._average(values, {}) for name, values in self._values.items() if name}
-        return self._average(self._values[""], blocks)
+        blocks, trimmed = (
+            {name: self._average(values) for (name, t), values in self._values.items() if name and t == wanted}
+            for wanted in (False, True)
+        )
+        before_end = None
+        if ("", True) in self._values:
+            before_end = replace(self._average(self._values["", True]), blocks=trimmed)
+        return replace(self._average(self._values["", False]), blocks=blocks, before_end=before_end)
 
-    def _average(self, sequences: list[dict[str, float]], blocks: dict[str, ARness]) -> ARness:
+    def _average(self, sequences: list[dict[str, float]]) -> ARness:
         def mean(name: str) -> float:
             values = [s[name] for s in sequences if not np.isnan(s[name])]
             return float(np.mean(values)) if values else float("nan")
@@ -168,12 +175,13 @@ class ARnessMeter:
             kendall_tau=mean("kendall_tau"),
             tokens_per_step=mean("tokens_per_step"),
             tokens_per_forward=mean("tokens_per_forward"),
-            blocks=blocks,
         )
 
     @staticmethod
     @contextmanager
-    def watch(model: nn.Module, mask_token_id: int, *, num_rows: int | None = None) -> Iterator[Watch]:
+    def watch(
+        model: nn.Module, mask_token_id: int, *, end_token_ids: Sequence[int] = (), num_rows: int | None = None
+    ) -> Iterator[Watch]:
         """Measure any decoding loop by looking at the ids that the model is called with.
 
         Inside the ``with`` block run the foreign loop; nothing in it needs to change::
@@ -184,16 +192,20 @@ class ARnessMeter:
 
         What a call finds unmasked that was masked at the call before was committed in between.  The last
         commits are seen by no call; ``trace`` counts them as made after the last one.  A call with another
-        number of rows, with fewer columns, or with a changed prompt begins a new decode (``watch.traces()``
-        returns one trace for each).  A loop that appends masked blocks on the right as it goes is followed.
+        number of rows, with fewer columns, or with a changed prompt begins a new decode, and so does
+        ``watch.begin()`` (needed between decodes of one prompt that take one call each);
+        ``watch.traces()`` returns one trace for each.  A loop that appends masked blocks on the right as it
+        goes is followed.  A call that differs from the decode by a masked prompt only is taken for the
+        unconditional branch of guidance and left out.
 
         Args:
             model: the module that the loop calls with ``input_ids`` (by name, or as first argument).
             mask_token_id: the mask id.
+            end_token_ids: ids that end a text, to tell tokens from the padding after them.
             num_rows: look at the first rows only; a loop with classifier-free guidance usually stacks the
                 unconditional branch below the conditional one.
         """
-        watch = Watch(mask_token_id, num_rows)
+        watch = Watch(mask_token_id, tuple(end_token_ids), num_rows)
         handle = model.register_forward_pre_hook(watch._see, with_kwargs=True)
         try:
             yield watch
@@ -204,18 +216,25 @@ class ARnessMeter:
 class Watch:
     """What :meth:`ARnessMeter.watch` saw."""
 
-    def __init__(self, mask_token_id: int, num_rows: int | None = None) -> None:
+    def __init__(self, mask_token_id: int, end_token_ids: tuple[int, ...], num_rows: int | None) -> None:
         self.mask_token_id = mask_token_id
+        self.end_token_ids = end_token_ids
         self.num_rows = num_rows
         self._decodes: list[_Watched] = []
+        self._fresh = True
+
+    def begin(self) -> None:
+        """Take the next call for the first one of a new decode."""
+        self._fresh = True
 
     def _see(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
         if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
             raise NapDecodeError("the watched model was called without input_ids (B, L) of whole numbers")
         ids = ids[: self.num_rows].detach().cpu().clone()
-        if not self._decodes or not self._decodes[-1].advance(ids):
+        if self._fresh or not self._decodes[-1].advance(ids):
             self._decodes.append(_Watched.begin(ids, self.mask_token_id))
+        self._fresh = False
 
     def trace(self, sequences: Tensor | None = None) -> DecodeTrace:
         """The last decode.
@@ -225,15 +244,15 @@ class Watch:
                 they are unknown and stay the mask id.
 
         Raises:
-            NapDecodeError: the model was not called.
+            NapDecodeError: the model was not called; ``sequences`` is not what it was called with.
         """
         if not self._decodes:
             raise NapDecodeError("the watched model was not called inside the with block")
-        return self._decodes[-1].trace(sequences)
+        return self._decodes[-1].trace(sequences, self.end_token_ids)
 
     def traces(self) -> list[DecodeTrace]:
         """All decodes, in order."""
-        return [decode.trace(None) for decode in self._decodes]
+        return [decode.trace(None, self.end_token_ids) for decode in self._decodes]
 
 
 @dataclass
@@ -253,9 +272,11 @@ class _Watched:
         old = self.ids.shape[1]
         if ids.shape[0] != self.ids.shape[0] or ids.shape[1] < old:
             return False
-        if not torch.equal(ids[:, :old][~self.decodable], self.ids[~self.decodable]):
-            return False
         masked = ids == self.mask_token_id
+        changed = (ids[:, :old] != self.ids) & ~self.decodable
+        if bool(changed.any()):
+            # With no change but masks, it is the unconditional branch of guidance.
+            return ids.shape[1] == old and bool(masked[changed].all())
         if bool((self.decodable & masked[:, :old]).sum() == self.decodable.sum()) and self.step.max() >= 0:
             return False  # everything is masked again: the same prompt decoded anew
         grown = ids.shape[1] - old
@@ -268,12 +289,17 @@ class _Watched:
         self.calls += 1
         return True
 
-    def trace(self, sequences: Tensor | None) -> DecodeTrace:
-        tokens = self.ids if sequences is None else sequences[: len(self.ids)].detach().cpu()
+    def trace(self, sequences: Tensor | None, end_token_ids: tuple[int, ...]) -> DecodeTrace:
+        tokens = self.ids if sequences is None else sequences[: len(self.ids)].detach().cpu().clone()
         if tokens.shape != self.ids.shape:
             raise NapDecodeError(
                 f"sequences {tuple(tokens.shape)} must have the shape of the ids that the model was called with, "
                 f"{tuple(self.ids.shape)}"
+            )
+        if bool(((tokens != self.ids) & (self.ids != self.mask_token_id)).any()):
+            raise NapDecodeError(
+                "sequences differ from the ids that the model was called with where those were not masked; are the "
+                "rows padded on another side, or was this another decode?"
             )
         last = self.decodable & (self.step < 0)
         return DecodeTrace(
@@ -284,6 +310,7 @@ class _Watched:
             forward_passes=torch.full((len(tokens),), self.calls),
             block_names=("completion",),
             mask_token_id=self.mask_token_id,
+            end_token_ids=end_token_ids,
         )
 
 

@@ -14,9 +14,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Integral
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -77,6 +78,10 @@ class CanvasTemplate:
     parts: tuple[Text | Block, ...]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.parts, tuple | list):
+            raise NapDecodeError(
+                f"the parts of a template must be a tuple of texts and Blocks, but are {self.parts!r:.80}"
+            )
         names = [block.name for block in self.blocks]
         if not names:
             raise NapDecodeError("a template needs at least one Block; there is nothing to decode")
@@ -130,8 +135,8 @@ class CanvasTemplate:
             check_integer("total_length", total_length, num_paths + summary_length)
             base, rest = divmod(total_length - summary_length, num_paths)
             path_lengths = [base + (j < rest) for j in range(num_paths)]
-        elif path_length is None or isinstance(path_length, int):
-            path_lengths = [330 if path_length is None else path_length] * num_paths
+        elif not isinstance(path_length, Sequence):
+            path_lengths = [330 if path_length is None else int(path_length)] * num_paths
         else:
             path_lengths = list(path_length)
         if len(path_lengths) != num_paths:
@@ -179,9 +184,11 @@ class Canvas:
             masks.
         block_names: names of the M blocks.
         held: for each block whether a macro-parallel scheduler holds it back.
+        is_infill: whether the blocks are holes in a text rather than what follows a prompt.
 
     Raises:
-        NapDecodeError: shapes that differ, or a block index without a name.
+        NapDecodeError: shapes that differ, padding elsewhere than on the left or to be decoded, or a block
+            index without a name.
 
     Example:
         >>> canvas = Canvas.from_prompts(
@@ -200,6 +207,7 @@ class Canvas:
     prompt: Tensor
     block_names: tuple[str, ...]
     held: tuple[bool, ...]
+    is_infill: bool = False
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 2 or 0 in self.tokens.shape:
@@ -210,6 +218,8 @@ class Canvas:
                 raise NapDecodeError(f"{name} and tokens of a canvas must have one shape, but {name} has {shapes}")
         if bool((self.attention_mask[:, 1:] < self.attention_mask[:, :-1]).any()):
             raise NapDecodeError("the attention_mask of a canvas must be 0 for padding on the left, then 1 to the end")
+        if bool((self.decodable & (self.attention_mask == 0)).any()):
+            raise NapDecodeError("padding of a canvas cannot be decoded; its block must be -1")
         highest = int(self.block.max())
         if highest < 0:
             raise NapDecodeError("no slot of the canvas is to be decoded; is the mask token in the text?")
@@ -315,6 +325,7 @@ class Canvas:
             prompt=attention_mask.bool() & ~hole,
             block_names=tuple(f"hole {j + 1}" for j in range(num_blocks)),
             held=(False,) * num_blocks,
+            is_infill=True,
         )
 
 
@@ -326,17 +337,15 @@ def count_blocks(block: Tensor, num_blocks: int, where: Tensor | None = None) ->
 
 
 def encode_prompts(
-    prompts: Prompts,
-    tokenizer: PreTrainedTokenizerBase | None,
-    attention_mask: Tensor | None = None,
+    prompts: Prompts, tokenizer: PreTrainedTokenizerBase | None, attention_mask: Any = None
 ) -> tuple[list[list[int]], bool]:
     """Token ids of one prompt or of a batch.
 
     Args:
         prompts: see :data:`Prompts`.  Chat messages go through the tokenizer's chat template with a
-            generation prompt.
+            generation prompt.  What a tokenizer returns (``input_ids`` and ``attention_mask``) is taken too.
         tokenizer: needed for anything but ids.
-        attention_mask: ``(B, P)``, which ids of a 2-D tensor to keep.
+        attention_mask: 0 for ids to drop, wherever they are; in the shape of the ids.
 
     Returns:
         One list of ids per row, and whether it was a single prompt.
@@ -344,46 +353,57 @@ def encode_prompts(
     Raises:
         NapDecodeError: an empty batch, an unknown form of prompt, or text without a tokenizer.
     """
-    if isinstance(prompts, Tensor):
-        if prompts.ndim not in (1, 2) or prompts.is_floating_point():
+    if isinstance(prompts, Mapping):
+        if "input_ids" not in prompts:
             raise NapDecodeError(
-                f"token ids must be whole numbers of shape (P,) or (B, P), but are {prompts.dtype} of shape "
-                f"{tuple(prompts.shape)}"
+                f"a mapping as prompt must have input_ids, but has {list(prompts)}; put chat messages in a list"
             )
-        rows = prompts.tolist() if prompts.ndim == 2 else [prompts.tolist()]
-        if attention_mask is not None:
-            if attention_mask.shape != prompts.shape:
-                raise NapDecodeError(
-                    f"attention_mask {tuple(attention_mask.shape)} and input_ids {tuple(prompts.shape)} must have "
-                    "one shape; leave the canvas out of the mask"
-                )
-            keep = attention_mask.tolist() if prompts.ndim == 2 else [attention_mask.tolist()]
-            rows = [[t for t, k in zip(row, ks, strict=True) if k] for row, ks in zip(rows, keep, strict=True)]
-        return rows, prompts.ndim == 1
-    if attention_mask is not None:
-        raise NapDecodeError("an attention_mask goes with a tensor of token ids; lists of ids are ragged as they are")
-    if len(prompts) == 0 and not isinstance(prompts, str):
+        prompts, attention_mask = prompts["input_ids"], prompts.get("attention_mask", attention_mask)
+    prompts = _plain(prompts)
+    if isinstance(prompts, str):
+        return [_encode_prompt(prompts, tokenizer)], True
+    if not isinstance(prompts, Sequence):
+        raise NapDecodeError(f"prompts must be text, chat messages, token ids, or a list of these, not {prompts!r:.80}")
+    if len(prompts) == 0:
         raise NapDecodeError("the batch of prompts is empty")
-    single = isinstance(prompts, str) or isinstance(prompts[0], Integral | Mapping)
-    batch: Sequence[Any] = [prompts] if single else prompts
-    return [_encode_prompt(prompt, tokenizer) for prompt in batch], single
+    single = isinstance(prompts[0], Real | Mapping)
+    rows = [_encode_prompt(prompt, tokenizer) for prompt in ([prompts] if single else prompts)]
+    if attention_mask is not None:
+        mask = _plain(attention_mask)
+        mask = [mask] if single else mask
+        shapes = list(map(len, rows)), [len(row) if isinstance(row, list) else row for row in mask]
+        if shapes[0] != shapes[1]:
+            raise NapDecodeError(
+                f"attention_mask and input_ids must have one shape, but their rows have lengths {shapes[1]} and "
+                f"{shapes[0]}; leave the canvas out of the mask"
+            )
+        rows = [[t for t, keep in zip(row, keeps, strict=True) if keep] for row, keeps in zip(rows, mask, strict=True)]
+    return rows, single
+
+
+def _plain(values: Any) -> Any:
+    """Tensors and arrays as (nested) lists; everything else as it is."""
+    return values.tolist() if isinstance(values, Tensor | np.ndarray) else values
 
 
 def _encode_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
-    if isinstance(prompt, Tensor) and prompt.ndim == 1 and not prompt.is_floating_point():
-        return [int(t) for t in prompt.tolist()]
+    prompt = _plain(prompt)
     if isinstance(prompt, str) or (isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping)):
         if tokenizer is None:
             raise NapDecodeError("a prompt that is text or chat messages needs a tokenizer; pass one, or token ids")
         if isinstance(prompt, str):
             return list(tokenizer(prompt)["input_ids"])
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise NapDecodeError(
+                "the prompt is chat messages, but the tokenizer has no chat template; pass text or ids"
+            )
         # Templates write their own special tokens, so the tokenizer must not add a second <bos>.
         text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if isinstance(prompt, Sequence) and all(isinstance(t, Integral) for t in prompt):
         return [int(t) for t in prompt]
     raise NapDecodeError(
-        f"a prompt must be text, chat messages, a list of token ids or a 1-D tensor of them, but is {prompt!r:.80}"
+        f"a prompt must be text, chat messages, or a list or 1-D tensor of token ids, but is {prompt!r:.80}"
     )
 
 

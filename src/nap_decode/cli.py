@@ -5,18 +5,22 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from nap_decode import __version__
 from nap_decode.arness import ARnessMeter
 from nap_decode.canvas import CanvasTemplate
-from nap_decode.committers import MicroConfidenceCommitter, ThresholdSelection
+from nap_decode.committers import MicroConfidenceCommitter, QuotaSelection, ThresholdSelection
 from nap_decode.confidence import CONFIDENCES
 from nap_decode.denoiser import Denoiser
-from nap_decode.errors import NapDecodeError
-from nap_decode.sampler import Sampler
+from nap_decode.errors import NapDecodeError, check_between
+from nap_decode.sampler import Sampler, check_parts
 from nap_decode.schedulers import (
     AnyOrderScheduler,
     BlockScheduler,
@@ -31,6 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads on; the interpreter must not try to flush again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (NapDecodeError, OSError) as error:
         print(f"nap-decode: error: {error}", file=sys.stderr)
         return 2
@@ -62,15 +70,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--chat", action="store_true", help="put each prompt through the chat template, as a user's message")
     add("--infill", action="store_true", help="decode the mask tokens in the prompts instead of appending")
     add("--max-new-tokens", type=int, help="append one block of this length instead of NAP's canvas")
-    add("--num-paths", type=int, default=3)
+    add("--num-paths", type=int, help="default: 3")
     add("--path-length", type=int, help="slots of each path (default: 330)")
-    add("--summary-length", type=int, default=32)
+    add("--summary-length", type=int, help="slots of the summary (default: 32)")
     add("--total-length", type=int, help="slots of all blocks; the paths get equal shares")
     add = generate.add_argument_group("how").add_argument
     add("--scheduler", choices=("macro-parallel", "semi-autoregressive", "any-order"), default="macro-parallel")
-    add("--tokens-per-step", type=int, help="default: 4")
+    add("--tokens-per-step", type=int, help="default: 4; the least number, by default 1, with --threshold")
     add("--steps", type=int, help="instead of --tokens-per-step")
     add("--hold-until", type=float, help="share of path tokens before the summary opens (macro-parallel; default: 1)")
+    add("--share-last-step", action="store_true", help="let the summary share the step that completes the paths")
     add("--block-length", type=int, help="cut the canvas into blocks of this length (semi-autoregressive)")
     add("--temperature", type=float, default=0.0)
     add("--top-k", type=int)
@@ -87,8 +96,6 @@ def _parser() -> argparse.ArgumentParser:
     arness.set_defaults(run=_arness)
     arness.add_argument("trace", help="file written by generate --trace or DecodeTrace.save")
     arness.add_argument("--k", type=int, nargs="+", default=[1], help="values of k (default: 1)")
-    arness.add_argument("--end-token-ids", type=int, nargs="+", default=[], help="ids that end a block")
-    arness.add_argument("--trim", action="store_true", help="leave out what follows a block's end")
     arness.add_argument("--json", action="store_true", help="print all numbers as JSON")
     return parser
 
@@ -106,52 +113,60 @@ def _demo(args: argparse.Namespace) -> None:
 
 def _generate(args: argparse.Namespace) -> None:
     # Options are checked before the model is loaded, which may take minutes.
-    scheduler = _scheduler(args)
-    selection = None if args.threshold is None else ThresholdSelection(args.threshold)
+    template, scheduler = _template(args), _scheduler(args)
     committer = MicroConfidenceCommitter(
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
         confidence=args.confidence,
-        selection=selection,
+        selection=QuotaSelection() if args.threshold is None else ThresholdSelection(args.threshold),
     )
-    template = CanvasTemplate.nap(
-        args.num_paths,
-        path_length=args.path_length,
-        summary_length=args.summary_length,
-        total_length=args.total_length,
-    )
-    if args.infill and args.max_new_tokens is not None:
-        raise NapDecodeError("--infill decodes the mask tokens in the prompt; --max-new-tokens does not go with it")
+    check_parts(scheduler, committer)
+    check_between("--cfg-scale", args.cfg_scale, 0.0, math.inf)
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise NapDecodeError(f"--device {args.device}: this torch sees no CUDA device")
 
     model, tokenizer = _load(args)
     denoiser = Denoiser(model, tokenizer, mask_token_id=args.mask_token_id, cfg_scale=args.cfg_scale)
     sampler = Sampler(denoiser, scheduler=scheduler, committer=committer, template=template)
     prompts: list[Any] = [[{"role": "user", "content": p}] for p in args.prompt] if args.chat else args.prompt
-    if args.infill:
-        output = sampler.infill(prompts, seed=args.seed)
-    else:
-        output = sampler(prompts, max_new_tokens=args.max_new_tokens, seed=args.seed)
+    output = sampler.infill(prompts, seed=args.seed) if args.infill else sampler(prompts, seed=args.seed)
+    if args.trace:
+        output.trace.save(args.trace)
     texts = output.summary if args.summary_only else output.text
     for prompt, text, tpf in zip(args.prompt, texts, output.tokens_per_forward, strict=True):
         print(f"# {prompt}\n{text}")
         print(f"# {output.forward_passes} forward passes, {tpf:.2f} tokens per forward pass\n")
-    if args.trace:
-        output.trace.save(args.trace)
+
+
+def _template(args: argparse.Namespace) -> CanvasTemplate | None:
+    lengths = ("num_paths", "path_length", "summary_length", "total_length")
+    given = {name: getattr(args, name) for name in lengths if getattr(args, name) is not None}
+    if not args.infill and args.max_new_tokens is None:
+        return CanvasTemplate.nap(**given)
+    instead = "--infill" if args.infill else "--max-new-tokens"
+    others = ["--" + name.replace("_", "-") for name in given] + ["--summary-only"] * args.summary_only
+    others += ["--max-new-tokens"] * (args.infill and args.max_new_tokens is not None)
+    if others:
+        raise NapDecodeError(f"{others[0]} does not go with {instead}, which decodes no canvas of paths and a summary")
+    return None if args.infill else CanvasTemplate.plain(args.max_new_tokens)
 
 
 def _scheduler(args: argparse.Namespace) -> BlockScheduler:
     options = {"steps": args.steps, "tokens_per_step": args.tokens_per_step}
     if args.steps is None and args.tokens_per_step is None:
         options["tokens_per_step"] = 4 if args.threshold is None else 1
-    for name, needed in (("hold_until", "macro-parallel"), ("block_length", "semi-autoregressive")):
-        if getattr(args, name) is not None and args.scheduler != needed:
-            raise NapDecodeError(f"--{name.replace('_', '-')} goes with --scheduler {needed}, not {args.scheduler}")
-    if args.scheduler == "macro-parallel":
-        return MacroParallelScheduler(**options, hold_until=1.0 if args.hold_until is None else args.hold_until)
-    if args.scheduler == "semi-autoregressive":
-        return SemiAutoregressiveScheduler(**options, block_length=args.block_length)
-    return AnyOrderScheduler(**options)
+    own = {"hold_until": "macro-parallel", "share_last_step": "macro-parallel", "block_length": "semi-autoregressive"}
+    extra = {name: getattr(args, name) for name in own if getattr(args, name) not in (None, False)}
+    for name in extra:
+        if args.scheduler != own[name]:
+            raise NapDecodeError(f"--{name.replace('_', '-')} goes with --scheduler {own[name]}, not {args.scheduler}")
+    schedulers: dict[str, type[BlockScheduler]] = {
+        "macro-parallel": MacroParallelScheduler,
+        "semi-autoregressive": SemiAutoregressiveScheduler,
+        "any-order": AnyOrderScheduler,
+    }
+    return schedulers[args.scheduler](**options, **extra)
 
 
 def _load(args: argparse.Namespace) -> tuple[Any, Any]:
@@ -175,10 +190,22 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _arness(args: argparse.Namespace) -> None:
-    meter = ARnessMeter(args.k, end_token_ids=args.end_token_ids, trim=args.trim)
+    meter = ARnessMeter(args.k)
     meter.update(DecodeTrace.load(args.trace))
     measured = meter.compute()
-    print(json.dumps(dataclasses.asdict(measured), indent=1) if args.json else measured)
+    if args.json:
+        print(json.dumps(_without_nan(dataclasses.asdict(measured)), indent=1))
+        return
+    print(measured)
+    if measured.before_end is not None:
+        print(f"\nBefore the end of each block:\n{measured.before_end}")
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no nan; null stands for it."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 if __name__ == "__main__":

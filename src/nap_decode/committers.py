@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Protocol
 
 import torch
@@ -10,7 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from nap_decode.canvas import Canvas
-from nap_decode.confidence import Candidates, Confidence, find_confidence, random
+from nap_decode.confidence import CONFIDENCES, Candidates, Confidence, find_confidence, random
 from nap_decode.errors import NapDecodeError, check_between, check_integer
 from nap_decode.randomness import TOKEN_STREAM, uniform
 
@@ -29,7 +31,7 @@ class Slots:
         rank: ``(B, L)`` int64, for every column of the canvas its place among the K, -1 if it has none.
         quota: ``(B, M)`` int64, tokens that each block shall commit.
         seeds: ``(B,)`` int64.
-        step: index of the step.
+        step: index of the step in the schedule.
     """
 
     index: Tensor
@@ -100,6 +102,39 @@ class Commit:
     chosen: Tensor
 
 
+class Committer(Protocol):
+    """Decides which of the open slots are committed, and with which tokens.
+
+    Example:
+        >>> class Eager:  # everything that is open, whatever the quota
+        ...     is_adaptive, is_random = True, False
+        ...     def __call__(self, logits, slots, banned):
+        ...         confidence, tokens = logits.index_fill(2, banned, -torch.inf).softmax(2).max(2)
+        ...         return Commit(tokens, confidence, slots.block < slots.quota.shape[1])
+        >>> from nap_decode import MacroParallelScheduler, Sampler, demo
+        >>> sampler = Sampler(*demo.load(), scheduler=MacroParallelScheduler(), committer=Eager())
+        >>> sampler("1 2 3 4 5 6 7 0 1 2 3 4 =", max_new_tokens=5).forward_passes
+        1
+    """
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether the number of tokens it commits depends on the model; if not, it is exactly the quota."""
+
+    @property
+    def is_random(self) -> bool:
+        """Whether results depend on the seed."""
+
+    def __call__(self, logits: Tensor, slots: Slots, banned: Tensor) -> Commit:
+        """Decide one step.
+
+        Args:
+            logits: ``(B, K, V)``; not to be changed.
+            slots: the slots they belong to.
+            banned: ``(N,)`` int64, ids that must not be proposed.
+        """
+
+
 class Selection(Protocol):
     """Chooses among scored candidates."""
 
@@ -160,6 +195,10 @@ class ThresholdSelection:
 
     is_adaptive = True
 
+    def __post_init__(self) -> None:
+        if isinstance(self.threshold, bool) or not isinstance(self.threshold, Real) or math.isnan(self.threshold):
+            raise NapDecodeError(f"threshold must be a number, but is {self.threshold!r}")
+
     def __call__(self, confidence: Tensor, block: Tensor, quota: Tensor) -> Tensor:
         """See :class:`Selection`."""
         reaches = (confidence >= self.threshold) & (block < quota.shape[1])
@@ -189,12 +228,13 @@ def rank_in_block(confidence: Tensor, block: Tensor) -> Tensor:
     return torch.zeros_like(order).scatter_(1, order, place)
 
 
+@dataclass(frozen=True, kw_only=True)
 class MicroConfidenceCommitter:
     """Proposes a token for every open slot, scores it, and commits the best of each block.
 
     Args:
-        temperature: 0 proposes the most likely token and draws nothing; otherwise a token is drawn from
-            softmax(logits / temperature), from the row's own stream.
+        temperature: 0 proposes the most likely token and draws nothing; otherwise (at least 1e-6) a token is
+            drawn from softmax(logits / temperature), from the row's own stream.
         top_k: draw among this many most likely tokens only.
         top_p: draw among the fewest most likely tokens whose probabilities reach this sum.
         confidence: a function of :class:`~nap_decode.confidence.Candidates`, or the name of one:
@@ -216,72 +256,68 @@ class MicroConfidenceCommitter:
         nap_decode.errors.NapDecodeError: top_k=5 has no effect at temperature 0; set a temperature or leave it out
     """
 
-    def __init__(
-        self,
-        *,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        confidence: str | Confidence = "probability",
-        selection: Selection | None = None,
-    ) -> None:
-        check_between("temperature", temperature, 0.0, float("inf"))
-        if top_k is not None:
-            check_integer("top_k", top_k, 1)
-        if top_p is not None:
-            check_between("top_p", top_p, 0.0, 1.0)
-        for name, value in (("top_k", top_k), ("top_p", top_p)):
-            if value is not None and temperature == 0:
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    confidence: str | Confidence = "probability"
+    selection: Selection = QuotaSelection()
+
+    def __post_init__(self) -> None:
+        check_between("temperature", self.temperature, 0.0, math.inf)
+        if 0 < self.temperature < 1e-6:
+            raise NapDecodeError(f"temperature must be 0 or at least 1e-6, but is {self.temperature!r}")
+        if self.top_k is not None:
+            check_integer("top_k", self.top_k, 1)
+        if self.top_p is not None:
+            check_between("top_p", self.top_p, 0.0, 1.0)
+        for name in ("top_k", "top_p"):
+            if getattr(self, name) is not None and self.temperature == 0:
                 raise NapDecodeError(
-                    f"{name}={value} has no effect at temperature 0; set a temperature or leave it out"
+                    f"{name}={getattr(self, name)} has no effect at temperature 0; set a temperature or leave it out"
                 )
-        self.temperature = temperature
-        self.top_k = top_k
-        self.top_p = top_p
-        self.confidence = find_confidence(confidence)
-        self.selection: Selection = selection or QuotaSelection()
+        find_confidence(self.confidence)
+        if not callable(self.selection):
+            raise NapDecodeError(f"selection must be a Selection, such as QuotaSelection(), but is {self.selection!r}")
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether the selection decides by confidence how many tokens are committed."""
+        return self.selection.is_adaptive
 
     @property
     def is_random(self) -> bool:
-        """Whether results depend on the seed."""
-        return self.temperature > 0 or self.confidence is random
+        """Whether results may depend on the seed: a function of yours might draw."""
+        confidence = find_confidence(self.confidence)
+        return self.temperature > 0 or confidence is random or confidence not in CONFIDENCES.values()
 
     def __call__(self, logits: Tensor, slots: Slots, banned: Tensor) -> Commit:
-        """Decide one step.
-
-        Args:
-            logits: ``(B, K, V)``; not changed.
-            slots: the slots they belong to.
-            banned: ``(N,)`` int64, ids that are never proposed.
-        """
+        """See :class:`Committer`."""
         tokens, confidence = self.propose(logits, slots, banned)
         return Commit(tokens, confidence, self.selection(confidence, slots.block, slots.quota))
 
     def propose(self, logits: Tensor, slots: Slots, banned: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens ``(B, K)`` and their confidences ``(B, K)``."""
+        """Tokens ``(B, K)`` and their confidences ``(B, K)``; nan where no id is both possible and allowed."""
         num_rows, width, vocab_size = logits.shape
         flat = rearrange(logits, "b k v -> (b k) v")
-        positions = rearrange(slots.positions, "b k -> (b k)")
-        seeds = slots.seeds.repeat_interleave(width)
+        positions, block = rearrange(slots.positions, "b k -> (b k)"), rearrange(slots.block, "b k -> (b k)")
+        rows = torch.arange(num_rows, device=logits.device).repeat_interleave(width)
+        score = find_confidence(self.confidence)
         tokens, confidence = [], []
         # In chunks, so that the float32 copies do not grow with the canvas.
         size = max(1, CHUNK_ELEMENTS // vocab_size)
         for start in range(0, len(flat), size):
-            rows = slice(start, start + size)
-            candidates = self._propose_chunk(flat[rows], positions[rows], seeds[rows], slots.step, banned)
-            tokens.append(candidates.tokens)
-            confidence.append(self.confidence(candidates))
+            part = slice(start, start + size)
+            scores = flat[part].to(torch.promote_types(logits.dtype, torch.float32))  # (R, V)
+            allowed = scores.index_fill(1, banned, -torch.inf) if len(banned) else scores
+            best, chosen = allowed.max(1)
+            seeds = slots.seeds[rows[part]]
+            if self.temperature > 0:
+                draws = uniform(seeds, slots.step, TOKEN_STREAM, positions[part, None])  # (R, 1)
+                chosen = _draw(self._probabilities(allowed - best[:, None]), draws)
+            candidates = Candidates(scores, best, chosen, positions[part], block[part], rows[part], seeds, slots.step)
+            tokens.append(chosen)
+            confidence.append(score(candidates).where(best > -torch.inf, torch.nan))
         return torch.cat(tokens).view(num_rows, width), torch.cat(confidence).view(num_rows, width)
-
-    def _propose_chunk(self, logits: Tensor, positions: Tensor, seeds: Tensor, step: int, banned: Tensor) -> Candidates:
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (R, V)
-        allowed = logits.index_fill(1, banned, -torch.inf) if len(banned) else logits
-        if self.temperature == 0:
-            tokens = allowed.argmax(1)
-        else:
-            draws = uniform(seeds, step, TOKEN_STREAM, positions[:, None])  # (R, 1)
-            tokens = _draw(self._probabilities(allowed), draws)
-        return Candidates(logits, allowed, tokens, positions, seeds, step)
 
     def _probabilities(self, logits: Tensor) -> Tensor:
         from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
@@ -289,9 +325,9 @@ class MicroConfidenceCommitter:
         scores = logits / self.temperature
         unused = torch.empty(0, dtype=torch.long)  # the warpers look at the scores alone
         if self.top_k is not None:
-            scores = TopKLogitsWarper(self.top_k)(unused, scores)
+            scores = TopKLogitsWarper(int(self.top_k))(unused, scores)
         if self.top_p is not None:
-            scores = TopPLogitsWarper(self.top_p)(unused, scores)
+            scores = TopPLogitsWarper(float(self.top_p))(unused, scores)
         return scores.softmax(1)
 
 

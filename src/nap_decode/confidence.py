@@ -17,27 +17,33 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from nap_decode.errors import check_name
+from nap_decode.errors import NapDecodeError, check_name
 from nap_decode.randomness import CONFIDENCE_STREAM, uniform
 
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
-    """Proposed tokens, and what the model said about them.  R candidates, in any order.
+    """Proposed tokens, and what the model said about them: R candidates, in any order and any grouping.
+
+    They come in chunks of bounded size, so a confidence must score each candidate on its own.
 
     Args:
         logits: ``(R, V)`` float32 (float64 if the model computes in it), over the whole vocabulary.
-        allowed: ``(R, V)``, the same with -inf for ids that may not be emitted; maybe the same tensor.
+        best: ``(R,)``, the largest logit of an id that may be emitted.
         tokens: ``(R,)`` int64, the proposals.
         positions: ``(R,)`` int64, counted from the row's first token.
-        seeds: ``(R,)`` int64, seeds of the candidates' rows.
+        block: ``(R,)`` int64, the scheduler's block of each.
+        rows: ``(R,)`` int64, index of the row in the batch.
+        seeds: ``(R,)`` int64, seeds of the rows.
         step: index of the decoding step.
     """
 
     logits: Tensor
-    allowed: Tensor
+    best: Tensor
     tokens: Tensor
     positions: Tensor
+    block: Tensor
+    rows: Tensor
     seeds: Tensor
     step: int
 
@@ -68,9 +74,8 @@ def margin(candidates: Candidates) -> Tensor:
     Negative where the model prefers a banned id.
     """
     top = candidates.logits.topk(2, dim=1).values
-    best = candidates.allowed.amax(1)
-    other = torch.where(best == top[:, 0], top[:, 1], top[:, 0])
-    return (best - candidates.log_normalizer).exp() - (other - candidates.log_normalizer).exp()
+    other = torch.where(candidates.best == top[:, 0], top[:, 1], top[:, 0])
+    return (candidates.best - candidates.log_normalizer).exp() - (other - candidates.log_normalizer).exp()
 
 
 def negative_entropy(candidates: Candidates) -> Tensor:
@@ -97,13 +102,18 @@ CONFIDENCES: dict[str, Confidence] = {f.__name__: f for f in (probability, margi
 def find_confidence(confidence: str | Confidence) -> Confidence:
     """A confidence from its name; functions are passed through.
 
+    Raises:
+        NapDecodeError: an unknown name, or something that is no function.
+
     Example:
         >>> find_confidence("entropy")
         Traceback (most recent call last):
         ...
         nap_decode.errors.NapDecodeError: there is no confidence 'entropy'. Did you mean 'negative_entropy'? ...
     """
-    if not isinstance(confidence, str):
+    if callable(confidence):
         return confidence
+    if not isinstance(confidence, str):
+        raise NapDecodeError(f"confidence must be a name or a function of Candidates, but is {confidence!r}")
     check_name("confidence", confidence, CONFIDENCES)
     return CONFIDENCES[confidence]

@@ -48,6 +48,8 @@ class Denoiser:
             off; any other value doubles the work of a forward pass.
         logits_processor: transformers logits processors, called with one row per wanted position:
             ``input_ids (B * K, L)`` is the whole canvas, masks and padding included.
+        device: where the model takes its input; found from a module's embeddings or parameters, the CPU
+            for a function.
 
     Raises:
         NapDecodeError: no mask token is known; the model is of a kind that cannot be decoded by
@@ -71,25 +73,35 @@ class Denoiser:
         family: ModelFamily | None = None,
         end_token_ids: Sequence[int] | None = None,
         cfg_scale: float = 0.0,
-        logits_processor: Sequence[LogitsProcessor] = (),
+        logits_processor: LogitsProcessor | Sequence[LogitsProcessor] = (),
+        device: torch.device | str | None = None,
     ) -> None:
         if not callable(model):
             raise NapDecodeError(f"model must be a torch module or a function, but is {model!r:.80}")
         check_between("cfg_scale", cfg_scale, 0.0, float("inf"))
         self.model = model
         self.tokenizer = tokenizer
-        config = getattr(model, "config", None) if isinstance(model, nn.Module) else None
+        # A research module may have a config of its own; what takes input_ids is called as transformers models are.
+        config = getattr(model, "config", None) if "input_ids" in self._arguments else None
         if config is not None and hasattr(config, "get_text_config"):
             config = config.get_text_config()
         self.config: Any = config
+        if getattr(config, "is_encoder_decoder", False):
+            raise NapDecodeError(
+                f"{type(model).__name__} is an encoder-decoder; only models of one stack fill in masks"
+            )
         self.family = family or find_family(config)
         if self.family.refusal is not None:
             raise NapDecodeError(f"{self.family.name} cannot be decoded here: {self.family.refusal}")
         self.mask_token_id = self._find_mask(mask_token_id)
         self.end_token_ids = tuple(end_token_ids) if end_token_ids is not None else self._find_ends()
         self.cfg_scale = cfg_scale
-        self.logits_processor = tuple(logits_processor)
-        self._banned: dict[int, Tensor] = {}
+        # A LogitsProcessorList is a list that can be called.
+        self.logits_processor: tuple[LogitsProcessor, ...] = (
+            tuple(logits_processor) if isinstance(logits_processor, Sequence) else (logits_processor,)
+        )
+        self._device = torch.device(device) if device is not None else None
+        self._banned: dict[tuple[int, torch.device], Tensor] = {}
         self._check_dropout()
         if self.config is not None:
             self._check_sees_future()
@@ -141,6 +153,8 @@ class Denoiser:
     @property
     def device(self) -> torch.device:
         """Where the model takes its input."""
+        if self._device is not None:
+            return self._device
         if not isinstance(self.model, nn.Module):
             return torch.device("cpu")
         embeddings = self._input_embeddings
@@ -164,7 +178,9 @@ class Denoiser:
 
     @cached_property
     def _arguments(self) -> frozenset[str]:
-        """Names that the model's forward takes; a compiled module is looked at through its wrapper."""
+        """Names that a module's forward takes; a compiled module is looked at through its wrapper."""
+        if not isinstance(self.model, nn.Module):
+            return frozenset()
         model: Any = getattr(self.model, "_orig_mod", self.model)
         return frozenset(inspect.signature(model.forward).parameters)
 
@@ -188,12 +204,12 @@ class Denoiser:
 
     def banned(self, vocab_size: int, device: torch.device) -> Tensor:
         """``(N,)`` int64: the mask id, and ids below ``vocab_size`` that the tokenizer does not have."""
-        if vocab_size not in self._banned:
+        if (vocab_size, device) not in self._banned:
             ids = {self.mask_token_id}
             if self.tokenizer is not None:
                 ids |= set(range(vocab_size)).difference(self.tokenizer.get_vocab().values())
-            self._banned[vocab_size] = torch.tensor(sorted(ids), device=device)
-        return self._banned[vocab_size]
+            self._banned[vocab_size, device] = torch.tensor(sorted(ids), device=device)
+        return self._banned[vocab_size, device]
 
     # ---------------------------------------------------------------------------------------- checks
 
@@ -220,8 +236,8 @@ class Denoiser:
             )
         if canvas.is_padded and not self._hides_padding:
             raise NapDecodeError(
-                f"{self.family.name} models take no attention mask, or ignore it, so rows of different length cannot "
-                "share a batch: padding would be read as text. Decode rows of equal length together"
+                f"padding changes what {self.family.name} models predict: they take no attention mask, or do not hide "
+                "everything behind it. Decode rows of different length in different batches"
             )
 
     def _check_dropout(self) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
+from numbers import Integral, Real
 from typing import Any
 
 
@@ -20,15 +22,18 @@ class NapDecodeError(ValueError):
 
 
 def check_integer(name: str, value: Any, minimum: int) -> None:
-    """Raise unless ``value`` is a whole number (a ``bool`` is none) of at least ``minimum``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+    """Raise unless ``value`` is a whole number (numpy's will do, a ``bool`` will not) of at least ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < minimum:
         raise NapDecodeError(f"{name} must be a whole number of at least {minimum}, but is {value!r}")
 
 
 def check_between(name: str, value: Any, low: float, high: float) -> None:
-    """Raise unless ``value`` is a number with ``low <= value <= high``."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise NapDecodeError(f"{name} must be a number from {low:g} to {high:g}, but is {value!r}")
+    """Raise unless ``value`` is a finite number with ``low <= value <= high``."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not low <= float(value) <= high or math.isinf(value):
+        allowed = (
+            f"a number from {low:g} to {high:g}" if math.isfinite(high) else f"a finite number of at least {low:g}"
+        )
+        raise NapDecodeError(f"{name} must be {allowed}, but is {value!r}")
 
 
 def check_name(what: str, name: str, known: Iterable[str]) -> None:

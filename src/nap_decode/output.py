@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class SamplerOutput:
     """The decoded batch.
 
-    Texts are a string for a single prompt and a list of strings for a batch; with a block's end token
-    and what follows it cut off, and without special tokens.
+    Texts are a string for a single prompt and a list of strings for a batch.  They are without special
+    tokens, and without a block's end token and what follows it.
 
     Args:
         sequences: ``(B, L)`` int64, left padding, prompt and canvas.
@@ -30,8 +30,7 @@ class SamplerOutput:
         trace: what happened when, on the CPU.
         forward_passes: calls of the model.
         wall_time: seconds that the decoding loop took.
-        seed: the seed that was used, None if nothing was drawn.
-        end_token_ids: ids that end a block.
+        row_seeds: seeds of the rows, to decode one again with ``row_seeds=``; None if nothing was drawn.
         tokenizer: for the texts; None if there is none.
         is_single: whether the input was one prompt rather than a batch.
 
@@ -48,8 +47,7 @@ class SamplerOutput:
     trace: DecodeTrace
     forward_passes: int
     wall_time: float
-    seed: int | None
-    end_token_ids: tuple[int, ...]
+    row_seeds: list[int] | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     is_single: bool = False
 
@@ -59,13 +57,13 @@ class SamplerOutput:
 
     @cached_property
     def _before_end(self) -> Tensor:
-        return self.trace.before_end(self.end_token_ids)
+        return self.trace.before_end()
 
     @property
     def finish_reason(self) -> list[str]:
         """For each row ``"end"`` if its last block holds an end token, else ``"length"``."""
-        last = len(self.trace.block_names) - 1
-        cut = (self.trace.block == last) & ~self._before_end
+        block = self.trace.block
+        cut = (block == block.amax(1, keepdim=True)) & (block >= 0) & ~self._before_end
         return ["end" if ended else "length" for ended in cut.any(1).tolist()]
 
     @property
@@ -103,7 +101,7 @@ class SamplerOutput:
 
     @cached_property
     def text(self) -> str | list[str]:
-        """What was decoded, blocks and the clamped text between them in order, a block on a line.
+        """What was decoded: a plain completion as it is; a layout with a line for each block, behind its header.
 
         For infill it is the whole text, with the holes filled.
         """
@@ -118,22 +116,25 @@ class SamplerOutput:
 
     def _block_text(self, row: int, block: int) -> str:
         kept = (self.trace.block[row] == block) & self._before_end[row]
-        return self._decode(self.trace.tokens[row][kept].tolist(), skip_special_tokens=True).strip()
+        return self._decode(self.trace.tokens[row][kept].tolist(), skip_special_tokens=True)
 
     def _row_text(self, row: int) -> str:
         tokens, block = self.trace.tokens[row].tolist(), self.trace.block[row].tolist()
         present, prompt = self.canvas.attention_mask[row].tolist(), self.canvas.prompt[row].tolist()
-        first = min(column for column, b in enumerate(block) if b >= 0) if max(block) >= 0 else len(block)
-        if any(prompt[first:]):  # infill
+        if self.canvas.is_infill:
             return self._decode([t for t, p in zip(tokens, present, strict=True) if p], skip_special_tokens=True)
         columns = [c for c in range(len(block)) if present[c] and not prompt[c]]
-        lines: list[str] = []
-        for index, run in groupby(columns, key=lambda c: block[c]):
+        runs = [(index, list(run)) for index, run in groupby(columns, key=lambda c: block[c])]
+        if len(runs) == 1:
+            return self._block_text(row, runs[0][0])
+        lines, header = [], False
+        for index, run in runs:
             if index < 0:
                 lines.append(self._decode([tokens[c] for c in run], skip_special_tokens=False).strip())
             else:
-                header = lines.pop() + " " if lines else ""
-                lines.append(header + self._block_text(row, index))
+                before = lines.pop() + " " if header else ""
+                lines.append(before + self._block_text(row, index).strip())
+            header = index < 0
         return "\n".join(lines)
 
     def _decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:

@@ -8,8 +8,13 @@ splittable pseudorandom number generators", OOPSLA 2014), applied once per coord
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from nap_decode.errors import NapDecodeError
 
 TOKEN_STREAM = 1
 """Draws that choose a token."""
@@ -26,9 +31,16 @@ def _mix(z: Tensor) -> Tensor:
     return z ^ ((z >> 31) & 0x1_FFFF_FFFF)
 
 
-def wrap(number: int) -> int:
-    """The signed 64-bit integer that is congruent modulo 2**64, so that any whole number is a seed."""
-    return (number + 2**63) % 2**64 - 2**63
+def wrap(seed: Any) -> int:
+    """The signed 64-bit integer that is congruent modulo 2**64, so that any whole number is a seed.
+
+    Raises:
+        NapDecodeError: ``seed`` is no whole number.
+    """
+    try:
+        return (operator.index(seed) + 2**63) % 2**64 - 2**63
+    except TypeError:
+        raise NapDecodeError(f"a seed must be a whole number, but is {seed!r}") from None
 
 
 def row_seeds(seed: int, num_rows: int, device: torch.device | None = None) -> Tensor:

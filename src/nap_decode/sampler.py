@@ -6,14 +6,21 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from nap_decode.canvas import Canvas, CanvasTemplate, Prompts, count_blocks, encode_prompts
-from nap_decode.committers import Commit, MicroConfidenceCommitter, Selection, Slots
+from nap_decode.committers import (
+    Commit,
+    Committer,
+    MicroConfidenceCommitter,
+    QuotaSelection,
+    Selection,
+    Slots,
+)
 from nap_decode.confidence import Confidence
 from nap_decode.denoiser import Denoiser, Model
 from nap_decode.errors import NapDecodeError
@@ -33,12 +40,13 @@ class DecodeState:
 
     Args:
         canvas: what decoding started from.
-        step: steps done.
+        step: index of the next step of the schedule.
         total_steps: steps of the longest row; None if the number depends on the model.
         tokens: ``(B, L)`` int64.
         masked: ``(B, L)`` bool, slots still to decode.
         commit_step: ``(B, L)`` int64, index of the step that committed a slot, -1 for none.
         confidence: ``(B, L)`` float32, confidence when it was committed, nan for none.
+        edited: ``(B, L)`` bool, slots whose token a callback put in.
 
     Example:
         >>> from nap_decode import demo
@@ -58,6 +66,7 @@ class DecodeState:
     masked: Tensor
     commit_step: Tensor
     confidence: Tensor
+    edited: Tensor
 
     @classmethod
     def start(cls, canvas: Canvas, total_steps: int | None) -> DecodeState:
@@ -70,49 +79,61 @@ class DecodeState:
             masked=canvas.decodable,
             commit_step=torch.full_like(canvas.tokens, -1),
             confidence=torch.full_like(canvas.tokens, torch.nan, dtype=torch.float32),
+            edited=torch.zeros_like(canvas.decodable),
         )
 
     def after(self, commit: Commit, slots: Slots) -> DecodeState:
         """The state one step later."""
         chosen = slots.spread(commit.chosen) & (slots.rank >= 0)
-        return DecodeState(
-            canvas=self.canvas,
-            step=self.step + 1,
-            total_steps=self.total_steps,
+        return replace(
+            self,
+            step=slots.step + 1,
             tokens=torch.where(chosen, slots.spread(commit.tokens), self.tokens),
             masked=self.masked & ~chosen,
-            commit_step=torch.where(chosen, self.step, self.commit_step),
+            commit_step=torch.where(chosen, slots.step, self.commit_step),
             confidence=torch.where(chosen, slots.spread(commit.confidence).float(), self.confidence),
+            edited=self.edited & ~chosen,
         )
 
-    def edited(self, tokens: Tensor, mask_token_id: int) -> DecodeState:
+    def copy(self) -> DecodeState:
+        """With tensors of its own, so that what a callback does to them in place changes nothing here."""
+        names = ("tokens", "masked", "commit_step", "confidence", "edited")
+        return replace(self, **{name: getattr(self, name).clone() for name in names})
+
+    def edit(self, tokens: Tensor, mask_token_id: int, banned: Tensor, vocab_size: int) -> DecodeState:
         """The state after a callback replaced tokens.  Edited slots count as committed by the last step.
 
         Raises:
-            NapDecodeError: the shape differs, a clamped token was changed, or a slot was masked after the
-                last step of a fixed schedule.
+            NapDecodeError: not tokens of this shape; an id that must not be emitted; a clamped token was
+                changed; a slot was masked after the last step of a fixed schedule.
         """
-        if tokens.shape != self.tokens.shape:
+        if not isinstance(tokens, Tensor) or tokens.shape != self.tokens.shape or tokens.is_floating_point():
+            got = f"{tokens.dtype} of {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else repr(tokens)
             raise NapDecodeError(
-                f"a callback must return tokens {tuple(self.tokens.shape)} or None, not {tuple(tokens.shape)}"
+                f"a callback must return None or whole-number tokens {tuple(self.tokens.shape)}, not {got}"
             )
+        tokens = tokens.to(self.tokens)
         changed = tokens != self.tokens
         if bool((changed & ~self.canvas.decodable).any()):
             raise NapDecodeError("a callback changed the prompt, a header or padding; it may edit decoded slots only")
         masked = self.canvas.decodable & (tokens == mask_token_id)
+        wrong = changed & ~masked & ((tokens < 0) | (tokens >= vocab_size) | torch.isin(tokens, banned))
+        if bool(wrong.any()):
+            raise NapDecodeError(
+                f"a callback put in token ids that the tokenizer does not have: {tokens[wrong].tolist()}"
+            )
         if self.step == self.total_steps and bool(masked.any()):
             raise NapDecodeError(
                 f"a callback masked slots after step {self.step}, the last one; mask them earlier, or decode with an "
                 "adaptive selection, which has no last step"
             )
-        return DecodeState(
-            canvas=self.canvas,
-            step=self.step,
-            total_steps=self.total_steps,
-            tokens=tokens.clone(),
+        return replace(
+            self,
+            tokens=tokens,
             masked=masked,
             commit_step=torch.where(masked, -1, torch.where(changed, self.step - 1, self.commit_step)),
             confidence=torch.where(changed, torch.nan, self.confidence),
+            edited=(self.edited | changed) & ~masked,
         )
 
 
@@ -123,6 +144,7 @@ id in a decodable slot puts the slot up for decoding again."""
 
 @dataclass(frozen=True, eq=False)
 class _Step:
+    index: int  # in the schedule; the same for a row whatever its batch
     is_open: Tensor  # (B, M) bool, blocks that may commit
     quota: Tensor  # (B, M) tokens that each block shall commit
     width: int  # slots of open blocks in the row that has most
@@ -134,7 +156,7 @@ class Sampler:
 
     Args:
         model: a :class:`Denoiser`, or whatever one can be made of.
-        tokenizer: for prompts and outputs that are text, and for special ids; a Denoiser's own if left out.
+        tokenizer: see :class:`Denoiser`; a Denoiser has its own.
         scheduler: how many tokens each block commits at each step.
         committer: which positions and tokens; :class:`MicroConfidenceCommitter` at temperature 0 by default.
         template: what follows a prompt; needed unless ``max_new_tokens`` is given with the prompts.
@@ -157,32 +179,22 @@ class Sampler:
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         scheduler: BlockScheduler,
-        committer: MicroConfidenceCommitter | None = None,
+        committer: Committer | None = None,
         template: CanvasTemplate | None = None,
         mask_token_id: int | None = None,
     ) -> None:
-        if isinstance(model, Denoiser):
-            if mask_token_id not in (None, model.mask_token_id):
-                raise NapDecodeError(
-                    f"mask_token_id={mask_token_id}, but the Denoiser was made with {model.mask_token_id}"
-                )
-            self.denoiser = model
-        else:
-            self.denoiser = Denoiser(model, tokenizer, mask_token_id=mask_token_id)
-        self.tokenizer = tokenizer if tokenizer is not None else self.denoiser.tokenizer
+        if not isinstance(model, Denoiser):
+            model = Denoiser(model, tokenizer, mask_token_id=mask_token_id)
+        elif mask_token_id not in (None, model.mask_token_id) or tokenizer not in (None, model.tokenizer):
+            raise NapDecodeError(
+                "the Denoiser has its own tokenizer and mask_token_id; give them to it, not to the sampler"
+            )
+        self.denoiser = model
+        self.tokenizer = model.tokenizer
         self.scheduler = scheduler
-        self.committer = committer or MicroConfidenceCommitter()
+        self.committer: Committer = committer or MicroConfidenceCommitter()
         self.template = template
-        if not self.committer.selection.is_adaptive and not scheduler.is_fixed:
-            raise NapDecodeError(
-                f"{type(self.committer.selection).__name__} commits exactly what the scheduler says, so "
-                f"{type(scheduler).__name__} needs steps= or tokens_per_step="
-            )
-        if self.committer.selection.is_adaptive and scheduler.steps is not None:
-            raise NapDecodeError(
-                f"steps={scheduler.steps} cannot be kept: {type(self.committer.selection).__name__} decides by "
-                "confidence how many tokens a step commits; use tokens_per_step= for the least number"
-            )
+        check_parts(self.scheduler, self.committer)
 
     def __call__(
         self,
@@ -235,8 +247,9 @@ class Sampler:
         Returns:
             ``(B, P + canvas)`` int64, prompts padded on the left, on the device of ``input_ids``.
         """
-        if input_ids.ndim != 2:
-            raise NapDecodeError(f"input_ids must be (B, P), but are {tuple(input_ids.shape)}")
+        if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
+            got = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else f"{input_ids!r:.80}"
+            raise NapDecodeError(f"input_ids must be a tensor (B, P), but are {got}; lists go to sampler(...)")
         rows, _ = encode_prompts(input_ids, self.tokenizer, attention_mask)
         canvas = self._append(rows, max_new_tokens, prompt_width=input_ids.shape[1])
         output = self._decode(canvas, seed, row_seeds, callback, progress, is_single=False)
@@ -298,6 +311,9 @@ class Sampler:
         template = self.template if max_new_tokens is None else CanvasTemplate.plain(max_new_tokens)
         if template is None:
             raise NapDecodeError("say what to decode: give the sampler a template, or pass max_new_tokens=")
+        for row, ids in enumerate(rows):
+            if self.denoiser.mask_token_id in ids:
+                raise NapDecodeError(f"there is a mask token in prompt {row}; infill(...) decodes masks inside a text")
         return Canvas.from_prompts(
             rows,
             template,
@@ -318,43 +334,44 @@ class Sampler:
         is_single: bool,
     ) -> SamplerOutput:
         self.denoiser.check(canvas)
+        adaptive, device = self.committer.is_adaptive, canvas.tokens.device
         partition = self.scheduler.partition(canvas)
-        plan = self.scheduler.plan(partition.lengths, partition.held)
-        adaptive = self.committer.selection.is_adaptive
+        plan = self.scheduler.plan(partition.lengths, partition.held, adaptive=adaptive)
         total_steps = None if adaptive else int(plan.steps.max())
-        seed, seeds = self._seeds(canvas, seed, row_seeds)
-        device = canvas.tokens.device
+        drawn = self._seeds(canvas, seed, row_seeds)
+        seeds = torch.zeros(len(canvas.tokens), dtype=torch.int64, device=device) if drawn is None else drawn
 
         state = DecodeState.start(canvas, total_steps)
-        pending = self._schedule(plan, partition.lengths, 0, device)
+        remaining = partition.lengths  # (B, M), on the host
+        # What is known of the steps to come: everything, unless the model or a callback has a say.
+        known = None if not adaptive and callback is None else 1
+        pending = self._schedule(plan, remaining, 0, known, device)
         passes: list[Tensor] = []
-        edited = False
         started = time.perf_counter()
         with torch.no_grad(), _progress_bar(total_steps, progress) as bar:
             while pending:
                 step = pending.popleft()
                 passes.append(step.active)
                 slots = Slots.pack(
-                    canvas, partition.block, state.masked, step.is_open, step.quota, step.width, seeds, state.step
+                    canvas, partition.block, state.masked, step.is_open, step.quota, step.width, seeds, step.index
                 )
                 logits = self.denoiser(state.tokens, slots.index, canvas).to(device)
-                commit = self.committer(logits, slots, self.denoiser.banned(logits.shape[-1], device))
-                state = state.after(commit, slots)
-                edit = callback(state) if callback is not None else None
+                banned = self.denoiser.banned(logits.shape[-1], device)
+                state = state.after(self.committer(logits, slots, banned), slots)
+                edit = callback(state.copy()) if callback is not None else None
                 if edit is not None:
-                    edited = True
-                    state = state.edited(edit, self.denoiser.mask_token_id)
-                if adaptive or edit is not None:
+                    state = state.edit(edit, self.denoiser.mask_token_id, banned, logits.shape[-1])
+                if known is not None:
                     # The one place that waits for the device: only it knows how many slots are left.
-                    remaining = count_blocks(partition.block, partition.lengths.shape[1], state.masked).cpu()
-                    pending = self._schedule(plan, remaining, state.step, device)
+                    remaining = count_blocks(partition.block, remaining.shape[1], state.masked).cpu()
+                    pending = self._schedule(plan, remaining, state.step, known, device)
                 bar.update(1)
-            row_passes = sum(passes, torch.zeros(len(canvas.tokens), dtype=torch.int64))
-            trace = self._trace(state, row_passes)
-        if not edited and bool(trace.confidence[trace.block >= 0].isnan().any()):
+            trace = self._trace(state, sum(passes, torch.zeros(len(canvas.tokens), dtype=torch.int64)))
+        if bool((trace.confidence.isnan() & (trace.block >= 0) & ~state.edited.cpu()).any()):
             raise NapDecodeError(
-                "the model's logits, or the confidences made of them, were nan in places; the tokens committed there "
-                "mean nothing. Try another precision (bfloat16 instead of float16) or attention implementation"
+                "the model's logits, or the confidences made of them, were nan in places, or left no id to emit; the "
+                "tokens committed there mean nothing. Try another precision (bfloat16 instead of float16) or "
+                "attention implementation, and look at the logits processors"
             )
         return SamplerOutput(
             sequences=state.tokens,
@@ -362,51 +379,92 @@ class Sampler:
             trace=trace,
             forward_passes=len(passes),
             wall_time=time.perf_counter() - started,
-            seed=seed,
-            end_token_ids=self.denoiser.end_token_ids,
+            row_seeds=None if drawn is None else drawn.tolist(),
             tokenizer=self.tokenizer,
             is_single=is_single,
         )
 
-    def _schedule(self, plan: Plan, remaining: Tensor, step: int, device: torch.device) -> deque[_Step]:
-        """What can be known, on the host, of the steps to come: all of them if the number is fixed, else one."""
-        adaptive = self.committer.selection.is_adaptive
-        quotas: list[Tensor] = []
-        is_open: list[Tensor] = []
-        while bool((remaining > 0).any()) and not (adaptive and quotas):
-            quota = plan.quota(remaining, None if adaptive else step)
+    def _schedule(
+        self, plan: Plan, remaining: Tensor, step: int, known: int | None, device: torch.device
+    ) -> deque[_Step]:
+        """The next ``known`` steps, or all: computed on the host, and copied to the device together."""
+        adaptive = self.committer.is_adaptive
+        steps: list[tuple[int, Tensor, Tensor]] = []
+        while bool((remaining > 0).any()) and len(steps) != known:
+            quota = plan.least(remaining) if adaptive else plan.quota(remaining, step)
+            is_open = plan.open(remaining) if adaptive else quota > 0
+            if bool(is_open.any()):  # after an edit there may be steps of the plan with nothing left to do
+                steps.append((step, quota, remaining * is_open))
+            remaining = remaining - quota
             step += 1
-            if adaptive or bool((quota > 0).any()):  # after an edit there may be steps with nothing left to do
-                quotas.append(quota)
-                is_open.append((plan.open(remaining) if adaptive else quota > 0) * remaining)
-                remaining = remaining - quota
-        if not quotas:
+        if not steps:
             return deque()
-        slots = torch.stack(is_open)  # (S, B, M): slots of open blocks
-        on_device = zip((slots > 0).to(device), torch.stack(quotas).to(device), strict=True)
-        widths, active = slots.sum(2).amax(1).tolist(), (slots > 0).any(2).long()
-        return deque(_Step(*tensors, width, a) for tensors, width, a in zip(on_device, widths, active, strict=True))
+        indices, quotas, slots = zip(*steps, strict=True)
+        counts = torch.stack(slots)  # (S, B, M) slots of open blocks
+        return deque(
+            _Step(*values)
+            for values in zip(
+                indices,
+                (counts > 0).to(device),
+                torch.stack(quotas).to(device),
+                counts.sum(2).amax(1).tolist(),
+                (counts > 0).any(2).long(),
+                strict=True,
+            )
+        )
 
-    def _seeds(self, canvas: Canvas, seed: int | None, row_seeds: Sequence[int] | None) -> tuple[int | None, Tensor]:
+    def _seeds(self, canvas: Canvas, seed: int | None, row_seeds: Sequence[int] | None) -> Tensor | None:
+        """``(B,)`` int64; None if nothing is drawn."""
         num_rows, device = canvas.tokens.shape[0], canvas.tokens.device
-        if row_seeds is not None:
-            if seed is not None or len(row_seeds) != num_rows:
-                given = "seed too" if seed is not None else f"{len(row_seeds)} for {num_rows} rows"
-                raise NapDecodeError(f"row_seeds must be one seed for every row, and no seed besides; given: {given}")
-            return None, torch.tensor([wrap(s) for s in row_seeds], dtype=torch.int64, device=device)
-        if seed is None and self.committer.is_random:
-            seed = int(torch.randint(2**62, ()))
-        return seed, seeds_of_rows(seed or 0, num_rows, device)
+        if row_seeds is not None and (seed is not None or len(row_seeds) != num_rows):
+            given = "seed too" if seed is not None else f"{len(row_seeds)} for {num_rows} rows"
+            raise NapDecodeError(f"row_seeds must be one seed for every row, and no seed besides; given: {given}")
+        given_seeds = None if row_seeds is None else [wrap(s) for s in row_seeds]
+        seed = None if seed is None else wrap(seed)
+        if not self.committer.is_random:
+            return None
+        if given_seeds is not None:
+            return torch.tensor(given_seeds, dtype=torch.int64, device=device)
+        return seeds_of_rows(int(torch.randint(2**62, ())) if seed is None else seed, num_rows, device)
 
     def _trace(self, state: DecodeState, row_passes: Tensor) -> DecodeTrace:
+        def host(tensor: Tensor) -> Tensor:
+            return tensor.to("cpu", copy=True)
+
         return DecodeTrace(
-            tokens=state.tokens.cpu(),
-            block=state.canvas.block.cpu(),
-            step=state.commit_step.cpu(),
-            confidence=state.confidence.cpu(),
+            tokens=host(state.tokens),
+            block=host(state.canvas.block),
+            step=host(state.commit_step),
+            confidence=host(state.confidence),
             forward_passes=row_passes,
             block_names=state.canvas.block_names,
             mask_token_id=self.denoiser.mask_token_id,
+            end_token_ids=self.denoiser.end_token_ids,
+        )
+
+
+def check_parts(scheduler: BlockScheduler, committer: Committer) -> None:
+    """Raise unless a scheduler and a committer go together.
+
+    Raises:
+        NapDecodeError: something else than these, a fixed committer without a number of steps, or an
+            adaptive one with it.
+    """
+    if not isinstance(scheduler, BlockScheduler):
+        raise NapDecodeError(
+            f"scheduler must be a BlockScheduler, such as AnyOrderScheduler(steps=8), but is {scheduler!r}"
+        )
+    if not callable(committer) or not hasattr(committer, "is_adaptive"):
+        raise NapDecodeError(f"committer must be a Committer, such as MicroConfidenceCommitter(), but is {committer!r}")
+    if not committer.is_adaptive and not scheduler.is_fixed:
+        raise NapDecodeError(
+            f"{type(committer).__name__} commits exactly what the scheduler says, so {type(scheduler).__name__} needs "
+            "steps= or tokens_per_step="
+        )
+    if committer.is_adaptive and scheduler.steps is not None:
+        raise NapDecodeError(
+            f"steps={scheduler.steps} cannot be kept: the committer's selection decides by confidence how many tokens "
+            "a step commits; use tokens_per_step= for the least number"
         )
 
 
@@ -420,12 +478,13 @@ class ParallelForcedSampler(Sampler):
     Args:
         model: see :class:`Sampler`.
         tokenizer: see :class:`Sampler`.
-        num_paths: see :meth:`CanvasTemplate.nap`.
-        path_length: see :meth:`CanvasTemplate.nap`.
-        summary_length: see :meth:`CanvasTemplate.nap`.
+        num_paths: see :meth:`CanvasTemplate.nap`; 3 by default.
+        path_length: see :meth:`CanvasTemplate.nap`; 330 by default.
+        summary_length: see :meth:`CanvasTemplate.nap`; 32 by default.
         total_length: see :meth:`CanvasTemplate.nap`.
         template: a canvas of your own instead of the four options above.
-        tokens_per_step: see :class:`BlockScheduler`; 4 if ``steps`` is not given either.
+        tokens_per_step: see :class:`BlockScheduler`; if ``steps`` is not given either it is 4, or 1 with an
+            adaptive selection.
         steps: see :class:`BlockScheduler`.
         hold_until: see :class:`MacroParallelScheduler`.
         share_last_step: see :class:`MacroParallelScheduler`.
@@ -453,9 +512,9 @@ class ParallelForcedSampler(Sampler):
         model: Denoiser | Model,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
-        num_paths: int = 3,
+        num_paths: int | None = None,
         path_length: int | Sequence[int] | None = None,
-        summary_length: int = 32,
+        summary_length: int | None = None,
         total_length: int | None = None,
         template: CanvasTemplate | None = None,
         tokens_per_step: int | None = None,
@@ -469,8 +528,18 @@ class ParallelForcedSampler(Sampler):
         selection: Selection | None = None,
         mask_token_id: int | None = None,
     ) -> None:
+        committer = MicroConfidenceCommitter(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            confidence=confidence,
+            selection=selection or QuotaSelection(),
+        )
         if tokens_per_step is None and steps is None:
-            tokens_per_step = 4
+            tokens_per_step = 1 if committer.is_adaptive else 4
+        lengths = (num_paths, path_length, summary_length, total_length)
+        if template is not None and lengths != (None,) * 4:
+            raise NapDecodeError("a template has its own blocks; leave out num_paths and the lengths, or the template")
         super().__init__(
             model,
             tokenizer,
@@ -480,12 +549,13 @@ class ParallelForcedSampler(Sampler):
                 hold_until=hold_until,
                 share_last_step=share_last_step,
             ),
-            committer=MicroConfidenceCommitter(
-                temperature=temperature, top_k=top_k, top_p=top_p, confidence=confidence, selection=selection
-            ),
+            committer=committer,
             template=template
             or CanvasTemplate.nap(
-                num_paths, path_length=path_length, summary_length=summary_length, total_length=total_length
+                3 if num_paths is None else num_paths,
+                path_length=path_length,
+                summary_length=32 if summary_length is None else summary_length,
+                total_length=total_length,
             ),
             mask_token_id=mask_token_id,
         )

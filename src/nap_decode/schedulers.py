@@ -10,9 +10,9 @@ per step (digits: the step that commits a slot; inside a block the committer dec
     SemiAutoregressive       0 0 1 1  2 2 3 3  4 4     one block after the other
     AnyOrder                 ? ? ? ?  ? ? ? ?  ? ?     no blocks: the committer decides alone
 
-All arithmetic is exact, in int64 tensors of shape (rows, blocks), without a data-dependent branch, on
-whichever device they are.  The sampler runs it on the host, where a fixed schedule is known in advance,
-so that the device is neither asked nor given work.
+Quotas are exact: int64 arithmetic on tensors of shape (rows, blocks), without a branch that depends on their
+values.  It would run on any device; the sampler runs it on the host, where a fixed schedule is known in
+advance, so that the device is neither asked nor given work.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -52,85 +53,96 @@ class Plan:
 
     Args:
         phase_tokens: ``(B, P, M)`` tokens of each block that each phase decodes.
-        step_ends: ``(B, P)`` steps taken when each phase ends.  All phases but the last may end at 0
-            steps: then the budget is spread as if there were one phase, and a step may straddle two.
+        budget_tokens: ``(B, Q)`` tokens of the stretches that have steps of their own: the phases, or all
+            of them together.
+        step_ends: ``(B, Q)`` steps taken when each stretch ends.
         tokens_per_step: tokens that a step of an adaptive decoder commits at least.
-        lengths: ``(B, M)`` slots of each block.
     """
 
     phase_tokens: Tensor
+    budget_tokens: Tensor
     step_ends: Tensor
     tokens_per_step: int
-    lengths: Tensor
 
     @property
     def steps(self) -> Tensor:
-        """``(B,)`` steps of each row."""
+        """``(B,)`` steps of each row in a fixed schedule."""
         return self.step_ends[:, -1]
 
+    @cached_property
+    def lengths(self) -> Tensor:
+        """``(B, M)`` slots of each block."""
+        return self.phase_tokens.sum(1)
+
+    @cached_property
     def _phase_ends(self) -> Tensor:
         return self.phase_tokens.sum(2).cumsum(1)  # (B, P) tokens
 
-    def _current_phase(self, committed: Tensor) -> Tensor:
-        """``(B,)`` tokens committed -> index of the phase that decodes the next one."""
-        ends = self._phase_ends()
-        return (ends <= committed[:, None]).sum(1).clamp(max=ends.shape[1] - 1)
+    @cached_property
+    def _through(self) -> Tensor:
+        return self.phase_tokens.cumsum(1)  # (B, P, M) tokens of each block when a phase ends
 
-    def open(self, remaining: Tensor) -> Tensor:
-        """``(B, M)`` bool: blocks that may commit, from the slots that remain in each."""
-        committed = (self.lengths - remaining).sum(1)
-        last = self._current_phase(committed)[:, None, None]
-        begun = torch.arange(self.phase_tokens.shape[1], device=last.device)[None, :, None] <= last
-        return ((self.phase_tokens > 0) & begun).any(1) & (remaining > 0)
+    def _phase(self, committed: Tensor) -> Tensor:
+        """``(B, 1, M)`` index, for gathering, of the phase that decodes the next token after ``committed (B,)``."""
+        ends = self._phase_ends
+        phase = (ends <= committed[:, None]).sum(1).clamp(max=ends.shape[1] - 1)
+        return phase[:, None, None].expand(-1, 1, self.phase_tokens.shape[2])
 
-    def quota(self, remaining: Tensor, step: int | None = None) -> Tensor:
-        """Tokens that each block commits at a step.
+    def _left_in_phase(self, remaining: Tensor) -> Tensor:
+        """``(B, M)`` tokens that the current phase, and those before it, still have to decode."""
+        committed = self.lengths - remaining
+        return (self._through.gather(1, self._phase(committed.sum(1)))[:, 0] - committed).clamp(min=0)
+
+    def quota(self, remaining: Tensor, step: int) -> Tensor:
+        """Tokens that each block commits at a step of a fixed schedule.
 
         If fewer or more tokens than planned were committed (a callback edited the canvas), the quota
         returns to the plan as fast as it can; at the last step it is whatever remains.
 
         Args:
             remaining: ``(B, M)`` slots of each block that are still masked.
-            step: index of the step in a fixed schedule; None for the guaranteed minimum of an
-                adaptive step, which is counted from the tokens committed so far.
+            step: index of the step.
 
         Returns:
             ``(B, M)`` int64.
         """
         committed = self.lengths - remaining  # (B, M)
-        total = committed.sum(1)  # (B,)
-        if step is None:
-            end = self._phase_ends().gather(1, self._current_phase(total)[:, None])[:, 0]
-            target = torch.minimum(total + self.tokens_per_step, end)
-        else:
-            target = self._target(step)
-        return (self._shares(committed, target) - committed).clamp(min=0)
+        target = self._target(step)  # (B,)
+        phase = self._phase(target)
+        weights = self.phase_tokens.gather(1, phase)[:, 0]
+        before = self._through.gather(1, phase)[:, 0] - weights
+        inside = (committed - before).clamp(min=0)
+        shares = before + fair_share(weights, inside, target - before.sum(1))
+        return (shares - committed).clamp(min=0)
+
+    def open(self, remaining: Tensor) -> Tensor:
+        """``(B, M)`` bool: blocks that may commit at a step of an adaptive decoder."""
+        # A block that ran ahead of its part of the phase may go on; one whose phase is to come may not.
+        phase = self._phase((self.lengths - remaining).sum(1))
+        return (self._through.gather(1, phase)[:, 0] > 0) & (remaining > 0)
+
+    def least(self, remaining: Tensor) -> Tensor:
+        """Tokens that each block commits at least at a step of an adaptive decoder, ``(B, M)`` int64.
+
+        ``tokens_per_step`` for each row, or what its phase still has; shared by what each block still has.
+        """
+        left = self._left_in_phase(remaining)
+        target = left.sum(1).clamp(max=self.tokens_per_step)
+        return fair_share(left, torch.zeros_like(left), target)
 
     def _target(self, step: int) -> Tensor:
-        """``(B,)`` tokens that each row has committed after a step; the larger steps of a phase come first."""
+        """``(B,)`` tokens that each row has committed after a step; the larger steps of a stretch come first."""
         taken = torch.full_like(self.steps, step + 1)
-        phase = (self.step_ends < taken[:, None]).sum(1, keepdim=True).clamp(max=self.step_ends.shape[1] - 1)
-        first_steps = torch.nn.functional.pad(self.step_ends, (1, 0))
-        ends = torch.nn.functional.pad(self._phase_ends(), (1, 0))
-        # A phase of no steps hands its tokens to the next one, so a stretch may begin phases earlier.
-        begin = torch.where(first_steps[:, :-1] > 0, ends[:, :-1], 0).gather(1, phase)[:, 0]
-        tokens = ends[:, 1:].gather(1, phase)[:, 0] - begin
-        before = first_steps.gather(1, phase)[:, 0]
-        steps = (self.step_ends.gather(1, phase)[:, 0] - before).clamp(min=1)
-        done = torch.minimum(taken - before, steps)
+        stretch = (self.step_ends < taken[:, None]).sum(1, keepdim=True).clamp(max=self.step_ends.shape[1] - 1)
+        tokens = self.budget_tokens.gather(1, stretch)[:, 0]
+        begin = self.budget_tokens.cumsum(1).gather(1, stretch)[:, 0] - tokens
+        first = torch.nn.functional.pad(self.step_ends, (1, 0)).gather(1, stretch)[:, 0]
+        steps = (self.step_ends.gather(1, stretch)[:, 0] - first).clamp(min=1)
+        done = torch.minimum(taken - first, steps)
         return begin + done * (tokens // steps) + torch.minimum(done, tokens % steps)
 
-    def _shares(self, committed: Tensor, target: Tensor) -> Tensor:
-        """``(B, M)`` tokens that each block has committed when its row has committed ``target (B,)``."""
-        phase = self._current_phase(target)
-        index = phase[:, None, None].expand(-1, 1, self.phase_tokens.shape[2])
-        through = self.phase_tokens.cumsum(1).gather(1, index)[:, 0]  # (B, M) at the end of the phase
-        weights = self.phase_tokens.gather(1, index)[:, 0]  # (B, M)
-        before = through - weights
-        inside = (committed - before).clamp(min=0)
-        return before + fair_share(weights, inside, target - before.sum(1))
 
-
+@dataclass(frozen=True, kw_only=True)
 class BlockScheduler(ABC):
     """Decides how many tokens each block may commit at each step.
 
@@ -155,15 +167,16 @@ class BlockScheduler(ABC):
         NapDecodeError: both, or a number below 1.
     """
 
-    def __init__(self, *, steps: int | None = None, tokens_per_step: int | None = None) -> None:
-        if steps is not None:
-            check_integer("steps", steps, 1)
-        if tokens_per_step is not None:
-            check_integer("tokens_per_step", tokens_per_step, 1)
-        if steps is not None and tokens_per_step is not None:
-            raise NapDecodeError(f"give steps ({steps}) or tokens_per_step ({tokens_per_step}), not both")
-        self.steps = steps
-        self.tokens_per_step = tokens_per_step
+    steps: int | None = None
+    tokens_per_step: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps is not None:
+            check_integer("steps", self.steps, 1)
+        if self.tokens_per_step is not None:
+            check_integer("tokens_per_step", self.tokens_per_step, 1)
+        if self.steps is not None and self.tokens_per_step is not None:
+            raise NapDecodeError(f"give steps ({self.steps}) or tokens_per_step ({self.tokens_per_step}), not both")
 
     @property
     def is_fixed(self) -> bool:
@@ -182,12 +195,14 @@ class BlockScheduler(ABC):
         """Whether a step that completes a phase gives what is left of its budget to the next one."""
         return False
 
-    def plan(self, lengths: Tensor, held: tuple[bool, ...] | None = None) -> Plan:
-        """Fix the steps of every row.
+    def plan(self, lengths: Tensor, held: tuple[bool, ...] | None = None, *, adaptive: bool = False) -> Plan:
+        """Fix the phases and steps of every row.
 
         Args:
             lengths: ``(B, M)`` int64, slots of each block.
             held: for each block whether it is held back; none by default.
+            adaptive: the number of steps will depend on the model; only ``open`` and ``least`` of the plan
+                will be asked.
 
         Raises:
             NapDecodeError: more steps than tokens, or fewer steps than phases.
@@ -198,19 +213,15 @@ class BlockScheduler(ABC):
                 f"the phases of {type(self).__name__} must add up to the block lengths {lengths.tolist()}, but make "
                 f"{phase_tokens.sum(1).tolist()}"
             )
+        tokens_per_step = int(self.tokens_per_step or 1)
         tokens = phase_tokens.sum(2)  # (B, P)
         total = tokens.sum(1)
-        if self.steps is not None:
-            steps = torch.where(total > 0, self.steps, 0)
-        else:
-            steps = -(-total // (self.tokens_per_step or 1))
-        shared = self.shares_steps()
-        self._check_steps(total, steps, torch.where(total > 0, 1, 0) if shared else (tokens > 0).sum(1))
-        if shared:
-            step_ends = torch.nn.functional.pad(steps[:, None], (tokens.shape[1] - 1, 0))
-        else:
-            step_ends = divide_steps(tokens, steps)
-        return Plan(phase_tokens, step_ends, self.tokens_per_step or 1, lengths)
+        if adaptive:
+            return Plan(phase_tokens, tokens, torch.zeros_like(tokens), tokens_per_step)
+        steps = -(-total // tokens_per_step) if self.steps is None else torch.where(total > 0, int(self.steps), 0)
+        budget_tokens = total[:, None] if self.shares_steps() else tokens
+        self._check_steps(total, steps, (budget_tokens > 0).sum(1))
+        return Plan(phase_tokens, budget_tokens, divide_steps(budget_tokens, steps), tokens_per_step)
 
     def _check_steps(self, total: Tensor, steps: Tensor, num_phases: Tensor) -> None:
         asked = f"steps={self.steps}" if self.steps is not None else f"tokens_per_step={self.tokens_per_step}"
@@ -223,17 +234,14 @@ class BlockScheduler(ABC):
             raise NapDecodeError(
                 f"{asked} makes {int(steps[row])} steps for the {int(total[row])} tokens of row {row}, but "
                 f"{type(self).__name__} decodes them in {int(num_phases[row])} phases of at least one step each; "
-                f"ask for more steps{self._fewer_phases_hint()}"
+                f"{self._fewer_phases_hint()} (fewer tokens per step)"
             )
 
     def _fewer_phases_hint(self) -> str:
-        return ""
-
-    def __repr__(self) -> str:
-        options = ", ".join(f"{name}={value!r}" for name, value in vars(self).items() if value is not None)
-        return f"{type(self).__name__}({options})"
+        return "ask for more steps"
 
 
+@dataclass(frozen=True, kw_only=True)
 class MacroParallelScheduler(BlockScheduler):
     """NAP's rule: every step's budget is spread over all paths; the summary is held back.
 
@@ -266,21 +274,17 @@ class MacroParallelScheduler(BlockScheduler):
         [[1, 1, 0], [1, 1, 0], [1, 1, 0], [0, 0, 2]]
     """
 
-    def __init__(
-        self,
-        *,
-        steps: int | None = None,
-        tokens_per_step: int | None = None,
-        hold_until: float = 1.0,
-        share_last_step: bool = False,
-    ) -> None:
-        super().__init__(steps=steps, tokens_per_step=tokens_per_step)
-        check_between("hold_until", hold_until, 0.0, 1.0)
-        self.hold_until = hold_until
-        self.share_last_step = share_last_step
+    hold_until: float = 1.0
+    share_last_step: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_between("hold_until", self.hold_until, 0.0, 1.0)
 
     @override
     def phases(self, lengths: Tensor, held: tuple[bool, ...]) -> Tensor:
+        if not any(held):
+            return lengths[:, None]
         is_held = torch.tensor(held, device=lengths.device)
         free = torch.where(is_held, 0, lengths)
         # ceil, but not of a product that is whole up to rounding: 0.7 * 10 = 7.000000000000001
@@ -294,9 +298,10 @@ class MacroParallelScheduler(BlockScheduler):
 
     @override
     def _fewer_phases_hint(self) -> str:
-        return ", or for share_last_step=True or hold_until=0.0"
+        return "set share_last_step=True or hold_until=0.0, or ask for more steps"
 
 
+@dataclass(frozen=True, kw_only=True)
 class SemiAutoregressiveScheduler(BlockScheduler):
     """One block after the other, each with steps in proportion to its tokens (LLaDA, arXiv 2502.09992).
 
@@ -304,7 +309,9 @@ class SemiAutoregressiveScheduler(BlockScheduler):
         steps: see :class:`BlockScheduler`.
         tokens_per_step: see :class:`BlockScheduler`.
         block_length: cut each row's slots into blocks of this length, whatever the blocks of the canvas
-            (the last one may be shorter); None to decode the blocks of the canvas in order.
+            (the last one may be shorter); None to decode the blocks of the canvas in order.  For strict
+            left to right use :class:`AnyOrderScheduler` with the confidence ``"leftmost"``, which costs
+            less than blocks of one slot.
 
     Example:
         >>> plan = SemiAutoregressiveScheduler(steps=3).plan(torch.tensor([[4, 2]]))
@@ -314,13 +321,12 @@ class SemiAutoregressiveScheduler(BlockScheduler):
         [[0, 2]]
     """
 
-    def __init__(
-        self, *, steps: int | None = None, tokens_per_step: int | None = None, block_length: int | None = None
-    ) -> None:
-        super().__init__(steps=steps, tokens_per_step=tokens_per_step)
-        if block_length is not None:
-            check_integer("block_length", block_length, 1)
-        self.block_length = block_length
+    block_length: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.block_length is not None:
+            check_integer("block_length", self.block_length, 1)
 
     @override
     def partition(self, canvas: Canvas) -> Partition:
@@ -337,9 +343,10 @@ class SemiAutoregressiveScheduler(BlockScheduler):
 
     @override
     def _fewer_phases_hint(self) -> str:
-        return ", or for longer blocks"
+        return "cut longer blocks, or ask for more steps"
 
 
+@dataclass(frozen=True, kw_only=True)
 class AnyOrderScheduler(BlockScheduler):
     """No blocks: the budget of a step goes to any slots of the canvas ("AO" in the paper).
 

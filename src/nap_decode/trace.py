@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Collection
+import zlib
 from dataclasses import dataclass
 from os import PathLike
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from nap_decode.errors import NapDecodeError
 
 _FORMAT = 1
+_FACTS = ("block_names", "mask_token_id", "end_token_ids")
 _TENSORS = ("tokens", "block", "step", "confidence", "forward_passes")
 
 
@@ -30,6 +31,7 @@ class DecodeTrace:
         forward_passes: ``(B,)`` int64, forward passes that each row took part in.
         block_names: names of the blocks.
         mask_token_id: the mask id.
+        end_token_ids: ids that end a block; what follows them in the block is padding.
 
     Example:
         >>> trace = DecodeTrace(
@@ -47,6 +49,7 @@ class DecodeTrace:
     forward_passes: Tensor
     block_names: tuple[str, ...]
     mask_token_id: int
+    end_token_ids: tuple[int, ...] = ()
 
     def canvas_at(self, steps: int) -> Tensor:
         """``(B, L)``: the canvas after this many steps.
@@ -55,18 +58,18 @@ class DecodeTrace:
         """
         return torch.where(self.step >= steps, self.mask_token_id, self.tokens)
 
-    def before_end(self, end_token_ids: Collection[int]) -> Tensor:
+    def before_end(self) -> Tensor:
         """``(B, L)`` bool: decoded slots before the first end token of their block."""
-        is_end = torch.isin(self.tokens, torch.tensor(sorted(end_token_ids), dtype=self.tokens.dtype))
+        is_end = torch.isin(self.tokens, torch.tensor(self.end_token_ids, dtype=self.tokens.dtype))
         before = self.block >= 0
         for index in range(len(self.block_names)):
-            ended = (is_end & (self.block == index)).cumsum(1) > 0
-            before &= ~(ended & (self.block == index))
+            inside = self.block == index
+            before &= ~(inside & ((is_end & inside).cumsum(1) > 0))
         return before
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write to one ``.npz`` file, which numpy can read without unpickling."""
-        header = json.dumps({"format": _FORMAT, "block_names": self.block_names, "mask_token_id": self.mask_token_id})
+        header = json.dumps({"format": _FORMAT} | {name: getattr(self, name) for name in _FACTS})
         arrays = {name: getattr(self, name).cpu().numpy() for name in _TENSORS}
         with open(path, "wb") as file:  # an open file, because numpy would add .npz to a bare name
             np.savez_compressed(file, header=np.array(header), **arrays)
@@ -81,11 +84,19 @@ class DecodeTrace:
         try:
             with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
                 header = json.loads(str(arrays["header"]))
+                if header["format"] > _FORMAT:
+                    raise NapDecodeError(
+                        f"{path} has trace format {header['format']}, but this version reads {_FORMAT}; update it"
+                    )
+                facts = {name: header[name] for name in _FACTS}
                 tensors = {name: torch.from_numpy(arrays[name]) for name in _TENSORS}
-        except (KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        except NapDecodeError:
+            raise
+        except (KeyError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise NapDecodeError(f"{path} is not a trace written by DecodeTrace.save ({error})") from error
-        if header["format"] != _FORMAT:
-            raise NapDecodeError(
-                f"{path} has trace format {header['format']}, but this version reads {_FORMAT}; update nap_decode"
-            )
-        return cls(**tensors, block_names=tuple(header["block_names"]), mask_token_id=header["mask_token_id"])
+        return cls(
+            **tensors,
+            block_names=tuple(facts["block_names"]),
+            mask_token_id=facts["mask_token_id"],
+            end_token_ids=tuple(facts["end_token_ids"]),
+        )
