@@ -193,6 +193,13 @@ def test_bad_thresholds(threshold):
         ThresholdSelection(threshold)
 
 
+def test_a_draw_at_a_boundary_goes_to_the_next_possible_id():
+    p = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]])
+    draws = torch.tensor([0.0, 0.25, 0.5, 0.75, 1 - 2**-24])
+    tokens = [int(committers._draw(p, draw.view(1, 1))) for draw in draws]
+    assert tokens == [1, 1, 3, 3, 3]
+
+
 def test_draws_differ_between_steps_and_positions():
     committer = MicroConfidenceCommitter(temperature=3.0)
     flat = torch.zeros(1, 40, 50)

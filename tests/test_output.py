@@ -13,7 +13,7 @@ TEMPLATE = CanvasTemplate.nap(
 
 
 def output(tokens, prompts, template=TEMPLATE, single=False, tokenizer=WORDS, canvas=None, passes=4):
-    canvas = canvas or Canvas.from_prompts(prompts, template, mask_token_id=MASK, tokenizer=WORDS)
+    canvas = canvas or Canvas.from_prompts(prompts, template, mask_token_id=MASK, tokenizer=WORDS, is_single=single)
     tokens = torch.tensor(tokens)
     trace = DecodeTrace(
         tokens=tokens,
@@ -25,7 +25,7 @@ def output(tokens, prompts, template=TEMPLATE, single=False, tokenizer=WORDS, ca
         mask_token_id=MASK,
         end_token_ids=(2,),
     )
-    return SamplerOutput(tokens, canvas, trace, passes, 1.0, None, tokenizer, single)
+    return SamplerOutput(tokens, canvas, trace, passes, 1.0, None, tokenizer)
 
 
 ROW = [5, 6, 10, 7, 7, 2, 11, 12, 8, 2, 9, 13, 9, 2, 14]
@@ -59,8 +59,8 @@ def test_a_plain_completion():
 
 def test_infill_gives_the_whole_text():
     for text, tokens in (([5, MASK, 7, MASK], [5, 6, 7, 8]), ([5, 6, MASK, MASK], [5, 6, 7, 8])):
-        canvas = Canvas.from_infill([text], mask_token_id=MASK)
-        assert output([tokens], None, canvas=canvas, single=True).text == "5 6 7 8"
+        canvas = Canvas.from_infill([text], mask_token_id=MASK, is_single=True)
+        assert output([tokens], None, canvas=canvas).text == "5 6 7 8"
 
 
 def test_the_last_hole_of_a_row_decides_how_it_finished():

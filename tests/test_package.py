@@ -20,7 +20,7 @@ LAYERS = [
     {"families", "trace", "randomness"},
     {"arness", "canvas", "confidence"},
     {"denoiser", "schedulers", "committers"},
-    {"output"},
+    {"output", "state"},
     {"sampler"},
     {"demo"},
     {"cli"},

@@ -10,13 +10,14 @@ from nap_decode.denoiser import Denoiser
 from nap_decode.errors import NapDecodeError
 from nap_decode.families import ModelFamily, register_family
 from nap_decode.output import SamplerOutput
-from nap_decode.sampler import DecodeState, ParallelForcedSampler, Sampler
+from nap_decode.sampler import ParallelForcedSampler, Sampler
 from nap_decode.schedulers import (
     AnyOrderScheduler,
     BlockScheduler,
     MacroParallelScheduler,
     SemiAutoregressiveScheduler,
 )
+from nap_decode.state import DecodeState
 from nap_decode.trace import DecodeTrace
 
 __version__ = "0.1.0"

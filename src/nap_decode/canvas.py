@@ -185,6 +185,8 @@ class Canvas:
         block_names: names of the M blocks.
         held: for each block whether a macro-parallel scheduler holds it back.
         is_infill: whether the blocks are holes in a text rather than what follows a prompt.
+        is_single: whether there is one row because one prompt was given, not a batch; outputs then have
+            texts instead of lists of texts.
 
     Raises:
         NapDecodeError: shapes that differ, padding elsewhere than on the left or to be decoded, or a block
@@ -208,6 +210,7 @@ class Canvas:
     block_names: tuple[str, ...]
     held: tuple[bool, ...]
     is_infill: bool = False
+    is_single: bool = False
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 2 or 0 in self.tokens.shape:
@@ -270,6 +273,7 @@ class Canvas:
         tokenizer: PreTrainedTokenizerBase | None = None,
         prompt_width: int = 0,
         device: torch.device | str | None = None,
+        is_single: bool = False,
     ) -> Canvas:
         """Append a template to every prompt.
 
@@ -282,6 +286,7 @@ class Canvas:
             prompt_width: columns that prompts take at least, so that ``tokens[:, prompt_width:]`` of a
                 batch padded by the caller is what was decoded.
             device: where the tensors live.
+            is_single: see :class:`Canvas`.
         """
         ids, block = template.encode(tokenizer, mask_token_id)
         width = max([prompt_width, *map(len, prompts)])
@@ -293,6 +298,7 @@ class Canvas:
             prompt=_tensor([[0] * n + [1] * (width - n) + [0] * len(ids) for n in pads], device).bool(),
             block_names=tuple(b.name for b in template.blocks),
             held=tuple(b.held for b in template.blocks),
+            is_single=is_single,
         )
 
     @classmethod
@@ -303,6 +309,7 @@ class Canvas:
         mask_token_id: int,
         pad_token_id: int = 0,
         device: torch.device | str | None = None,
+        is_single: bool = False,
     ) -> Canvas:
         """Decode the mask tokens in given texts; every run of masks is a block of its own.
 
@@ -326,6 +333,7 @@ class Canvas:
             block_names=tuple(f"hole {j + 1}" for j in range(num_blocks)),
             held=(False,) * num_blocks,
             is_infill=True,
+            is_single=is_single,
         )
 
 

@@ -32,7 +32,6 @@ class SamplerOutput:
         wall_time: seconds that the decoding loop took.
         row_seeds: seeds of the rows, to decode one again with ``row_seeds=``; None if nothing was drawn.
         tokenizer: for the texts; None if there is none.
-        is_single: whether the input was one prompt rather than a batch.
 
     Example:
         >>> from nap_decode import ParallelForcedSampler, demo
@@ -49,7 +48,6 @@ class SamplerOutput:
     wall_time: float
     row_seeds: list[int] | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
-    is_single: bool = False
 
     def __repr__(self) -> str:
         rows = f"{len(self.sequences)} row{'s' if len(self.sequences) > 1 else ''}"
@@ -85,7 +83,7 @@ class SamplerOutput:
         """Texts of the blocks that are not a summary, for each row."""
         names = [n for n, held in zip(self.trace.block_names, self.canvas.held, strict=True) if not held]
         rows = [[self._block_text(row, self.trace.block_names.index(n)) for n in names] for row in self._rows]
-        return rows[0] if self.is_single else rows
+        return rows[0] if self.canvas.is_single else rows
 
     @property
     def summary(self) -> str | list[str]:
@@ -112,7 +110,7 @@ class SamplerOutput:
         return range(len(self.sequences))
 
     def _texts(self, rows: list[str]) -> str | list[str]:
-        return rows[0] if self.is_single else rows
+        return rows[0] if self.canvas.is_single else rows
 
     def _block_text(self, row: int, block: int) -> str:
         kept = (self.trace.block[row] == block) & self._before_end[row]

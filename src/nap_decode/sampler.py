@@ -5,16 +5,15 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from nap_decode.canvas import Canvas, CanvasTemplate, Prompts, count_blocks, encode_prompts
 from nap_decode.committers import (
-    Commit,
     Committer,
     MicroConfidenceCommitter,
     QuotaSelection,
@@ -28,118 +27,11 @@ from nap_decode.output import SamplerOutput
 from nap_decode.randomness import row_seeds as seeds_of_rows
 from nap_decode.randomness import wrap
 from nap_decode.schedulers import BlockScheduler, MacroParallelScheduler, Plan
+from nap_decode.state import Callback, DecodeState
 from nap_decode.trace import DecodeTrace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True, eq=False)
-class DecodeState:
-    """The canvas between two steps, as a callback sees it.
-
-    Args:
-        canvas: what decoding started from.
-        step: index of the next step of the schedule.
-        total_steps: steps of the longest row; None if the number depends on the model.
-        tokens: ``(B, L)`` int64.
-        masked: ``(B, L)`` bool, slots still to decode.
-        commit_step: ``(B, L)`` int64, index of the step that committed a slot, -1 for none.
-        confidence: ``(B, L)`` float32, confidence when it was committed, nan for none.
-        edited: ``(B, L)`` bool, slots whose token a callback put in.
-
-    Example:
-        >>> from nap_decode import demo
-        >>> sampler = ParallelForcedSampler(*demo.load(), path_length=11, summary_length=2, tokens_per_step=12)
-        >>> def report(state: DecodeState) -> None:
-        ...     print(f"step {state.step}: {int(state.masked.sum())} masked")
-        >>> out = sampler("6 0 6 4 6 2 1 2 4 7 0 6 =", callback=report)
-        step 1: 18 masked
-        step 2: 2 masked
-        step 3: 0 masked
-    """
-
-    canvas: Canvas
-    step: int
-    total_steps: int | None
-    tokens: Tensor
-    masked: Tensor
-    commit_step: Tensor
-    confidence: Tensor
-    edited: Tensor
-
-    @classmethod
-    def start(cls, canvas: Canvas, total_steps: int | None) -> DecodeState:
-        """Nothing is committed yet."""
-        return cls(
-            canvas=canvas,
-            step=0,
-            total_steps=total_steps,
-            tokens=canvas.tokens,
-            masked=canvas.decodable,
-            commit_step=torch.full_like(canvas.tokens, -1),
-            confidence=torch.full_like(canvas.tokens, torch.nan, dtype=torch.float32),
-            edited=torch.zeros_like(canvas.decodable),
-        )
-
-    def after(self, commit: Commit, slots: Slots) -> DecodeState:
-        """The state one step later."""
-        chosen = slots.spread(commit.chosen) & (slots.rank >= 0)
-        return replace(
-            self,
-            step=slots.step + 1,
-            tokens=torch.where(chosen, slots.spread(commit.tokens), self.tokens),
-            masked=self.masked & ~chosen,
-            commit_step=torch.where(chosen, slots.step, self.commit_step),
-            confidence=torch.where(chosen, slots.spread(commit.confidence).float(), self.confidence),
-            edited=self.edited & ~chosen,
-        )
-
-    def copy(self) -> DecodeState:
-        """With tensors of its own, so that what a callback does to them in place changes nothing here."""
-        names = ("tokens", "masked", "commit_step", "confidence", "edited")
-        return replace(self, **{name: getattr(self, name).clone() for name in names})
-
-    def edit(self, tokens: Tensor, mask_token_id: int, banned: Tensor, vocab_size: int) -> DecodeState:
-        """The state after a callback replaced tokens.  Edited slots count as committed by the last step.
-
-        Raises:
-            NapDecodeError: not tokens of this shape; an id that must not be emitted; a clamped token was
-                changed; a slot was masked after the last step of a fixed schedule.
-        """
-        if not isinstance(tokens, Tensor) or tokens.shape != self.tokens.shape or tokens.is_floating_point():
-            got = f"{tokens.dtype} of {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else repr(tokens)
-            raise NapDecodeError(
-                f"a callback must return None or whole-number tokens {tuple(self.tokens.shape)}, not {got}"
-            )
-        tokens = tokens.to(self.tokens)
-        changed = tokens != self.tokens
-        if bool((changed & ~self.canvas.decodable).any()):
-            raise NapDecodeError("a callback changed the prompt, a header or padding; it may edit decoded slots only")
-        masked = self.canvas.decodable & (tokens == mask_token_id)
-        wrong = changed & ~masked & ((tokens < 0) | (tokens >= vocab_size) | torch.isin(tokens, banned))
-        if bool(wrong.any()):
-            raise NapDecodeError(
-                f"a callback put in token ids that the tokenizer does not have: {tokens[wrong].tolist()}"
-            )
-        if self.step == self.total_steps and bool(masked.any()):
-            raise NapDecodeError(
-                f"a callback masked slots after step {self.step}, the last one; mask them earlier, or decode with an "
-                "adaptive selection, which has no last step"
-            )
-        return replace(
-            self,
-            tokens=tokens,
-            masked=masked,
-            commit_step=torch.where(masked, -1, torch.where(changed, self.step - 1, self.commit_step)),
-            confidence=torch.where(changed, torch.nan, self.confidence),
-            edited=(self.edited | changed) & ~masked,
-        )
-
-
-Callback: TypeAlias = Callable[[DecodeState], "Tensor | None"]
-"""Called after every step; returns new tokens ``(B, L)`` to edit the canvas, or None to leave it.  A mask
-id in a decodable slot puts the slot up for decoding again."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,8 +109,8 @@ class Sampler:
             progress: see :meth:`decode`.
         """
         rows, is_single = encode_prompts(prompts, self.tokenizer)
-        canvas = self._append(rows, max_new_tokens)
-        return self._decode(canvas, seed, row_seeds, callback, progress, is_single)
+        canvas = self._append(rows, max_new_tokens, is_single=is_single)
+        return self.decode(canvas, seed=seed, row_seeds=row_seeds, callback=callback, progress=progress)
 
     def generate(
         self,
@@ -252,7 +144,7 @@ class Sampler:
             raise NapDecodeError(f"input_ids must be a tensor (B, P), but are {got}; lists go to sampler(...)")
         rows, _ = encode_prompts(input_ids, self.tokenizer, attention_mask)
         canvas = self._append(rows, max_new_tokens, prompt_width=input_ids.shape[1])
-        output = self._decode(canvas, seed, row_seeds, callback, progress, is_single=False)
+        output = self.decode(canvas, seed=seed, row_seeds=row_seeds, callback=callback, progress=progress)
         return output if return_dict_in_generate else output.sequences.to(input_ids.device)
 
     def infill(
@@ -279,8 +171,9 @@ class Sampler:
             mask_token_id=self.denoiser.mask_token_id,
             pad_token_id=self.denoiser.pad_token_id,
             device=self.denoiser.device,
+            is_single=is_single,
         )
-        return self._decode(canvas, seed, row_seeds, callback, progress, is_single)
+        return self.decode(canvas, seed=seed, row_seeds=row_seeds, callback=callback, progress=progress)
 
     def decode(
         self,
@@ -305,34 +198,6 @@ class Sampler:
         Raises:
             NapDecodeError: see :meth:`Denoiser.check` and :meth:`BlockScheduler.plan`.
         """
-        return self._decode(canvas, seed, row_seeds, callback, progress, is_single=False)
-
-    def _append(self, rows: list[list[int]], max_new_tokens: int | None, prompt_width: int = 0) -> Canvas:
-        template = self.template if max_new_tokens is None else CanvasTemplate.plain(max_new_tokens)
-        if template is None:
-            raise NapDecodeError("say what to decode: give the sampler a template, or pass max_new_tokens=")
-        for row, ids in enumerate(rows):
-            if self.denoiser.mask_token_id in ids:
-                raise NapDecodeError(f"there is a mask token in prompt {row}; infill(...) decodes masks inside a text")
-        return Canvas.from_prompts(
-            rows,
-            template,
-            mask_token_id=self.denoiser.mask_token_id,
-            pad_token_id=self.denoiser.pad_token_id,
-            tokenizer=self.tokenizer,
-            prompt_width=prompt_width,
-            device=self.denoiser.device,
-        )
-
-    def _decode(
-        self,
-        canvas: Canvas,
-        seed: int | None,
-        row_seeds: Sequence[int] | None,
-        callback: Callback | None,
-        progress: bool | None,
-        is_single: bool,
-    ) -> SamplerOutput:
         self.denoiser.check(canvas)
         adaptive, device = self.committer.is_adaptive, canvas.tokens.device
         partition = self.scheduler.partition(canvas)
@@ -381,6 +246,25 @@ class Sampler:
             wall_time=time.perf_counter() - started,
             row_seeds=None if drawn is None else drawn.tolist(),
             tokenizer=self.tokenizer,
+        )
+
+    def _append(
+        self, rows: list[list[int]], max_new_tokens: int | None, *, prompt_width: int = 0, is_single: bool = False
+    ) -> Canvas:
+        template = self.template if max_new_tokens is None else CanvasTemplate.plain(max_new_tokens)
+        if template is None:
+            raise NapDecodeError("say what to decode: give the sampler a template, or pass max_new_tokens=")
+        for row, ids in enumerate(rows):
+            if self.denoiser.mask_token_id in ids:
+                raise NapDecodeError(f"there is a mask token in prompt {row}; infill(...) decodes masks inside a text")
+        return Canvas.from_prompts(
+            rows,
+            template,
+            mask_token_id=self.denoiser.mask_token_id,
+            pad_token_id=self.denoiser.pad_token_id,
+            tokenizer=self.tokenizer,
+            prompt_width=prompt_width,
+            device=self.denoiser.device,
             is_single=is_single,
         )
 

@@ -11,8 +11,9 @@ from nap_decode.arness import ARnessMeter
 from nap_decode.canvas import CanvasTemplate
 from nap_decode.demo import NUM_PATHS, PATH_LENGTH, SUMMARY_LENGTH, load, sample_problems
 from nap_decode.denoiser import Denoiser
-from nap_decode.sampler import DecodeState, ParallelForcedSampler, Sampler
+from nap_decode.sampler import ParallelForcedSampler, Sampler
 from nap_decode.schedulers import AnyOrderScheduler, BlockScheduler, MacroParallelScheduler
+from nap_decode.state import DecodeState
 
 HELD_OUT_SEED = 20_261_121
 """Seed of the problems; training uses seeds below 1000."""

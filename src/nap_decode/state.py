@@ -1,0 +1,122 @@
+"""The canvas while it is decoded, and the callbacks that may look at it and edit it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from nap_decode.canvas import Canvas
+from nap_decode.committers import Commit, Slots
+from nap_decode.errors import NapDecodeError
+
+
+@dataclass(frozen=True, eq=False)
+class DecodeState:
+    """The canvas between two steps, as a callback sees it.
+
+    Args:
+        canvas: what decoding started from.
+        step: index of the next step of the schedule.
+        total_steps: steps of the longest row; None if the number depends on the model.
+        tokens: ``(B, L)`` int64.
+        masked: ``(B, L)`` bool, slots still to decode.
+        commit_step: ``(B, L)`` int64, index of the step that committed a slot, -1 for none.
+        confidence: ``(B, L)`` float32, confidence when it was committed, nan for none.
+        edited: ``(B, L)`` bool, slots whose token a callback put in.
+
+    Example:
+        >>> from nap_decode import ParallelForcedSampler, demo
+        >>> sampler = ParallelForcedSampler(*demo.load(), path_length=11, summary_length=2, tokens_per_step=12)
+        >>> def report(state: DecodeState) -> None:
+        ...     print(f"step {state.step}: {int(state.masked.sum())} masked")
+        >>> out = sampler("6 0 6 4 6 2 1 2 4 7 0 6 =", callback=report)
+        step 1: 18 masked
+        step 2: 2 masked
+        step 3: 0 masked
+    """
+
+    canvas: Canvas
+    step: int
+    total_steps: int | None
+    tokens: Tensor
+    masked: Tensor
+    commit_step: Tensor
+    confidence: Tensor
+    edited: Tensor
+
+    @classmethod
+    def start(cls, canvas: Canvas, total_steps: int | None) -> DecodeState:
+        """Nothing is committed yet."""
+        return cls(
+            canvas=canvas,
+            step=0,
+            total_steps=total_steps,
+            tokens=canvas.tokens,
+            masked=canvas.decodable,
+            commit_step=torch.full_like(canvas.tokens, -1),
+            confidence=torch.full_like(canvas.tokens, torch.nan, dtype=torch.float32),
+            edited=torch.zeros_like(canvas.decodable),
+        )
+
+    def after(self, commit: Commit, slots: Slots) -> DecodeState:
+        """The state one step later."""
+        chosen = slots.spread(commit.chosen) & (slots.rank >= 0)
+        return replace(
+            self,
+            step=slots.step + 1,
+            tokens=torch.where(chosen, slots.spread(commit.tokens), self.tokens),
+            masked=self.masked & ~chosen,
+            commit_step=torch.where(chosen, slots.step, self.commit_step),
+            confidence=torch.where(chosen, slots.spread(commit.confidence).float(), self.confidence),
+            edited=self.edited & ~chosen,
+        )
+
+    def copy(self) -> DecodeState:
+        """With tensors of its own, so that what a callback does to them in place changes nothing here."""
+        names = ("tokens", "masked", "commit_step", "confidence", "edited")
+        return replace(self, **{name: getattr(self, name).clone() for name in names})
+
+    def edit(self, tokens: Tensor, mask_token_id: int, banned: Tensor, vocab_size: int) -> DecodeState:
+        """The state after a callback replaced tokens.  Edited slots count as committed by the last step.
+
+        Raises:
+            NapDecodeError: not tokens of this shape; an id that must not be emitted; a clamped token was
+                changed; a slot was masked after the last step of a fixed schedule.
+        """
+        if not isinstance(tokens, Tensor) or tokens.shape != self.tokens.shape or tokens.is_floating_point():
+            got = f"{tokens.dtype} of {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else repr(tokens)
+            raise NapDecodeError(
+                f"a callback must return None or whole-number tokens {tuple(self.tokens.shape)}, not {got}"
+            )
+        tokens = tokens.to(self.tokens)
+        changed = tokens != self.tokens
+        if bool((changed & ~self.canvas.decodable).any()):
+            raise NapDecodeError("a callback changed the prompt, a header or padding; it may edit decoded slots only")
+        masked = self.canvas.decodable & (tokens == mask_token_id)
+        wrong = changed & ~masked & ((tokens < 0) | (tokens >= vocab_size) | torch.isin(tokens, banned))
+        if bool(wrong.any()):
+            raise NapDecodeError(
+                f"a callback put in token ids that the tokenizer does not have: {tokens[wrong].tolist()}"
+            )
+        if self.step == self.total_steps and bool(masked.any()):
+            raise NapDecodeError(
+                f"a callback masked slots after step {self.step}, the last one; mask them earlier, or decode with an "
+                "adaptive selection, which has no last step"
+            )
+        return replace(
+            self,
+            tokens=tokens,
+            masked=masked,
+            commit_step=torch.where(masked, -1, torch.where(changed, self.step - 1, self.commit_step)),
+            confidence=torch.where(changed, torch.nan, self.confidence),
+            edited=(self.edited | changed) & ~masked,
+        )
+
+
+Callback: TypeAlias = Callable[[DecodeState], "Tensor | None"]
+"""Called after every step; returns new tokens ``(B, L)`` to edit the canvas, or None to leave it.  A mask
+id in a decodable slot puts the slot up for decoding again."""
