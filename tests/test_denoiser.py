@@ -355,6 +355,11 @@ class TestBadInput:
         with pytest.raises(NapDecodeError, match="DiffusionGemma cannot be decoded here: it is a uniform-diffusion"):
             Denoiser(Remote("diffusion_gemma"), mask_token_id=MASK)
 
+    def test_a_canvas_on_another_device(self, ragged):
+        denoiser = Denoiser(TableModel(4, 2), mask_token_id=MASK, device="meta")
+        with pytest.raises(NapDecodeError, match="the canvas is on cpu, but the model takes its input on meta"):
+            denoiser.check(ragged)
+
     def test_encoder_decoders(self):
         model = transformers.T5ForConditionalGeneration(
             transformers.T5Config(vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)

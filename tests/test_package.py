@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 
 import nap_decode
-from nap_decode import ModelFamily, NapDecodeError, register_family
-from nap_decode.families import find_family
 
 SOURCE = Path(nap_decode.__file__).parent
 
@@ -54,17 +52,3 @@ def test_importing_runs_nothing_heavy():
 
 def test_version():
     assert importlib.metadata.version("nap_decode") == nap_decode.__version__
-
-
-def test_families():
-    assert not find_family(None).shift
-    mine = ModelFamily(name="mine", shift=True)
-    register_family("a_test_model", mine)
-    register_family("a_test_model", mine)
-    with pytest.raises(NapDecodeError, match="a family is registered for model type 'a_test_model' already"):
-        register_family("a_test_model", ModelFamily(name="other"))
-
-    class Config:
-        model_type = "a_test_model"
-
-    assert find_family(Config()) is mine

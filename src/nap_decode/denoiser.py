@@ -217,11 +217,16 @@ class Denoiser:
         """Raise unless the model can be called with this canvas.
 
         Raises:
-            NapDecodeError: ids out of range, too many positions, rows of different length for a model
+            NapDecodeError: another device, ids out of range, too many positions, rows of different length for a model
                 that does not tell padding from text, a slot to decode without a mask in it, or active
                 dropout.
         """
         self._check_dropout()
+        if canvas.tokens.device.type != self.device.type:
+            raise NapDecodeError(
+                f"the canvas is on {canvas.tokens.device}, but the model takes its input on {self.device}; make the "
+                "canvas with device="
+            )
         lowest, highest = int(canvas.tokens.min()), int(canvas.tokens.max())
         if lowest < 0 or highest >= (self._num_embeddings or highest + 1):
             wrong = lowest if lowest < 0 else highest
