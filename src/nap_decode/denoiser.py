@@ -80,6 +80,8 @@ class Denoiser:
             raise NapDecodeError(f"model must be a torch module or a function, but is {model!r:.80}")
         check_between("cfg_scale", cfg_scale, 0.0, float("inf"))
         self.model = model
+        # The module itself, behind torch.compile's wrapper; None for a function.
+        self._module: Any = getattr(model, "_orig_mod", model) if isinstance(model, nn.Module) else None
         self.tokenizer = tokenizer
         # A research module may have a config of its own; what takes input_ids is called as transformers models are.
         config = getattr(model, "config", None) if "input_ids" in self._arguments else None
@@ -155,10 +157,9 @@ class Denoiser:
         """Where the model takes its input."""
         if self._device is not None:
             return self._device
-        if not isinstance(self.model, nn.Module):
+        if self._module is None:
             return torch.device("cpu")
-        embeddings = self._input_embeddings
-        tensors = embeddings.parameters() if embeddings is not None else self.model.parameters()
+        tensors = (self._module if self._input_embeddings is None else self._input_embeddings).parameters()
         return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
     @cached_property
@@ -178,11 +179,8 @@ class Denoiser:
 
     @cached_property
     def _arguments(self) -> frozenset[str]:
-        """Names that a module's forward takes; a compiled module is looked at through its wrapper."""
-        if not isinstance(self.model, nn.Module):
-            return frozenset()
-        model: Any = getattr(self.model, "_orig_mod", self.model)
-        return frozenset(inspect.signature(model.forward).parameters)
+        """Names that a module's forward takes."""
+        return frozenset() if self._module is None else frozenset(inspect.signature(self._module.forward).parameters)
 
     @cached_property
     def _takes_indices(self) -> bool:
@@ -191,13 +189,13 @@ class Denoiser:
         Elsewhere the argument, if there is one, is a number of last positions or 1-D positions for all
         rows.  Which it is shows in the module that defines the model.
         """
-        module = sys.modules[type(getattr(self.model, "_orig_mod", self.model)).__module__]
-        return "logits_to_keep" in self._arguments and hasattr(module, "slice_logits_to_keep")
+        defined_in = sys.modules[type(self._module).__module__]
+        return "logits_to_keep" in self._arguments and hasattr(defined_in, "slice_logits_to_keep")
 
     @cached_property
     def _position_offset(self) -> int | None:
         """Where RoBERTa-like models start to count, which derive positions from the ids; None for others."""
-        for name, module in self.model.named_modules() if isinstance(self.model, nn.Module) else ():
+        for name, module in self._module.named_modules() if self._module is not None else ():
             if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
                 return module.padding_idx + 1 if module.padding_idx is not None else None
         return None
@@ -217,9 +215,9 @@ class Denoiser:
         """Raise unless the model can be called with this canvas.
 
         Raises:
-            NapDecodeError: another device, ids out of range, too many positions, rows of different length for a model
-                that does not tell padding from text, a slot to decode without a mask in it, or active
-                dropout.
+            NapDecodeError: another device, ids out of range, too many positions, rows of different length
+                for a model that does not tell padding from text, a slot to decode without a mask in it,
+                or active dropout.
         """
         self._check_dropout()
         if canvas.tokens.device.type != self.device.type:
@@ -246,7 +244,7 @@ class Denoiser:
             )
 
     def _check_dropout(self) -> None:
-        for name, module in self.model.named_modules() if isinstance(self.model, nn.Module) else ():
+        for name, module in self._module.named_modules() if self._module is not None else ():
             if isinstance(module, nn.Dropout) and module.training and module.p > 0:
                 raise NapDecodeError(
                     f"the model is in training mode and {name} would drop activations at random; call model.eval()"
@@ -344,11 +342,12 @@ class Denoiser:
         return logits
 
     def _forward(self, tokens: Tensor, wanted: Tensor, canvas: Canvas) -> Tensor:
-        mask = canvas.attention_mask.repeat(len(tokens) // len(canvas.tokens), 1)  # twice under guidance
+        copies = len(tokens) // len(canvas.tokens)  # two under guidance
+        mask = canvas.attention_mask.repeat(copies, 1)
         if canvas.is_padded:
             #  pad pad  a   b   c        a   b   c  pad
             #  pad  d   e   f   g   ->   d   e   f   g
-            padding = canvas.padding.repeat(len(tokens) // len(canvas.tokens), 1)
+            padding = canvas.padding.repeat(copies, 1)
             columns = torch.arange(canvas.longest, device=tokens.device) + padding
             mask = (columns < tokens.shape[1]).long()
             tokens = tokens.gather(1, columns.clamp(max=tokens.shape[1] - 1)).where(mask.bool(), self.pad_token_id)

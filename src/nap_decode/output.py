@@ -81,8 +81,8 @@ class SamplerOutput:
     @property
     def paths(self) -> list[str] | list[list[str]]:
         """Texts of the blocks that are not a summary, for each row."""
-        names = [n for n, held in zip(self.trace.block_names, self.canvas.held, strict=True) if not held]
-        rows = [[self._block_text(row, self.trace.block_names.index(n)) for n in names] for row in self._rows]
+        paths = [j for j, held in enumerate(self.canvas.held) if not held]
+        rows = [[self._block_text(row, j) for j in paths] for row in self._rows]
         return rows[0] if self.canvas.is_single else rows
 
     @property

@@ -88,10 +88,9 @@ class Plan:
         phase = (ends <= committed[:, None]).sum(1).clamp(max=ends.shape[1] - 1)
         return phase[:, None, None].expand(-1, 1, self.phase_tokens.shape[2])
 
-    def _left_in_phase(self, remaining: Tensor) -> Tensor:
-        """``(B, M)`` tokens that the current phase, and those before it, still have to decode."""
-        committed = self.lengths - remaining
-        return (self._through.gather(1, self._phase(committed.sum(1)))[:, 0] - committed).clamp(min=0)
+    def _due(self, remaining: Tensor) -> Tensor:
+        """``(B, M)`` tokens that each block has when the phase ends that decodes the next token."""
+        return self._through.gather(1, self._phase((self.lengths - remaining).sum(1)))[:, 0]
 
     def quota(self, remaining: Tensor, step: int) -> Tensor:
         """Tokens that each block commits at a step of a fixed schedule.
@@ -118,15 +117,14 @@ class Plan:
     def open(self, remaining: Tensor) -> Tensor:
         """``(B, M)`` bool: blocks that may commit at a step of an adaptive decoder."""
         # A block that ran ahead of its part of the phase may go on; one whose phase is to come may not.
-        phase = self._phase((self.lengths - remaining).sum(1))
-        return (self._through.gather(1, phase)[:, 0] > 0) & (remaining > 0)
+        return (self._due(remaining) > 0) & (remaining > 0)
 
     def least(self, remaining: Tensor) -> Tensor:
         """Tokens that each block commits at least at a step of an adaptive decoder, ``(B, M)`` int64.
 
         ``tokens_per_step`` for each row, or what its phase still has; shared by what each block still has.
         """
-        left = self._left_in_phase(remaining)
+        left = (self._due(remaining) - (self.lengths - remaining)).clamp(min=0)
         target = left.sum(1).clamp(max=self.tokens_per_step)
         return fair_share(left, torch.zeros_like(left), target)
 
