@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
@@ -75,3 +77,112 @@ class TableModel:
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return self.table[(input_ids * self.base).sum(1)]
+
+
+class StandIn(nn.Module):
+    """A small bidirectional transformer in float64; subclasses take their input as remote code does.
+
+    Tokens, positions and who sees whom are given explicitly, so that a subclass is its calling convention.
+    """
+
+    def __init__(
+        self, model_type: str, vocabulary: int = VOCABULARY, width: int = 16, layers: int = 2, **options
+    ) -> None:
+        super().__init__()
+        self.config = transformers.PretrainedConfig(vocab_size=vocabulary, **options)
+        self.config.model_type = model_type
+        self.embed = nn.Embedding(vocabulary, width)
+        self.place = nn.Embedding(80, width)
+        self.layers = nn.ModuleList([nn.Linear(width, 3 * width) for _ in range(layers)])
+        self.head = nn.Linear(width, vocabulary)
+        self.double().eval()
+        generator = torch.Generator().manual_seed(0)
+        for parameter in self.parameters():
+            parameter.data.normal_(0, 0.5, generator=generator)
+
+    def run(self, input_ids: Tensor, position_ids: Tensor | None, seen: Tensor | None) -> SimpleNamespace:
+        """Of ``seen`` ``(B, 1, L, L)``, true or 0.0 means visible; None: all see all."""
+        places = torch.arange(input_ids.shape[1])[None] if position_ids is None else position_ids
+        x = self.embed(input_ids) + self.place(places)
+        for layer in self.layers:
+            q, k, v = layer(x)[:, None].chunk(3, dim=-1)
+            x = x + nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)[:, 0].tanh()
+        return SimpleNamespace(logits=self.head(x))
+
+
+class Remote(StandIn):
+    """What most remote code looks like; a StandIn with embeddings and an output layer to be found."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+
+class DreamLike(Remote):
+    def forward(self, input_ids, attention_mask=None, position_ids=None, num_logits_to_keep=0):
+        assert num_logits_to_keep == 0
+        assert attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.ndim == 4)
+        return self.run(input_ids, position_ids, attention_mask)
+
+
+class LLaDALike(Remote):
+    """One of those versions that do not look at their attention mask."""
+
+    def forward(self, input_ids, attention_mask=None, attention_bias=None, use_cache=None):
+        assert not use_cache
+        return self.run(input_ids, None, attention_bias)
+
+
+class BlockLike(Remote):
+    """LLaDA2: a 4-D additive mask, and causal without one."""
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, use_cache=None):
+        length = input_ids.shape[1]
+        if attention_mask is None:
+            return self.run(input_ids, position_ids, torch.ones(length, length, dtype=torch.bool).tril())
+        assert attention_mask.dtype == torch.float64
+        assert attention_mask.shape == (len(input_ids), 1, length, length)
+        return self.run(input_ids, position_ids, attention_mask)
+
+
+class OwnBlocks(Remote):
+    """Fast-dLLM v2: makes its block-causal mask itself, and would not look at another."""
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, use_cache=None, block_size=32):
+        assert attention_mask is None  # a waste
+        return self.run(input_ids, position_ids, blocks(input_ids.shape[1], block_size))
+
+
+class MDLMLike(StandIn):
+    """A bare tensor, times that it wants and does not use, and no way to ask for its parts."""
+
+    def get_input_embeddings(self):
+        raise NotImplementedError
+
+    def forward(self, input_ids, timesteps=None, return_dict=None):
+        assert timesteps.shape == input_ids.shape[:1]
+        return self.run(input_ids, None, None).logits
+
+
+class Repeater(StandIn):
+    """Has learned to repeat what stood three places before; with ``shift``, one place early."""
+
+    def __init__(self, model_type: str, shift: bool, **options) -> None:
+        super().__init__(model_type, **options)
+        self.shift = shift
+        self.calls = 0
+
+    def forward(self, input_ids, attention_mask=None):
+        self.calls += 1
+        back = 2 if self.shift else 3
+        before = torch.cat([input_ids[:, :back], input_ids[:, :-back]], dim=1)
+        seen = None if attention_mask is None else attention_mask[:, None, None].bool()
+        logits = self.run(input_ids, None, seen).logits
+        return SimpleNamespace(logits=logits + 99.0 * nn.functional.one_hot(before, logits.shape[-1]))
+
+
+def blocks(length: int, size: int) -> Tensor:
+    """A block-causal mask, entry by entry."""
+    return torch.tensor([[key // size <= query // size for key in range(length)] for query in range(length)])

@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import warnings
+from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
@@ -9,12 +14,21 @@ from models import (
     PAD,
     TRANSFORMERS_5,
     VOCABULARY,
+    BlockLike,
+    DreamLike,
+    LLaDALike,
+    MDLMLike,
+    OwnBlocks,
+    Remote,
+    Repeater,
     TableModel,
     Words,
+    blocks,
     needs_transformers_5,
     tiny_model,
 )
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nap_decode import (
     AnyOrderScheduler,
@@ -25,6 +39,8 @@ from nap_decode import (
     NapDecodeError,
     Sampler,
 )
+from nap_decode.attention import visibility
+from nap_decode.probing import Probe
 
 SMALL = {
     "vocab_size": VOCABULARY,
@@ -100,7 +116,8 @@ def test_native_models_say_the_same_with_and_without_padding(model, ragged):
 def test_only_wanted_rows_pass_the_head(model, ragged, by):
     denoiser = Denoiser(model, mask_token_id=MASK)
     if by == "hook":
-        denoiser._takes_indices = False
+        denoiser._call.takes_indices = False
+    denoiser.check(ragged)
     rows = []
     head = model.get_output_embeddings()
     handle = head.register_forward_hook(lambda m, args, out: rows.append(args[0].shape[:-1].numel()))
@@ -115,7 +132,7 @@ def test_only_wanted_rows_pass_the_head(model, ragged, by):
 def test_the_hook_is_gone_after_the_call_and_after_an_error(ragged):
     model = tiny_model()
     denoiser = Denoiser(model, mask_token_id=MASK)
-    denoiser._takes_indices = False
+    denoiser._call.takes_indices = False
     head = model.get_output_embeddings()
     with torch.no_grad():
         denoiser(ragged.tokens, WANTED, ragged)
@@ -131,9 +148,9 @@ def test_logits_are_sliced_if_the_head_is_not_a_module(ragged):
     model = tiny_model()
     denoiser = Denoiser(model, mask_token_id=MASK)
     expected = denoiser(ragged.tokens, WANTED, ragged)
-    denoiser._takes_indices, denoiser._head = False, None
+    denoiser._call.takes_indices, denoiser._call.head = False, None
     assert torch.equal(denoiser(ragged.tokens, WANTED, ragged), expected)
-    denoiser._head = model.get_input_embeddings()  # what models with a tied head may return; it is called with ids
+    denoiser._call.head = model.get_input_embeddings()  # what models with a tied head may return; it is called with ids
     assert torch.equal(denoiser(ragged.tokens, WANTED, ragged), expected)
 
 
@@ -146,7 +163,7 @@ def test_a_shifted_family_predicts_from_the_position_before(tiny, ragged):
     assert torch.equal(shifted(ragged.tokens, first, ragged), in_place(ragged.tokens, first, ragged))
 
 
-class Remote(nn.Module):
+class Wrapped(nn.Module):
     """Like remote code: a config, an attention mask of its own convention, no logits_to_keep."""
 
     def __init__(self, model_type):
@@ -170,7 +187,7 @@ class Remote(nn.Module):
 @needs_transformers_5  # before, BERT takes no 4-D mask
 @torch.no_grad()
 def test_dream_is_shifted_and_takes_a_4d_mask(ragged):
-    model = Remote("Dream")
+    model = Wrapped("Dream")
     denoiser = Denoiser(model, mask_token_id=MASK)
     logits = denoiser(ragged.tokens, WANTED, ragged)
     assert model.masks[-1].shape == (3, 1, 10, 10)
@@ -179,27 +196,189 @@ def test_dream_is_shifted_and_takes_a_4d_mask(ragged):
 
 
 @torch.no_grad()
-def test_models_without_an_attention_mask_take_no_padding(ragged):
-    family = ModelFamily(name="MDLM", attention="none")
-    denoiser = Denoiser(Remote("mdlm"), mask_token_id=MASK, family=family)
-    with pytest.raises(NapDecodeError, match="padding changes what MDLM models predict"):
+def test_models_without_an_attention_mask_are_called_with_rows_of_one_length(ragged):
+    model = Wrapped("mdlm")
+    denoiser = Denoiser(model, mask_token_id=MASK, family=ModelFamily(name="MDLM", attention="none"))
+    with pytest.warns(UserWarning, match=r"Wrapped \(MDLM\) takes no mask, so .* groups of equal length"):
         denoiser.check(ragged)
+    model.masks.clear()
+    twice = Canvas.from_prompts([*PROMPTS, [9, 8]], CanvasTemplate.plain(4), mask_token_id=MASK)
+    wanted = torch.cat([WANTED, WANTED[:1]])
+    logits = denoiser(twice.tokens, wanted, twice)
+    assert model.masks == [None] * 3
+    torch.testing.assert_close(logits, full_rows(model.tiny, twice, wanted), rtol=0, atol=1e-9)
     denoiser.check(Canvas.from_prompts([[5], [6]], CanvasTemplate.plain(2), mask_token_id=MASK))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_models_that_ignore_their_attention_mask_take_no_padding(ragged, dtype):
-    class Deaf(Remote):
+def test_models_that_ignore_their_attention_mask_are_found_out(ragged, dtype):
+    class Deaf(Wrapped):
         def forward(self, input_ids, attention_mask=None):
+            self.masks.append(attention_mask)
             return self.tiny(input_ids=input_ids)
 
     equal = Canvas.from_prompts([[5], [6]], CanvasTemplate.plain(2), mask_token_id=MASK)
-    deaf = Denoiser(Deaf("deaf").to(dtype), mask_token_id=MASK)
+    model = Deaf("deaf").to(dtype)
+    deaf = Denoiser(model, mask_token_id=MASK)
     deaf.check(equal)
-    with pytest.raises(NapDecodeError, match=r"padding changes what deaf models predict: .* in different batches"):
+    with pytest.warns(UserWarning, match=r"Deaf \(deaf\) does not hide what its attention mask says is padding"):
         deaf.check(ragged)
-    Denoiser(Remote("hears").to(dtype), mask_token_id=MASK).check(ragged)
+    deaf.check(ragged)  # warns once
+    logits = deaf(ragged.tokens, WANTED, ragged)
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.5}[dtype]
+    torch.testing.assert_close(logits, full_rows(model.tiny, ragged, WANTED), rtol=0, atol=tolerance)
+    Denoiser(Wrapped("hears").to(dtype), mask_token_id=MASK).check(ragged)
+
+
+BLOCK_PROMPTS = [[5] * 6, [7, 8], [*range(2, 21), *range(2, 20)], [9] * 33]
+CONVENTIONS = {
+    # how a row alone is read: the mask that it wants, and whether position p is read at p - 1
+    "Dream": (lambda: DreamLike("Dream"), None, True, False),
+    "LLaDA": (lambda: LLaDALike("llada"), None, False, True),
+    "LLaDA-MoE": (lambda: LLaDALike("llada", num_experts=4), None, False, True),
+    "LLaDA2": (lambda: BlockLike("llada2_moe"), 32, False, False),
+    "SDAR": (lambda: DreamLike("sdar"), 4, False, False),
+    "SDAR, blocks of 8": (lambda: DreamLike("sdar", block_size=8), 8, False, False),
+    "Fast-dLLM v2": (lambda: OwnBlocks("Fast_dLLM_Qwen", bd_size=16), 16, True, True),
+    "MDLM": (lambda: MDLMLike("mdlm"), None, False, True),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CONVENTIONS)
+def test_remote_code_says_the_same_with_and_without_padding(name):
+    make, block_size, shift, is_grouped = CONVENTIONS[name]
+    model = make()
+    denoiser = Denoiser(model, mask_token_id=MASK)
+    assert denoiser.family.name == name.partition(",")[0]
+    canvas = Canvas.from_prompts(BLOCK_PROMPTS, CanvasTemplate.plain(6), mask_token_id=MASK)
+    with pytest.warns(UserWarning, match="groups of equal length") if is_grouped else nullcontext():
+        denoiser.check(canvas)
+    columns = torch.tensor([[-6, -1, -3], [-2, -4, -5], [-6, -5, -1], [-1, -2, -3]])
+    wanted = columns + canvas.tokens.shape[1]
+    tokens = canvas.tokens.scatter(1, wanted[:, :1], 11)
+    logits = denoiser(tokens, wanted, canvas)
+    for row, prompt in enumerate(BLOCK_PROMPTS):
+        length = len(prompt) + 6
+        seen = None if block_size is None else blocks(length, block_size)
+        alone = model.run(tokens[row, -length:][None], None, seen).logits[0]
+        expected = alone[columns[row] + length - int(shift)]
+        torch.testing.assert_close(logits[row], expected, rtol=0, atol=1e-9)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CONVENTIONS)
+def test_remote_code_decodes(name):
+    denoiser = Denoiser(CONVENTIONS[name][0](), mask_token_id=MASK)
+    sampler = Sampler(denoiser, scheduler=AnyOrderScheduler(tokens_per_step=2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        together = sampler(BLOCK_PROMPTS, max_new_tokens=6)
+    for row, prompt in enumerate(BLOCK_PROMPTS):
+        alone = sampler([prompt], max_new_tokens=6).sequences[0, -6:]
+        assert together.sequences[row, -6:].tolist() == alone.tolist()
+
+
+@torch.no_grad()
+def test_grouped_rows_with_guidance_and_alternatives(ragged):
+    model = LLaDALike("llada")
+    denoiser = Denoiser(model, mask_token_id=MASK, cfg_scale=1.5)
+    with pytest.warns(UserWarning, match="groups of equal length"):
+        denoiser.check(ragged)
+    other = ragged.tokens.masked_fill(ragged.decodable, 9)
+    logits = denoiser(torch.cat([ragged.tokens, other]), torch.cat([WANTED, WANTED.flip(1)]), ragged)
+    for alternative, (tokens, wanted) in enumerate([(ragged.tokens, WANTED), (other, WANTED.flip(1))]):
+        canvas = replace(ragged, tokens=tokens)
+        conditional = full_rows(model, canvas, wanted)
+        free = full_rows(model, replace(canvas, tokens=tokens.masked_fill(ragged.prompt, MASK)), wanted)
+        expected = free + 2.5 * (conditional - free)
+        torch.testing.assert_close(logits[3 * alternative :][:3], expected, rtol=0, atol=1e-9)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["LLaDA", "LLaDA2", "leave one out"])
+def test_a_call_never_waits_for_the_device(ragged, name):
+    """Whatever waits happens in the checks before decoding: probing, and grouping rows by length."""
+    waiting = {"aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.is_nonzero", "aten.masked_select"}
+    seen = set()
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.add(str(function.overloadpacket))
+            return function(*args, **(kwargs or {}))
+
+    model = CONVENTIONS[name][0]() if name in CONVENTIONS else BlockLike("llada2_moe")
+    hidden = torch.ones(6, 3, dtype=torch.bool) if name not in CONVENTIONS else None
+    denoiser = Denoiser(model, mask_token_id=MASK, cfg_scale=1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        denoiser.check(ragged)
+        if hidden is not None:
+            denoiser.check_leave_one_out()
+    assert ragged.padding.shape == (3, 1)  # computed once for a canvas
+    assert ragged.longest == 10
+    groups = denoiser._grouped[1]
+    assert len(groups) == (3 if name == "LLaDA" else 0)
+    with Recorder():
+        denoiser(ragged.tokens.repeat(2, 1), WANTED.repeat(2, 1), ragged, hidden=hidden)
+    assert "aten.embedding" in seen
+    assert not waiting & seen
+    assert denoiser._grouped[1] is groups
+
+
+class TestProbe:
+    @pytest.mark.parametrize("shift", [False, True])
+    def test_two_calls_tell_everything(self, shift):
+        model = Repeater("some_model", shift)
+        denoiser = Denoiser(model, mask_token_id=MASK, family=ModelFamily(name="some", shift=shift))
+        assert denoiser.probe() == Probe(sees_future=True, hides_padding=True, shift=shift)
+        assert denoiser.probe().shift is shift
+        assert model.calls == 2
+
+    @pytest.mark.parametrize("shift", [False, True])
+    def test_a_family_that_says_otherwise(self, shift):
+        family = ModelFamily(name="some", shift=not shift)
+        does, said = ("at p - 1", "in place") if shift else ("in place", "at p - 1")
+        with pytest.warns(UserWarning, match=f"predict position p {does}, .* 'some' says {said}; .*shift={shift}"):
+            Denoiser(Repeater("some_model", shift), mask_token_id=MASK, family=family)
+
+    def test_what_cannot_be_told_is_not_guessed(self, tiny):
+        assert Denoiser(tiny, mask_token_id=MASK).probe() == Probe(sees_future=True, hides_padding=True, shift=None)
+        few = Denoiser(Repeater("some_model", False, vocabulary=12), mask_token_id=MASK)
+        assert few.probe().shift is None
+        fewer = Denoiser(Repeater("some_model", False, vocabulary=2), mask_token_id=MASK)
+        assert fewer.probe() == Probe(sees_future=None, hides_padding=None, shift=None)
+        short = Denoiser(Repeater("some_model", False, max_position_embeddings=8), mask_token_id=MASK)
+        assert short.probe() == Probe(sees_future=True, hides_padding=True, shift=None)
+        function = Denoiser(TableModel(4, 2), mask_token_id=3)
+        assert function.probe() == Probe(sees_future=None, hides_padding=None, shift=None)
+
+    def test_a_model_that_answers_in_both_places_tells_nothing(self):
+        class Both(Repeater):
+            def forward(self, input_ids, attention_mask=None):
+                logits = super().forward(input_ids, attention_mask).logits
+                early = 999.0 * nn.functional.one_hot(input_ids.roll(2, 1), VOCABULARY)
+                return SimpleNamespace(logits=torch.where((input_ids == MASK)[:, :, None], logits, early + logits))
+
+        family = ModelFamily(name="some", attention="none")
+        assert Denoiser(Both("some_model", False), mask_token_id=MASK, family=family).probe().shift is None
+
+    def test_blocks_that_a_model_does_not_see(self):
+        class Deaf(BlockLike):
+            def forward(self, input_ids, attention_mask=None, position_ids=None):
+                return self.run(input_ids, position_ids, None)
+
+        with pytest.raises(
+            NapDecodeError, match="Deaf does not do what a additive attention mask says, by which LLaDA2"
+        ):
+            Denoiser(Deaf("llada2_moe"), mask_token_id=MASK)
+
+    def test_nan(self):
+        model = LLaDALike("llada")
+        model.head.bias.data[3] = torch.nan
+        with pytest.raises(NapDecodeError, match="LLaDALike predicts nan for rows of ordinary tokens; try another"):
+            Denoiser(model, mask_token_id=MASK)
 
 
 @torch.no_grad()
@@ -281,6 +460,241 @@ def test_guidance_without_padding_and_as_a_sampler(tiny):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    "options", [{}, {"cfg_scale": 1.5}, {"logits_processor": lambda ids, scores: scores + ids[:, -1:]}]
+)
+def test_alternatives_of_a_canvas_in_one_call(tiny, ragged, options):
+    denoiser = Denoiser(tiny, mask_token_id=MASK, **options)
+    tokens = [
+        ragged.tokens,
+        ragged.tokens.masked_fill(ragged.decodable, 9),
+        ragged.tokens.masked_fill(ragged.block == 0, 5),
+    ]
+    tokens[1][:, -1], tokens[2][:, -2] = MASK, 7
+    wanted = [WANTED, WANTED.flip(1), WANTED - 1]
+    together = denoiser(torch.cat(tokens), torch.cat(wanted), ragged)
+    apart = torch.cat([denoiser(t, w, ragged) for t, w in zip(tokens, wanted, strict=True)])
+    torch.testing.assert_close(together, apart, rtol=0, atol=1e-9)
+    assert together.shape == (9, 3, VOCABULARY)
+
+
+PRECISION = {"sdpa": 1e-12, "eager": 1e-4}  # eager attention takes its softmax in float32
+
+
+def visible_by_hand(positions, num_slots):
+    """What a query may see, entry by entry."""
+    seen = torch.zeros(len(positions), len(positions), dtype=torch.bool)
+    for q, p in enumerate(positions):
+        for k, r in enumerate(positions):
+            if q < num_slots:
+                seen[q, k] = k < num_slots
+            elif k < num_slots:
+                seen[q, k] = r != p
+            else:
+                seen[q, k] = True
+    return seen
+
+
+@torch.no_grad()
+def test_leave_one_out_in_groups(ragged):
+    class Half(Remote):
+        """Looks at 4-D masks only."""
+
+        def forward(self, input_ids, attention_mask=None, position_ids=None):
+            flat = attention_mask is None or attention_mask.ndim == 2
+            return self.run(input_ids, position_ids, None if flat else attention_mask)
+
+    denoiser = Denoiser(Half("half"), mask_token_id=MASK)
+    with pytest.warns(UserWarning, match="groups of equal length"):
+        denoiser.check(ragged)
+    tokens = ragged.tokens.masked_fill(ragged.decodable, 9)
+    hidden = torch.tensor([[True, False, True], [False, True, True], [True, True, False]])
+    logits = denoiser(tokens, WANTED, ragged, hidden=hidden)
+    for row, prompt in enumerate(PROMPTS):
+        alone = Canvas.from_prompts([prompt], CanvasTemplate.plain(4), mask_token_id=MASK)
+        ids, wanted = tokens[row, ragged.padding[row] :][None], WANTED[row][None] - ragged.padding[row]
+        expected = denoiser(ids, wanted, alone, hidden=hidden[row][None])
+        torch.testing.assert_close(logits[row], expected[0], rtol=0, atol=1e-9)
+
+
+class TestNoLeaveOneOut:
+    @staticmethod
+    def refuses(model, match, **options):
+        canvas = Canvas.from_prompts([[5, 6]], CanvasTemplate.plain(2), mask_token_id=MASK)
+        denoiser = Denoiser(model, mask_token_id=MASK, **options)
+        with pytest.raises(NapDecodeError, match=match):
+            denoiser.check_leave_one_out()
+        with pytest.raises(NapDecodeError, match=match):
+            denoiser(canvas.tokens, torch.tensor([[2]]), canvas, hidden=torch.tensor([[True]]))
+
+    def test_shifted(self):
+        self.refuses(DreamLike("Dream"), r"DreamLike \(Dream\) predicts position p at p - 1, where no slot can be left")
+
+    def test_without_positions_or_mask(self):
+        self.refuses(
+            LLaDALike("llada"), "need a model that takes position_ids and a 4-D attention_mask; LLaDALike does"
+        )
+        self.refuses(MDLMLike("mdlm"), "need a model that takes position_ids and a 4-D attention_mask; MDLMLike does")
+        self.refuses(lambda ids, mask: None, "need a model that takes position_ids and a 4-D attention_mask; function")
+
+    def test_masks_of_other_shape(self):
+        class Flat(Remote):
+            def forward(self, input_ids, attention_mask=None, position_ids=None):
+                seen = None if attention_mask is None else attention_mask.view(input_ids.shape)[:, None, None].bool()
+                return self.run(input_ids, position_ids, seen)
+
+        self.refuses(Flat("flat"), "need a 4-D attention mask, which Flat does not take: shape")
+
+    @pytest.mark.parametrize("ignored", ["attention_mask", "position_ids"])
+    def test_ignored(self, ignored):
+        class Deaf(Remote):
+            def forward(self, input_ids, attention_mask=None, position_ids=None):
+                given = {"attention_mask": attention_mask, "position_ids": position_ids} | {ignored: None}
+                return self.run(input_ids, given["position_ids"], given["attention_mask"])
+
+        self.refuses(Deaf("deaf"), "Deaf does not do what a 4-D attention mask and position_ids say")
+
+    def test_windows(self):
+        if hasattr(transformers, "ModernBertConfig"):
+            self.refuses(build("ModernBert"), "some layers of ModernBertForMaskedLM attend to a window only")
+
+    @needs_transformers_5
+    def test_models_whose_mask_must_be_flat(self):
+        self.refuses(build("Esm"), "need a 4-D attention mask, which EsmForMaskedLM does not take")
+
+    def test_masked_lms_of_transformers_4(self):
+        if not TRANSFORMERS_5:
+            self.refuses(build("Bert"), "need a 4-D attention mask, which BertForMaskedLM does not take: Wrong shape")
+
+    def test_other_shapes(self, tiny, ragged):
+        denoiser = Denoiser(tiny, mask_token_id=MASK)
+        with pytest.raises(
+            NapDecodeError, match=r"hidden must be bool of wanted's shape \(3, 3\), but is .*bool \(3, 1\)"
+        ):
+            denoiser(ragged.tokens, WANTED, ragged, hidden=torch.ones(3, 1, dtype=torch.bool))
+        with pytest.raises(
+            NapDecodeError, match=r"tokens must be \(B, L\) or \(J \* B, L\), .* are \(4, 10\) and \(3, 3\)"
+        ):
+            denoiser(ragged.tokens[[0, 0, 1, 2]], WANTED, ragged)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["LLaDA2", "SDAR"])
+def test_leave_one_out_of_a_block_causal_model(name):
+    """A shadow sees the blocks that its slot sees; the other shadows of these too."""
+    make, block_size, _, _ = CONVENTIONS[name]
+    model = make()
+    denoiser = Denoiser(model, mask_token_id=MASK)
+    canvas = Canvas.from_prompts([[*range(2, 20)] * 2, [7, 8]], CanvasTemplate.plain(6), mask_token_id=MASK)
+    width = canvas.tokens.shape[1]
+    tokens = canvas.tokens.clone()
+    tokens[:, -6:] = torch.tensor([11, 1, 12, 13, 14, 1])
+    wanted = torch.tensor([[-6, -4, -2], [-5, -3, -2]]) + width
+    hidden = torch.tensor([[True, False, True], [True, True, True]])
+    logits = denoiser(tokens, wanted, canvas, hidden=hidden)
+    for row, length in enumerate([width, 8]):
+        slots = (wanted[row] - width + length).tolist()
+        positions = [*range(length), *slots]
+        seen = visible_by_hand(positions, length)
+        seen &= torch.tensor([[r // block_size <= p // block_size for r in positions] for p in positions])
+        ids = torch.cat([tokens[row, -length:], torch.full((3,), MASK)])[None]
+        full = model.run(ids, torch.tensor([positions]), seen).logits[0]
+        expected = [full[length + k if hidden[row, k] else slots[k]] for k in range(3)]
+        torch.testing.assert_close(logits[row], torch.stack(expected), rtol=0, atol=1e-9)
+
+
+def test_visibility():
+    positions, present = torch.tensor([[0, 1, 2, 3, 1, 3]]), torch.ones(1, 6, dtype=torch.bool)
+    seen = visibility(positions, present, num_shadows=2)
+    assert torch.equal(seen[0], visible_by_hand(positions[0].tolist(), 4))
+    present[0, 5] = False  # no slot
+    assert visibility(positions, present, num_shadows=2)[0, 4].tolist() == [True, False, True, True, True, False]
+    alone = visibility(torch.zeros(1, 2), torch.tensor([[True, False]]), num_shadows=1)
+    assert alone.any(2).all()  # what sees nothing is nan
+    blocked = visibility(torch.arange(5)[None], torch.ones(1, 5, dtype=torch.bool), block_size=2)
+    assert torch.equal(blocked[0], blocks(5, 2))
+
+
+@needs_transformers_5  # before, native models take neither
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+class TestLeaveOneOut:
+    TOKENS = torch.tensor(
+        [[5, 6, 7, 8, 9, 10, 1, 12, 13, 1], [0, 0, 0, 0, 7, 8, 14, 1, 12, 1], [0, 0, 0, 5, 6, 7, 8, 9, 1, 1]]
+    )
+
+    @torch.no_grad()
+    def test_one_slot(self, ragged, attention):
+        """In one layer it is as if the slot were masked; deeper, the other slots have seen what stands there."""
+        model = tiny_model(attn_implementation=attention, num_hidden_layers=1)
+        denoiser = Denoiser(model, mask_token_id=MASK)
+        assert model.config._attn_implementation == attention
+        for wanted in (torch.tensor([[7], [6], [6]]), torch.tensor([[8], [8], [7]])):
+            left_out = self.TOKENS.scatter(1, wanted, MASK)
+            for hidden in (torch.tensor([[True], [True], [True]]), torch.tensor([[True], [False], [True]])):
+                expected = full_rows(model, replace(ragged, tokens=torch.where(hidden, left_out, self.TOKENS)), wanted)
+                logits = denoiser(self.TOKENS, wanted, ragged, hidden=hidden)
+                torch.testing.assert_close(logits, expected, rtol=0, atol=PRECISION[attention])
+        plain = denoiser(self.TOKENS, wanted, ragged)
+        assert (plain - logits).abs().amax(2).gt(1e-3).squeeze(1).tolist() == [True, False, True]
+
+    @torch.no_grad()
+    def test_the_shadow_of_a_masked_slot_says_what_the_slot_says(self, ragged, attention):
+        denoiser = Denoiser(tiny_model(attn_implementation=attention), mask_token_id=MASK)
+        wanted = torch.tensor([[6], [7], [9]])
+        logits = denoiser(self.TOKENS, wanted, ragged, hidden=torch.ones(3, 1, dtype=torch.bool))
+        torch.testing.assert_close(logits, denoiser(self.TOKENS, wanted, ragged), rtol=0, atol=PRECISION[attention])
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("name", ["Bert", "Roberta", "Electra", "EuroBert", "Qwen3"])
+    def test_native_models(self, ragged, attention, name):
+        model = build(name)
+        model.set_attn_implementation(attention)
+        denoiser = Denoiser(model, mask_token_id=MASK)
+        wanted = torch.tensor([[6], [7], [9]])
+        logits = denoiser(self.TOKENS, wanted, ragged, hidden=torch.ones(3, 1, dtype=torch.bool))
+        expected = denoiser(self.TOKENS, wanted, ragged)
+        torch.testing.assert_close(logits, expected, rtol=0, atol=PRECISION[attention])
+
+    @torch.no_grad()
+    def test_many_slots(self, ragged, attention):
+        """Row by row, with a mask written out by hand; a row does not depend on how many slots others have."""
+        model = tiny_model(attn_implementation=attention)
+        denoiser = Denoiser(model, mask_token_id=MASK)
+        wanted = torch.tensor([[6, 7, 8], [8, 6, -1], [9, -1, -1]])
+        hidden = torch.tensor([[False, True, True], [True, True, False], [True, False, False]])
+        logits = denoiser(self.TOKENS, wanted, ragged, hidden=hidden)
+        for row, count in enumerate([3, 2, 1]):
+            start = int(ragged.padding[row])
+            ids = torch.cat([self.TOKENS[row, start:], torch.full((count,), MASK)])[None]
+            positions = [*range(10 - start), *(wanted[row, :count] - start).tolist()]
+            seen = visible_by_hand(positions, 10 - start)
+            bias = torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, -torch.inf)[None, None]
+            full = model(input_ids=ids, attention_mask=bias, position_ids=torch.tensor([positions])).logits[0]
+            for k in range(count):
+                expected = full[10 - start + k] if hidden[row, k] else full[wanted[row, k] - start]
+                torch.testing.assert_close(logits[row, k], expected, rtol=0, atol=PRECISION[attention])
+
+    @torch.no_grad()
+    def test_with_guidance_processors_and_alternatives(self, ragged, attention):
+        seen = []
+
+        def watch(ids, scores):
+            seen.append(ids)
+            return scores
+
+        model = tiny_model(attn_implementation=attention, num_hidden_layers=1)
+        denoiser = Denoiser(model, mask_token_id=MASK, cfg_scale=0.5, logits_processor=watch)
+        wanted, hidden = torch.tensor([[7], [6], [6]]), torch.ones(3, 1, dtype=torch.bool)
+        left_out = self.TOKENS.scatter(1, wanted, MASK)
+        other = self.TOKENS.masked_fill(ragged.decodable, 5)
+        args = torch.cat([self.TOKENS, other]), wanted.repeat(2, 1), ragged
+        logits = denoiser(*args, hidden=hidden.repeat(2, 1))
+        assert torch.equal(seen[0][:3], left_out)
+        expected = [denoiser(tokens, wanted, ragged) for tokens in (left_out, other.scatter(1, wanted, MASK))]
+        torch.testing.assert_close(logits, torch.cat(expected), rtol=0, atol=PRECISION[attention])
+
+
+@torch.no_grad()
 def test_logits_processors_see_the_canvas_and_change_the_scores(tiny, ragged):
     from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
@@ -353,7 +767,7 @@ class TestBadInput:
 
     def test_uniform_diffusion(self):
         with pytest.raises(NapDecodeError, match="DiffusionGemma cannot be decoded here: it is a uniform-diffusion"):
-            Denoiser(Remote("diffusion_gemma"), mask_token_id=MASK)
+            Denoiser(Wrapped("diffusion_gemma"), mask_token_id=MASK)
 
     def test_a_canvas_on_another_device(self, ragged):
         denoiser = Denoiser(TableModel(4, 2), mask_token_id=MASK, device="meta")
@@ -395,5 +809,23 @@ class TestBadInput:
             Denoiser(tiny, mask_token_id=MASK, cfg_scale=-1)
         with pytest.raises(NapDecodeError, match="model must be a torch module or a function"):
             Denoiser("bert-base-uncased", mask_token_id=MASK)
-        with pytest.raises(NapDecodeError, match=r"there is no attention convention '2D'. Known: 2d, 4d, none"):
+        with pytest.raises(
+            NapDecodeError, match=r"there is no attention convention '2D'. Known: 2d, 4d, additive, none"
+        ):
             ModelFamily(name="x", attention="2D")
+
+
+def test_replacing_options_probes_nothing_and_leaves_the_first_alone(tiny):
+    first = Denoiser(tiny, Words())
+    calls = []
+    handle = tiny.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        other = first.replace(end_token_ids=[7], cfg_scale=0.5, logits_processor=lambda ids, scores: scores)
+    finally:
+        handle.remove()
+    assert not calls
+    assert (other.end_token_ids, other.cfg_scale, len(other.logits_processor)) == ((7,), 0.5, 1)
+    assert (first.end_token_ids, first.cfg_scale, first.logits_processor) == ((2,), 0.0, ())
+    assert other.replace().end_token_ids == (7,)
+    with pytest.raises(NapDecodeError, match="cfg_scale must be"):
+        first.replace(cfg_scale=-1)
