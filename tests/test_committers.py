@@ -4,93 +4,37 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from nap_decode import (
-    Canvas,
-    CanvasTemplate,
     MicroConfidenceCommitter,
     NapDecodeError,
-    QuotaSelection,
-    ThresholdSelection,
+    Slots,
     committers,
 )
-from nap_decode.committers import Slots, rank_in_block
 from nap_decode.randomness import row_seeds
 
 NONE = torch.tensor([], dtype=torch.int64)
 
 
 def slots(rows=2, width=5, quota=2, step=0):
-    index = torch.arange(width).expand(rows, -1)
-    return Slots(
-        index=index,
-        block=torch.zeros(rows, width, dtype=torch.int64),
-        positions=index,
-        rank=index,
-        quota=torch.full((rows, 1), quota),
-        seeds=row_seeds(3, rows),
-        step=step,
-    )
+    block = torch.zeros(rows, width, dtype=torch.int64)
+    return Slots.of(block, torch.full((rows, 1), quota), seeds=row_seeds(3, rows), step=step)
+
+
+def propose(committer, *arguments):
+    proposal = committer.propose(*arguments)
+    return proposal.tokens, proposal.confidence
 
 
 def logits(rows=2, width=5, vocabulary=7, seed=0):
     return 2 * torch.randn(rows, width, vocabulary, generator=torch.Generator().manual_seed(seed))
 
 
-scores = st.sampled_from([-1.0, 0.0, 0.25, 0.5, 0.75, -math.inf])
-
-
-@settings(max_examples=400)
-@given(st.lists(st.tuples(scores, st.integers(0, 3)), min_size=1, max_size=12))
-def test_rank_in_block(candidates):
-    confidence = torch.tensor([[c for c, _ in candidates]])
-    block = torch.tensor([[b for _, b in candidates]])
-    ranks = rank_in_block(confidence, block)[0].tolist()
-    for i, (c, b) in enumerate(candidates):
-        before = [j for j, (d, a) in enumerate(candidates) if a == b and (d > c or (d == c and j < i))]
-        assert ranks[i] == len(before)
-
-
-@settings(max_examples=300)
-@given(
-    st.lists(st.tuples(scores, st.integers(0, 3)), min_size=1, max_size=12),
-    st.lists(st.integers(0, 4), min_size=3, max_size=3),
-)
-def test_selections(candidates, quota):
-    confidence = torch.tensor([[c for c, _ in candidates]])
-    block = torch.tensor([[b for _, b in candidates]])  # block 3 stands for no block
-    chosen = QuotaSelection()(confidence, block, torch.tensor([quota]))[0].tolist()
-    for b in range(3):
-        members = [i for i, (_, a) in enumerate(candidates) if a == b]
-        best = sorted(members, key=lambda i: (-candidates[i][0], i))[: quota[b]]
-        assert [i for i in members if chosen[i]] == sorted(best)
-    reached = ThresholdSelection(0.5)(confidence, block, torch.tensor([quota]))[0].tolist()
-    for i, (c, b) in enumerate(candidates):
-        assert reached[i] == (b < 3 and (c >= 0.5 or chosen[i]))
-
-
-def test_slots_are_packed_to_the_left():
-    template = CanvasTemplate.nap(2, path_length=2, summary_length=1, path_header=[(7,), (7,)], summary_header=(7,))
-    canvas = Canvas.from_prompts([[5, 5], [5]], template, mask_token_id=1)
-    masked = canvas.decodable.clone()
-    masked[0, 3] = False  # the first slot of path 1 is committed
-    is_open = torch.tensor([[True, False, True], [False, True, False]])
-    quota = torch.tensor([[1, 0, 1], [0, 2, 0]])
-    packed = Slots.pack(canvas, canvas.block, masked, is_open, quota, 3, row_seeds(0, 2), 4)
-    assert packed.index.tolist() == [[4, 9, 0], [6, 7, 0]]
-    assert packed.block.tolist() == [[0, 2, 3], [1, 1, 3]]
-    assert packed.positions[:, :2].tolist() == [[4, 9], [5, 6]]
-    spread = packed.spread(torch.tensor([[10, 20, 30], [40, 50, 60]])).masked_fill(packed.rank < 0, -1)
-    assert spread.tolist() == [[-1] * 4 + [10] + [-1] * 4 + [20], [-1] * 6 + [40, 50, -1, -1]]
-
-
 def test_greedy_proposals_avoid_banned_ids_and_keep_the_full_normaliser():
     scores = logits()
     top = scores.argmax(2)
     for banned in ([int(top[0, 0])], [int(top[0, 0]), 2, 6]):
-        tokens, confidence = MicroConfidenceCommitter().propose(scores, slots(), torch.tensor(banned))
+        tokens, confidence = propose(MicroConfidenceCommitter(), scores, slots(), torch.tensor(banned))
         allowed = scores.clone()
         allowed[:, :, banned] = -torch.inf
         assert torch.equal(tokens, allowed.argmax(2))
@@ -102,16 +46,16 @@ def test_logits_are_not_changed():
     scores = logits()
     before = scores.clone()
     for temperature in (0.0, 1.0):
-        MicroConfidenceCommitter(temperature=temperature)(scores, slots(), torch.tensor([1]))
+        MicroConfidenceCommitter(temperature=temperature)(slots(), lambda **_: (scores, torch.tensor([1])))
         assert torch.equal(scores, before)
 
 
 def test_chunks_make_no_difference(monkeypatch):
     for confidence in ("probability", "margin", "negative_entropy", "random"):
         committer = MicroConfidenceCommitter(temperature=0.8, confidence=confidence)
-        whole = committer.propose(logits(), slots(), torch.tensor([1]))
+        whole = propose(committer, logits(), slots(), torch.tensor([1]))
         monkeypatch.setattr(committers, "CHUNK_ELEMENTS", 21)  # three rows of seven
-        parts = committer.propose(logits(), slots(), torch.tensor([1]))
+        parts = propose(committer, logits(), slots(), torch.tensor([1]))
         monkeypatch.undo()
         assert torch.equal(whole[0], parts[0])
         torch.testing.assert_close(whole[1], parts[1])
@@ -120,7 +64,7 @@ def test_chunks_make_no_difference(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_logits_are_scored_in_float32(dtype):
     scores = logits().to(dtype)
-    _, confidence = MicroConfidenceCommitter().propose(scores, slots(), NONE)
+    _, confidence = propose(MicroConfidenceCommitter(), scores, slots(), NONE)
     assert confidence.dtype == torch.float32
     torch.testing.assert_close(confidence, scores.float().softmax(2).amax(2))
 
@@ -135,7 +79,7 @@ def test_draws_follow_the_cut_off_distribution(options, support, temperature):
     row = logits(1, 1)[0, 0]
     draws = slots(count, 1)
     committer = MicroConfidenceCommitter(temperature=temperature, **options)
-    tokens, _ = committer.propose(row.expand(count, 1, -1), draws, torch.tensor([0]))
+    tokens, _ = propose(committer, row.expand(count, 1, -1), draws, torch.tensor([0]))
     row = row.clone()
     row[0] = -torch.inf
     p = (row / temperature).softmax(0).tolist()
@@ -159,7 +103,7 @@ def test_draws_follow_the_cut_off_distribution(options, support, temperature):
 def test_ids_without_probability_are_never_drawn():
     scores = torch.full((1, 1, 5), -torch.inf)
     scores[0, 0, 3] = 0.0
-    tokens, _ = MicroConfidenceCommitter(temperature=1.0).propose(scores.expand(5000, 1, -1), slots(5000, 1), NONE)
+    tokens, _ = propose(MicroConfidenceCommitter(temperature=1.0), scores.expand(5000, 1, -1), slots(5000, 1), NONE)
     assert (tokens == 3).all()
 
 
@@ -168,8 +112,8 @@ def test_where_no_id_is_left_the_confidence_is_nan(temperature):
     scores = torch.full((1, 2, 5), -torch.inf)
     scores[0, :, 3] = 0.0
     scores[0, 1, 2] = 1e4
-    tokens, confidence = MicroConfidenceCommitter(temperature=temperature).propose(
-        scores, slots(1, 2), torch.tensor([3])
+    tokens, confidence = propose(
+        MicroConfidenceCommitter(temperature=temperature), scores, slots(1, 2), torch.tensor([3])
     )
     assert confidence.isnan().tolist() == [[True, False]]
     assert tokens[0, 1] == 2
@@ -183,14 +127,8 @@ def test_candidates_say_whose_they_are(monkeypatch):
         return candidates.best
 
     monkeypatch.setattr(committers, "CHUNK_ELEMENTS", 28)  # four rows of seven
-    MicroConfidenceCommitter(confidence=look).propose(logits(2, 3), slots(2, 3), NONE)
+    propose(MicroConfidenceCommitter(confidence=look), logits(2, 3), slots(2, 3), NONE)
     assert seen == [([0, 0, 0, 1], [0] * 4, [0, 1, 2, 0]), ([1, 1], [0] * 2, [1, 2])]
-
-
-@pytest.mark.parametrize("threshold", [math.nan, "0.9", None])
-def test_bad_thresholds(threshold):
-    with pytest.raises(NapDecodeError, match="threshold must be a number"):
-        ThresholdSelection(threshold)
 
 
 def test_a_draw_at_a_boundary_goes_to_the_next_possible_id():
@@ -203,8 +141,8 @@ def test_a_draw_at_a_boundary_goes_to_the_next_possible_id():
 def test_draws_differ_between_steps_and_positions():
     committer = MicroConfidenceCommitter(temperature=3.0)
     flat = torch.zeros(1, 40, 50)
-    first, _ = committer.propose(flat, slots(1, 40, step=0), NONE)
-    second, _ = committer.propose(flat, slots(1, 40, step=1), NONE)
+    first, _ = propose(committer, flat, slots(1, 40, step=0), NONE)
+    second, _ = propose(committer, flat, slots(1, 40, step=1), NONE)
     assert len(first.unique()) > 15
     assert (first != second).sum() > 30
 
@@ -229,3 +167,15 @@ def test_draws_differ_between_steps_and_positions():
 def test_bad_options(options, message):
     with pytest.raises(NapDecodeError, match=message):
         MicroConfidenceCommitter(**options)
+
+
+def test_scoring_the_proposal_cuts_by_top_p_before_top_k():
+    """As in Dream.  The other way round top_p would be a share of what top_k left."""
+    row = torch.tensor([0.4, 0.3, 0.2, 0.1]).log().view(1, 1, 4)
+    committer = MicroConfidenceCommitter(top_p=0.75, top_k=2, scores_proposal=True)
+    _, confidence = propose(committer, row, slots(1, 1), NONE)
+    assert confidence.item() == pytest.approx(0.4 / 0.7)
+    narrow = MicroConfidenceCommitter(top_p=0.55, top_k=2, scores_proposal=True)
+    _, confidence = propose(narrow, row, slots(1, 1), NONE)
+    # 0.4 alone does not reach 0.55, but 0.4 / 0.7 would.
+    assert confidence.item() == pytest.approx(0.4 / 0.7)

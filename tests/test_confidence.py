@@ -1,11 +1,21 @@
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from reference import score
 
-from nap_decode import NapDecodeError
-from nap_decode.confidence import CONFIDENCES, Candidates, find_confidence
+from nap_decode import CalibratedConfidence, NapDecodeError
+from nap_decode.confidence import (
+    CONFIDENCES,
+    Candidates,
+    background_frequencies,
+    divergence,
+    find_confidence,
+    support,
+)
 from nap_decode.randomness import row_seeds
 
 
@@ -18,7 +28,18 @@ def candidates(banned=()):
 def make(logits, allowed, positions):
     best, tokens = allowed.max(1)
     rows = torch.arange(len(logits))
-    return Candidates(logits, best, tokens, positions, torch.zeros_like(rows), rows, row_seeds(0, len(rows)), step=2)
+    return Candidates(
+        logits=logits,
+        best=best,
+        tokens=tokens,
+        current=torch.ones_like(rows),
+        positions=positions,
+        offsets=positions,
+        block=torch.zeros_like(rows),
+        rows=rows,
+        seeds=row_seeds(0, len(rows)),
+        step=2,
+    )
 
 
 @pytest.mark.parametrize("name", ["probability", "margin", "negative_entropy", "leftmost"])
@@ -62,3 +83,47 @@ def test_find_confidence():
     assert find_confidence("margin") is CONFIDENCES["margin"]
     with pytest.raises(NapDecodeError, match=r"there is no confidence 'marginn'. Did you mean 'margin'"):
         find_confidence("marginn")
+
+
+def test_support_is_the_probability_of_what_stands_there():
+    given = candidates()
+    expected = given.logits.softmax(1)[:, 1]  # every slot holds id 1
+    torch.testing.assert_close(support(given), expected)
+
+
+def test_divergence_agrees_with_the_definition():
+    given = candidates()
+    before = torch.randn(6, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    before[2] = torch.nan  # this slot was not there
+    p, q = given.logits.softmax(1), before.softmax(1)
+    expected = (p * (p / q).log()).sum(1)
+    expected[2] = torch.inf
+    torch.testing.assert_close(divergence(replace(given, previous=before)), expected)
+    assert (divergence(given) == torch.inf).all()
+    assert divergence(replace(given, previous=given.logits)).abs().max() < 1e-12
+
+
+def test_divergence_survives_impossible_ids():
+    logits = torch.tensor([[0.0, 0.0, -torch.inf], [0.0, 0.0, 0.0]])
+    given = make(logits, logits, torch.tensor([0, 1]))
+    before = torch.tensor([[0.0, 0.0, -torch.inf], [0.0, 0.0, -torch.inf]])
+    assert divergence(replace(given, previous=before)).tolist() == [0.0, torch.inf]
+
+
+def test_calibrated_confidence_agrees_with_the_definition():
+    given = replace(candidates(), positions=torch.arange(6) + 40)  # offsets are those in the block
+    frequencies = (0.5, 0.25, 0.125, 1e-30, 0.1)
+    got = CalibratedConfidence(frequencies, decay=0.3, cap=2.0)(given).tolist()
+    capped = 0
+    for i in range(6):
+        token = int(given.tokens[i])
+        surprise = -float(given.logits[i].softmax(0)[token]) * math.log(frequencies[token])
+        capped += surprise > 2
+        assert got[i] == pytest.approx(math.exp(-0.3 * i) * min(2.0, surprise))
+    assert capped
+
+
+def test_background_frequencies():
+    assert background_frequencies([[0, 0, 2], [0]], 4) == (0.75, 0.25, 0.25, 0.25)
+    with pytest.raises(NapDecodeError, match="there is no token in the texts"):
+        background_frequencies([[], []], 4)

@@ -10,19 +10,25 @@ from reference import decode_row, law
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nap_decode import (
+    AncestralSchedule,
     AnyOrderScheduler,
     Block,
     Canvas,
     CanvasTemplate,
+    Commit,
+    Committer,
     Denoiser,
     MacroParallelScheduler,
     MicroConfidenceCommitter,
     NapDecodeError,
     ParallelForcedSampler,
     Sampler,
+    Selection,
     SemiAutoregressiveScheduler,
     ThresholdSelection,
+    presets,
 )
+from nap_decode import sampler as sampler_module
 from nap_decode.confidence import CONFIDENCES
 
 TEMPLATE = CanvasTemplate.nap(
@@ -65,7 +71,7 @@ def denoiser(tiny):
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 @pytest.mark.parametrize("prompts", BATCHES.values(), ids=BATCHES)
-@pytest.mark.parametrize("confidence", CONFIDENCE, ids=str)
+@pytest.mark.parametrize("confidence", CONFIDENCE, ids=lambda c: getattr(c, "__name__", c))
 @pytest.mark.parametrize("scheduler", SCHEDULERS.values(), ids=SCHEDULERS)
 class TestContract:
     """What holds for every scheduler, confidence and batch."""
@@ -618,3 +624,67 @@ def test_progress_bar_can_be_switched_on(denoiser, capsys):
         assert not capsys.readouterr().err
     finally:
         logging.disable_progress_bar()
+
+
+def test_a_selection_that_never_chooses_is_stopped(denoiser, monkeypatch):
+    class Never(Selection):
+        def __call__(self, confidence, slots, statistics):
+            return torch.zeros_like(slots.open)
+
+    monkeypatch.setattr(sampler_module, "_PATIENCE", 5)
+    never = Sampler(
+        denoiser,
+        scheduler=AnyOrderScheduler(),
+        committer=MicroConfidenceCommitter(selection=Never()),
+        template=TEMPLATE,
+    )
+    with pytest.raises(NapDecodeError, match="6 steps in a row came no further"):
+        never([5])
+
+    def undo(state):  # every other step
+        return torch.where(state.canvas.decodable, MASK, state.tokens) if state.step % 2 == 0 else None
+
+    with pytest.raises(NapDecodeError, match="6 steps in a row came no further"):
+        presets.fast_dllm_threshold(denoiser, threshold=2.0)([5], max_new_tokens=4, callback=undo)
+
+
+class Sevens(Committer):
+    """Asks nobody."""
+
+    is_adaptive = True
+
+    def __init__(self, token):
+        self.token = token
+
+    def __call__(self, slots, predict):
+        return Commit(torch.full_like(slots.tokens, self.token), torch.ones(slots.tokens.shape), slots.open)
+
+
+def test_a_committer_that_does_not_ask(denoiser):
+    sampler = Sampler(denoiser, scheduler=AnyOrderScheduler(), committer=Sevens(7), template=TEMPLATE)
+    out = sampler([5], callback=lambda state: state.tokens.clone())
+    assert out.forward_passes == 0
+    assert set(out.sequences[out.canvas.decodable].tolist()) == {7}
+    with pytest.raises(NapDecodeError, match="token ids that the tokenizer does not have"):
+        sampler([5], callback=lambda state: torch.where(state.canvas.decodable, VOCABULARY, state.tokens))
+
+
+def test_a_committer_cannot_leave_masks(denoiser):
+    sampler = Sampler(denoiser, scheduler=AnyOrderScheduler(), committer=Sevens(MASK), template=TEMPLATE)
+    with pytest.raises(NapDecodeError, match="Sevens committed the mask token"):
+        sampler([5])
+
+
+def test_sharing_the_last_step_means_nothing_to_adaptive_committers(denoiser):
+    with pytest.raises(NapDecodeError, match="share_last_step=True has no effect"):
+        ParallelForcedSampler(denoiser, selection=ThresholdSelection(), share_last_step=True)
+
+
+def test_a_schedule_that_draws_needs_seeds_too(denoiser):
+    scheduler = AnyOrderScheduler(steps=5, schedule=AncestralSchedule())
+    sampler = Sampler(denoiser, scheduler=scheduler, template=TEMPLATE)  # nothing else is drawn
+    outs = [sampler([[5], [6, 7]], seed=seed) for seed in (1, 1, 2, 3)]
+    assert torch.equal(outs[0].trace.step, outs[1].trace.step)
+    assert any(not torch.equal(outs[0].trace.step, out.trace.step) for out in outs[2:])
+    alone = sampler([[6, 7]], row_seeds=[outs[0].row_seeds[1]])
+    assert torch.equal(alone.trace.step[0], outs[0].trace.step[1])

@@ -82,6 +82,9 @@ class CanvasTemplate:
             raise NapDecodeError(
                 f"the parts of a template must be a tuple of texts and Blocks, but are {self.parts!r:.80}"
             )
+        # Tuples all through, so that templates can be compared, hashed and saved.
+        whole = (part if isinstance(part, str | Block) else tuple(part) for part in self.parts)
+        object.__setattr__(self, "parts", tuple(whole))
         names = [block.name for block in self.blocks]
         if not names:
             raise NapDecodeError("a template needs at least one Block; there is nothing to decode")

@@ -3,114 +3,61 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from numbers import Real
 from typing import Protocol
 
 import torch
 from einops import rearrange
 from torch import Tensor
+from typing_extensions import override
 
-from nap_decode.canvas import Canvas
-from nap_decode.confidence import CONFIDENCES, Candidates, Confidence, find_confidence, random
+from nap_decode.confidence import (
+    CONFIDENCES,
+    Candidates,
+    Confidence,
+    divergence,
+    find_confidence,
+    random,
+    support,
+)
+from nap_decode.credit import Credit, Ledger
 from nap_decode.errors import NapDecodeError, check_between, check_integer
 from nap_decode.randomness import TOKEN_STREAM, uniform
+from nap_decode.revisers import Reviser
+from nap_decode.selections import QuotaSelection, Selection
+from nap_decode.slots import Commit, Slots
 
 CHUNK_ELEMENTS = 2**24
 """Logits that a committer converts to float32 at a time (64 MiB)."""
 
 
-@dataclass(frozen=True, eq=False)
-class Slots:
-    """The slots that may be committed at this step, packed to the left of each row.
+class Predict(Protocol):
+    """Asks the model about the slots; every call is one forward pass."""
 
-    Args:
-        index: ``(B, K)`` int64, their columns in the canvas; 0 where a row has fewer than K.
-        block: ``(B, K)`` int64, their blocks; M where a row has fewer than K.
-        positions: ``(B, K)`` int64, counted from the row's first token.
-        rank: ``(B, L)`` int64, for every column of the canvas its place among the K, -1 if it has none.
-        quota: ``(B, M)`` int64, tokens that each block shall commit.
-        seeds: ``(B,)`` int64.
-        step: index of the step in the schedule.
-    """
-
-    index: Tensor
-    block: Tensor
-    positions: Tensor
-    rank: Tensor
-    quota: Tensor
-    seeds: Tensor
-    step: int
-
-    @classmethod
-    def pack(
-        cls,
-        canvas: Canvas,
-        block: Tensor,
-        masked: Tensor,
-        open_blocks: Tensor,
-        quota: Tensor,
-        width: int,
-        seeds: Tensor,
-        step: int,
-    ) -> Slots:
-        """Collect the masked slots of the open blocks.
+    def __call__(self, tokens: Tensor | None = None, *, leave_one_out: bool = False) -> tuple[Tensor, Tensor]:
+        """Logits at the slots, and the ids that must not be proposed.
 
         Args:
-            canvas: the canvas.
-            block: ``(B, L)`` the scheduler's block of every slot.
-            masked: ``(B, L)`` bool, slots still to decode.
-            open_blocks: ``(B, M)`` bool.
-            quota: ``(B, M)`` int64.
-            width: K, the largest number of such slots in a row; known on the host, so that shapes are.
-            seeds: ``(B,)`` int64.
-            step: index of the step.
+            tokens: ``(J, B, K)`` int64, J alternatives for what the slots hold, all in one pass.
+            leave_one_out: predict each committed slot with what it holds hidden, see :class:`Denoiser`; not for
+                alternatives.
+
+        Returns:
+            ``(B, K, V)``, or ``(J, B, K, V)`` for alternatives; not to be changed.  And ``(N,)`` int64.
         """
-        #   wanted  . x . x x .   ->   rank  -1 0 -1 1 2 -1   ->   index  1 3 4
-        wanted = masked & open_blocks.gather(1, block.clamp(min=0))
-        rank = torch.where(wanted, wanted.cumsum(1) - 1, -1)
-        columns = torch.arange(block.shape[1], device=block.device).expand_as(block)
-        # Slots that are not wanted all write to column K, which is cut off.
-        index = torch.zeros(len(block), width + 1, dtype=torch.int64, device=block.device)
-        index = index.scatter_(1, torch.where(wanted, rank, width), columns)[:, :width]
-        valid = torch.arange(width, device=block.device) < wanted.sum(1, keepdim=True)
-        index = torch.where(valid, index, 0)
-        return cls(
-            index=index,
-            block=torch.where(valid, block.gather(1, index), quota.shape[1]),
-            positions=canvas.position_ids.gather(1, index),
-            rank=rank,
-            quota=quota,
-            seeds=seeds,
-            step=step,
-        )
-
-    def spread(self, values: Tensor) -> Tensor:
-        """Bring values of the K slots back to the columns of the canvas, ``(B, K) -> (B, L)``.
-
-        Columns without a slot get the value of some slot; mask them with ``rank >= 0``.
-        """
-        return values.gather(1, self.rank.clamp(min=0))
 
 
-@dataclass(frozen=True, eq=False)
-class Commit:
-    """What a committer decided: ``(B, K)`` tokens, their confidence, and which of them are committed."""
-
-    tokens: Tensor
-    confidence: Tensor
-    chosen: Tensor
-
-
-class Committer(Protocol):
-    """Decides which of the open slots are committed, and with which tokens.
+class Committer(ABC):
+    """Decides which of the open slots are committed, and with which tokens.  A subclass writes ``__call__``.
 
     Example:
-        >>> class Eager:  # everything that is open, whatever the quota
-        ...     is_adaptive, is_random = True, False
-        ...     def __call__(self, logits, slots, banned):
+        >>> class Eager(Committer):  # everything that is open, whatever the quota
+        ...     is_adaptive = True
+        ...     def __call__(self, slots, predict):
+        ...         logits, banned = predict()
         ...         confidence, tokens = logits.index_fill(2, banned, -torch.inf).softmax(2).max(2)
-        ...         return Commit(tokens, confidence, slots.block < slots.quota.shape[1])
+        ...         return Commit(tokens, confidence, slots.open)
         >>> from nap_decode import MacroParallelScheduler, Sampler, demo
         >>> sampler = Sampler(*demo.load(), scheduler=MacroParallelScheduler(), committer=Eager())
         >>> sampler("1 2 3 4 5 6 7 0 1 2 3 4 =", max_new_tokens=5).forward_passes
@@ -120,116 +67,44 @@ class Committer(Protocol):
     @property
     def is_adaptive(self) -> bool:
         """Whether the number of tokens it commits depends on the model; if not, it is exactly the quota."""
+        return False
 
     @property
     def is_random(self) -> bool:
         """Whether results depend on the seed."""
+        return False
 
-    def __call__(self, logits: Tensor, slots: Slots, banned: Tensor) -> Commit:
+    @property
+    def revises(self) -> bool:
+        """Whether it wants to see the committed slots of the open blocks too."""
+        return False
+
+    @property
+    def leaves_one_out(self) -> bool:
+        """Whether it asks for leave-one-out predictions, which not every model can give."""
+        return False
+
+    @abstractmethod
+    def __call__(self, slots: Slots, predict: Predict) -> Commit:
         """Decide one step.
 
         Args:
-            logits: ``(B, K, V)``; not to be changed.
-            slots: the slots they belong to.
-            banned: ``(N,)`` int64, ids that must not be proposed.
+            slots: the slots of the open blocks.
+            predict: asks the model about them.
         """
 
 
-class Selection(Protocol):
-    """Chooses among scored candidates."""
+@dataclass(frozen=True, eq=False)
+class Proposal:
+    """``(B, K)`` tokens, their confidences, and the statistics of the selection, then those of the reviser."""
 
-    @property
-    def is_adaptive(self) -> bool:
-        """Whether the number of tokens it chooses depends on the scores."""
-
-    def __call__(self, confidence: Tensor, block: Tensor, quota: Tensor) -> Tensor:
-        """Choose.
-
-        Args:
-            confidence: ``(B, K)`` scores.
-            block: ``(B, K)`` int64, blocks of the candidates; M for none.
-            quota: ``(B, M)`` int64.
-
-        Returns:
-            ``(B, K)`` bool.
-        """
-
-
-@dataclass(frozen=True)
-class QuotaSelection:
-    """The most confident candidates of each block, exactly as many as its quota.
-
-    Of equal scores the lower position is chosen.
-
-    Example:
-        >>> scores = torch.tensor([[.1, .9, .5, .2, .3]])
-        >>> block = torch.tensor([[0, 0, 0, 1, 1]])
-        >>> QuotaSelection()(scores, block, torch.tensor([[2, 1]])).long().tolist()
-        [[0, 1, 1, 0, 1]]
-    """
-
-    is_adaptive = False
-
-    def __call__(self, confidence: Tensor, block: Tensor, quota: Tensor) -> Tensor:
-        """See :class:`Selection`."""
-        # A column of zeros is the quota of block M, the one of slots that only fill a row up.
-        quota = torch.nn.functional.pad(quota, (0, 1))
-        return rank_in_block(confidence, block) < quota.gather(1, block)
-
-
-@dataclass(frozen=True)
-class ThresholdSelection:
-    """Every candidate that reaches a confidence, and at least the quota (Fast-dLLM, arXiv 2505.22618).
-
-    Args:
-        threshold: candidates with at least this confidence are committed.
-
-    Example:
-        >>> scores = torch.tensor([[.1, .9, .95, .2, .3]])
-        >>> block = torch.tensor([[0, 0, 0, 1, 1]])
-        >>> ThresholdSelection(0.9)(scores, block, torch.tensor([[0, 1]])).long().tolist()
-        [[0, 1, 1, 0, 1]]
-    """
-
-    threshold: float = 0.9
-
-    is_adaptive = True
-
-    def __post_init__(self) -> None:
-        if isinstance(self.threshold, bool) or not isinstance(self.threshold, Real) or math.isnan(self.threshold):
-            raise NapDecodeError(f"threshold must be a number, but is {self.threshold!r}")
-
-    def __call__(self, confidence: Tensor, block: Tensor, quota: Tensor) -> Tensor:
-        """See :class:`Selection`."""
-        reaches = (confidence >= self.threshold) & (block < quota.shape[1])
-        return reaches | QuotaSelection()(confidence, block, quota)
-
-
-def rank_in_block(confidence: Tensor, block: Tensor) -> Tensor:
-    """Place of every candidate in its block by falling confidence, from 0; ties go to the lower index.
-
-    Args:
-        confidence: ``(B, K)``.
-        block: ``(B, K)`` int64.
-
-    Returns:
-        ``(B, K)`` int64.
-
-    Example:
-        >>> rank_in_block(torch.tensor([[.1, .9, .5, .2]]), torch.tensor([[0, 0, 0, 1]])).tolist()
-        [[2, 0, 1, 0]]
-    """
-    # Sort by confidence, then, keeping that order, by block: each block is a run from best to worst.
-    order = confidence.argsort(dim=1, descending=True, stable=True)
-    by_block = block.gather(1, order).argsort(dim=1, stable=True)
-    order = order.gather(1, by_block)
-    runs = block.gather(1, order)
-    place = torch.arange(runs.shape[1], device=runs.device) - torch.searchsorted(runs, runs)
-    return torch.zeros_like(order).scatter_(1, order, place)
+    tokens: Tensor
+    confidence: Tensor
+    statistics: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class MicroConfidenceCommitter:
+class MicroConfidenceCommitter(Committer):
     """Proposes a token for every open slot, scores it, and commits the best of each block.
 
     Args:
@@ -240,9 +115,13 @@ class MicroConfidenceCommitter:
         confidence: a function of :class:`~nap_decode.confidence.Candidates`, or the name of one:
             ``"probability"``, ``"margin"``, ``"negative_entropy"``, ``"random"``, ``"leftmost"``.
         selection: how many are committed; exactly the quota by default.
+        reviser: may replace committed tokens or mask them again; nothing by default.
+        credit: adds credit to the logits of tokens that a slot kept preferring; nothing by default.
+        scores_proposal: whether confidences are those of the distribution that tokens are drawn from
+            (after temperature, top_p and top_k, as in Dream) instead of the model's own.
 
-    Confidences are those of the model's own distribution (temperature 1, nothing cut off), whatever the
-    proposal is drawn from.  Softmax and draws are computed in float32 (float64 if the logits are).  A
+    Confidences are by default those of the model's own distribution (temperature 1, nothing cut off),
+    whatever the proposal is drawn from.  Softmax and draws are computed in float32 (float64 if the logits are).  A
     draw inverts the distribution function at one 24-bit uniform number.
 
     Raises:
@@ -261,6 +140,9 @@ class MicroConfidenceCommitter:
     top_p: float | None = None
     confidence: str | Confidence = "probability"
     selection: Selection = QuotaSelection()
+    reviser: Reviser | None = None
+    credit: Credit | None = None
+    scores_proposal: bool = False
 
     def __post_init__(self) -> None:
         check_between("temperature", self.temperature, 0.0, math.inf)
@@ -271,64 +153,180 @@ class MicroConfidenceCommitter:
         if self.top_p is not None:
             check_between("top_p", self.top_p, 0.0, 1.0)
         for name in ("top_k", "top_p"):
-            if getattr(self, name) is not None and self.temperature == 0:
+            if getattr(self, name) is not None and self.temperature == 0 and not self.scores_proposal:
                 raise NapDecodeError(
                     f"{name}={getattr(self, name)} has no effect at temperature 0; set a temperature or leave it out"
                 )
         find_confidence(self.confidence)
-        if not callable(self.selection):
-            raise NapDecodeError(f"selection must be a Selection, such as QuotaSelection(), but is {self.selection!r}")
+        for name, kind, example in (
+            ("selection", Selection, "QuotaSelection()"),
+            ("reviser", Reviser | None, "EditReviser()"),
+            ("credit", Credit | None, "Credit()"),
+        ):
+            if not isinstance(getattr(self, name), kind):
+                wanted = f"a {name.capitalize()}, such as {example}"
+                raise NapDecodeError(f"{name} must be {wanted}, but is {getattr(self, name)!r}")
+        if self.selection.compares_steps and self.credit is not None:
+            raise NapDecodeError(
+                f"{type(self.selection).__name__} compares the model's predictions from step to step, which credit "
+                "changes by itself; leave one of them out"
+            )
 
     @property
+    @override
     def is_adaptive(self) -> bool:
-        """Whether the selection decides by confidence how many tokens are committed."""
-        return self.selection.is_adaptive
+        return self.selection.is_adaptive or self.revises
 
     @property
+    @override
     def is_random(self) -> bool:
-        """Whether results may depend on the seed: a function of yours might draw."""
-        confidence = find_confidence(self.confidence)
-        return self.temperature > 0 or confidence is random or confidence not in CONFIDENCES.values()
+        parts_draw = self.selection.is_random or (self.reviser is not None and self.reviser.is_random)
+        return self.temperature > 0 or parts_draw or any(map(_may_draw, self._asked))
 
-    def __call__(self, logits: Tensor, slots: Slots, banned: Tensor) -> Commit:
-        """See :class:`Committer`."""
-        tokens, confidence = self.propose(logits, slots, banned)
-        return Commit(tokens, confidence, self.selection(confidence, slots.block, slots.quota))
+    @property
+    def _asked(self) -> tuple[Confidence, ...]:
+        """The functions whose values are needed: the confidence, then the statistics of selection and reviser."""
+        reviser = () if self.reviser is None else self.reviser.statistics
+        return (find_confidence(self.confidence), *self.selection.statistics, *reviser)
 
-    def propose(self, logits: Tensor, slots: Slots, banned: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens ``(B, K)`` and their confidences ``(B, K)``; nan where no id is both possible and allowed."""
+    @property
+    @override
+    def revises(self) -> bool:
+        return self.reviser is not None
+
+    @property
+    @override
+    def leaves_one_out(self) -> bool:
+        return self.reviser is not None and self.reviser.leaves_one_out
+
+    @override
+    def __call__(self, slots: Slots, predict: Predict) -> Commit:
+        logits, banned = predict(leave_one_out=self.leaves_one_out)
+        return self.commit(self.propose(logits, slots, banned), slots)
+
+    def commit(self, proposal: Proposal, slots: Slots) -> Commit:
+        """Choose among proposals, and revise."""
+        tokens, confidence = proposal.tokens, proposal.confidence
+        number = len(self.selection.statistics)
+        chosen = self.selection(confidence, slots, proposal.statistics[:number])
+        if self.reviser is None:
+            return Commit(tokens, confidence, chosen)
+        revision = self.reviser(slots, tokens, chosen, proposal.statistics[number:])
+        if revision.edited is not None:
+            chosen = chosen | revision.edited
+        return Commit(tokens, confidence, chosen, revision.remasked, revision.unsettled)
+
+    def propose(self, logits: Tensor, slots: Slots, banned: Tensor) -> Proposal:
+        """Score every slot; confidences are nan where no id is both possible and allowed.
+
+        Args:
+            logits: ``(B, K, V)``.
+            slots: the slots they belong to.
+            banned: ``(N,)`` int64, ids that must not be proposed.
+        """
         num_rows, width, vocab_size = logits.shape
         flat = rearrange(logits, "b k v -> (b k) v")
-        positions, block = rearrange(slots.positions, "b k -> (b k)"), rearrange(slots.block, "b k -> (b k)")
         rows = torch.arange(num_rows, device=logits.device).repeat_interleave(width)
-        score = find_confidence(self.confidence)
-        tokens, confidence = [], []
+        fields = {
+            name: values.flatten()
+            for name, values in (
+                ("current", slots.tokens),
+                ("positions", slots.positions),
+                ("offsets", slots.offsets),
+                ("block", slots.block),
+            )
+        }
+        previous = _Previous(slots) if self.selection.compares_steps else None
+        ledger = Ledger(slots) if self.credit is not None else None
+        asked = self._asked
+        tokens: list[Tensor] = []
+        scores: dict[int, list[Tensor]] = {id(function): [] for function in asked}  # each is computed once
         # In chunks, so that the float32 copies do not grow with the canvas.
         size = max(1, CHUNK_ELEMENTS // vocab_size)
         for start in range(0, len(flat), size):
             part = slice(start, start + size)
-            scores = flat[part].to(torch.promote_types(logits.dtype, torch.float32))  # (R, V)
-            allowed = scores.index_fill(1, banned, -torch.inf) if len(banned) else scores
+            own = flat[part].to(torch.promote_types(logits.dtype, torch.float32))  # (R, V)
+            if self.credit is not None and ledger is not None:
+                own = ledger.add(self.credit, own, part)
+            allowed = own.index_fill(1, banned, -torch.inf) if len(banned) else own
             best, chosen = allowed.max(1)
+            possible = best > -torch.inf
             seeds = slots.seeds[rows[part]]
             if self.temperature > 0:
-                draws = uniform(seeds, slots.step, TOKEN_STREAM, positions[part, None])  # (R, 1)
-                chosen = _draw(self._probabilities(allowed - best[:, None]), draws)
-            candidates = Candidates(scores, best, chosen, positions[part], block[part], rows[part], seeds, slots.step)
+                draws = uniform(seeds, slots.step, TOKEN_STREAM, fields["positions"][part, None])  # (R, 1)
+                chosen = _draw(self._warp(allowed - best[:, None]).softmax(1), draws)
+            if self.scores_proposal:
+                own = self._warp(own)
+                best = own.index_fill(1, banned, -torch.inf).amax(1)
+            candidates = Candidates(
+                logits=own,
+                best=best,
+                tokens=chosen,
+                rows=rows[part],
+                seeds=seeds,
+                step=slots.step,
+                previous=None if previous is None else self._previous(previous, part, own.dtype),
+                **{name: values[part] for name, values in fields.items()},
+            )
             tokens.append(chosen)
-            confidence.append(score(candidates).where(best > -torch.inf, torch.nan))
-        return torch.cat(tokens).view(num_rows, width), torch.cat(confidence).view(num_rows, width)
+            for function in {id(f): f for f in asked}.values():
+                scores[id(function)].append(function(candidates).where(possible, torch.nan))
+        if previous is not None:
+            previous.remember(logits)
+        if ledger is not None:
+            ledger.remember()
+        shape = (num_rows, width)
+        confidence, *statistics = (torch.cat(scores[id(function)]).view(shape) for function in asked)
+        return Proposal(torch.cat(tokens).view(shape), confidence, tuple(statistics))
 
-    def _probabilities(self, logits: Tensor) -> Tensor:
+    def _previous(self, previous: _Previous, part: slice, dtype: torch.dtype) -> Tensor | None:
+        logits = previous.logits(part, dtype)
+        return self._warp(logits) if self.scores_proposal and logits is not None else logits
+
+    def _warp(self, logits: Tensor) -> Tensor:
+        """What tokens are drawn from, ``(R, V) -> (R, V)``."""
         from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
-        scores = logits / self.temperature
-        unused = torch.empty(0, dtype=torch.long)  # the warpers look at the scores alone
+        warpers: list[TopKLogitsWarper | TopPLogitsWarper] = []
         if self.top_k is not None:
-            scores = TopKLogitsWarper(int(self.top_k))(unused, scores)
+            warpers.append(TopKLogitsWarper(int(self.top_k)))
         if self.top_p is not None:
-            scores = TopPLogitsWarper(float(self.top_p))(unused, scores)
-        return scores.softmax(1)
+            warpers.append(TopPLogitsWarper(float(self.top_p)))
+        scores = logits / self.temperature if self.temperature > 0 else logits
+        unused = torch.empty(0, dtype=torch.long)  # the warpers look at the scores alone
+        for warper in reversed(warpers) if self.scores_proposal else warpers:  # Dream cuts by top_p first
+            scores = warper(unused, scores)
+        return scores
+
+
+class _Previous:
+    """The logits of the step before, for the slots of this one."""
+
+    def __init__(self, slots: Slots) -> None:
+        self.slots = slots
+        self.before: Tensor | None
+        rank, self.before = slots.memory.get("logits", (None, None))
+        if self.before is not None:
+            place, self.known = (rearrange(t, "b k -> (b k)") for t in slots.recall(rank))
+            self.place = place
+            self.width = self.before.shape[1]
+            self.row = torch.arange(len(slots.index), device=rank.device).repeat_interleave(slots.index.shape[1])
+
+    def logits(self, part: slice, dtype: torch.dtype) -> Tensor | None:
+        if self.before is None:
+            return None
+        flat = rearrange(self.before, "b k v -> (b k) v")
+        rows = flat[self.row[part] * self.width + self.place[part]].to(dtype)
+        return rows.where(self.known[part, None], torch.nan)
+
+    def remember(self, logits: Tensor) -> None:
+        self.slots.memory["logits"] = (self.slots.rank, logits)
+
+
+def _may_draw(function: Confidence) -> bool:
+    """A function of yours might, unless it says that it does not."""
+    known = (*CONFIDENCES.values(), support, divergence)
+    return bool(getattr(function, "is_random", function is random or function not in known))
 
 
 def _draw(probabilities: Tensor, draws: Tensor) -> Tensor:

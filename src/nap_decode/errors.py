@@ -36,6 +36,12 @@ def check_between(name: str, value: Any, low: float, high: float) -> None:
         raise NapDecodeError(f"{name} must be {allowed}, but is {value!r}")
 
 
+def check_number(name: str, value: Any) -> None:
+    """Raise unless ``value`` is a number; infinities will do."""
+    if isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value):
+        raise NapDecodeError(f"{name} must be a number, but is {value!r}")
+
+
 def check_name(what: str, name: str, known: Iterable[str]) -> None:
     """Raise unless ``name`` is one of ``known``; the message suggests the nearest."""
     names = sorted(known)

@@ -28,7 +28,8 @@ class SamplerOutput:
         sequences: ``(B, L)`` int64, left padding, prompt and canvas.
         canvas: what decoding started from.
         trace: what happened when, on the CPU.
-        forward_passes: calls of the model.
+        forward_passes: forward passes of the batch.  Of a model that does not hide padding, each takes one call for
+            every length of row; of a committer that looks ahead, each has more rows.
         wall_time: seconds that the decoding loop took.
         row_seeds: seeds of the rows, to decode one again with ``row_seeds=``; None if nothing was drawn.
         tokenizer: for the texts; None if there is none.

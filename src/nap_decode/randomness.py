@@ -20,6 +20,10 @@ TOKEN_STREAM = 1
 """Draws that choose a token."""
 CONFIDENCE_STREAM = 2
 """Draws that serve as a confidence."""
+SELECTION_STREAM = 3
+"""Draws that choose positions."""
+SCHEDULE_STREAM = 4
+"""Draws that decide how many tokens a step commits."""
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 

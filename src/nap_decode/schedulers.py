@@ -2,8 +2,10 @@
 
 A scheduler is a partition of the slots into blocks and a list of phases.  A phase says how many tokens
 of each block it decodes; phases follow each other, and inside a phase every block gets its fair share of
-every step's budget.  What the three schedulers do with a canvas of two paths and a summary, two tokens
-per step (digits: the step that commits a slot; inside a block the committer decides which)::
+every step's budget, which a :class:`~nap_decode.schedules.Schedule` sets (even steps by default).
+
+What the three schedulers do with a canvas of two paths and a summary, two tokens per step (digits: the
+step that commits a slot; inside a block the committer decides which)::
 
                              R_1      R_2      S
     MacroParallel            0 1 2 3  0 1 2 3  4 4     paths together, then the summary
@@ -17,7 +19,6 @@ advance, so that the device is neither asked nor given work.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +29,8 @@ from typing_extensions import override
 
 from nap_decode.canvas import Canvas, count_blocks
 from nap_decode.errors import NapDecodeError, check_between, check_integer
+from nap_decode.randomness import SCHEDULE_STREAM, uniform
+from nap_decode.schedules import EvenSchedule, Schedule
 
 _NEVER = 2**62
 
@@ -46,6 +49,15 @@ class Partition:
     lengths: Tensor
     held: tuple[bool, ...]
 
+    @cached_property
+    def offsets(self) -> Tensor:
+        """``(B, L)`` columns from the first slot of a slot's block to the slot."""
+        inside, blocks = self.block >= 0, self.block.clamp(min=0)
+        columns = torch.arange(self.block.shape[1], device=self.block.device).expand_as(blocks)
+        first = torch.full((len(blocks), self.lengths.shape[1]), self.block.shape[1], device=self.block.device)
+        first = first.scatter_reduce(1, blocks, columns.where(inside, self.block.shape[1]), "amin")
+        return columns - first.gather(1, blocks)
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -53,14 +65,14 @@ class Plan:
 
     Args:
         phase_tokens: ``(B, P, M)`` tokens of each block that each phase decodes.
-        budget_tokens: ``(B, Q)`` tokens of the stretches that have steps of their own: the phases, or all
-            of them together.
-        step_ends: ``(B, Q)`` steps taken when each stretch ends.
+        targets: ``(B, S)`` tokens that each row has committed after each step.
+        step_ends: ``(B, Q)`` steps taken when each stretch ends that has steps of its own: the phases, or
+            all of them together.
         tokens_per_step: tokens that a step of an adaptive decoder commits at least.
     """
 
     phase_tokens: Tensor
-    budget_tokens: Tensor
+    targets: Tensor
     step_ends: Tensor
     tokens_per_step: int
 
@@ -106,7 +118,7 @@ class Plan:
             ``(B, M)`` int64.
         """
         committed = self.lengths - remaining  # (B, M)
-        target = self._target(step)  # (B,)
+        target = self.targets[:, step]  # (B,)
         phase = self._phase(target)
         weights = self.phase_tokens.gather(1, phase)[:, 0]
         before = self._through.gather(1, phase)[:, 0] - weights
@@ -127,17 +139,6 @@ class Plan:
         left = (self._due(remaining) - (self.lengths - remaining)).clamp(min=0)
         target = left.sum(1).clamp(max=self.tokens_per_step)
         return fair_share(left, torch.zeros_like(left), target)
-
-    def _target(self, step: int) -> Tensor:
-        """``(B,)`` tokens that each row has committed after a step; the larger steps of a stretch come first."""
-        taken = torch.full_like(self.steps, step + 1)
-        stretch = (self.step_ends < taken[:, None]).sum(1, keepdim=True).clamp(max=self.step_ends.shape[1] - 1)
-        tokens = self.budget_tokens.gather(1, stretch)[:, 0]
-        begin = self.budget_tokens.cumsum(1).gather(1, stretch)[:, 0] - tokens
-        first = torch.nn.functional.pad(self.step_ends, (1, 0)).gather(1, stretch)[:, 0]
-        steps = (self.step_ends.gather(1, stretch)[:, 0] - first).clamp(min=1)
-        done = torch.minimum(taken - first, steps)
-        return begin + done * (tokens // steps) + torch.minimum(done, tokens % steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +161,7 @@ class BlockScheduler(ABC):
         steps: steps of every row.
         tokens_per_step: instead of ``steps``: each row takes its tokens divided by this, rounded up, in
             steps.  With an adaptive selection it is the least number of tokens per step.
+        schedule: how the tokens of a phase are spread over its steps.
 
     Raises:
         NapDecodeError: both, or a number below 1.
@@ -167,6 +169,7 @@ class BlockScheduler(ABC):
 
     steps: int | None = None
     tokens_per_step: int | None = None
+    schedule: Schedule = EvenSchedule()
 
     def __post_init__(self) -> None:
         if self.steps is not None:
@@ -175,11 +178,18 @@ class BlockScheduler(ABC):
             check_integer("tokens_per_step", self.tokens_per_step, 1)
         if self.steps is not None and self.tokens_per_step is not None:
             raise NapDecodeError(f"give steps ({self.steps}) or tokens_per_step ({self.tokens_per_step}), not both")
+        if not isinstance(self.schedule, Schedule):
+            raise NapDecodeError(f"schedule must be a Schedule, such as EvenSchedule(), but is {self.schedule!r}")
 
     @property
     def is_fixed(self) -> bool:
         """Whether the number of steps is given."""
         return self.steps is not None or self.tokens_per_step is not None
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the number of tokens of a step is drawn."""
+        return self.schedule.is_random
 
     def partition(self, canvas: Canvas) -> Partition:
         """The blocks to distribute over; by default those of the canvas."""
@@ -193,7 +203,14 @@ class BlockScheduler(ABC):
         """Whether a step that completes a phase gives what is left of its budget to the next one."""
         return False
 
-    def plan(self, lengths: Tensor, held: tuple[bool, ...] | None = None, *, adaptive: bool = False) -> Plan:
+    def plan(
+        self,
+        lengths: Tensor,
+        held: tuple[bool, ...] | None = None,
+        *,
+        adaptive: bool = False,
+        seeds: Tensor | None = None,
+    ) -> Plan:
         """Fix the phases and steps of every row.
 
         Args:
@@ -201,6 +218,7 @@ class BlockScheduler(ABC):
             held: for each block whether it is held back; none by default.
             adaptive: the number of steps will depend on the model; only ``open`` and ``least`` of the plan
                 will be asked.
+            seeds: ``(B,)`` int64, seeds of the rows; needed if the schedule is random.
 
         Raises:
             NapDecodeError: more steps than tokens, or fewer steps than phases.
@@ -215,15 +233,35 @@ class BlockScheduler(ABC):
         tokens = phase_tokens.sum(2)  # (B, P)
         total = tokens.sum(1)
         if adaptive:
-            return Plan(phase_tokens, tokens, torch.zeros_like(tokens), tokens_per_step)
+            nothing = torch.zeros_like(tokens)
+            return Plan(phase_tokens, nothing[:, :0], nothing, tokens_per_step)
         steps = -(-total // tokens_per_step) if self.steps is None else torch.where(total > 0, int(self.steps), 0)
-        budget_tokens = total[:, None] if self.shares_steps() else tokens
-        self._check_steps(total, steps, (budget_tokens > 0).sum(1))
-        return Plan(phase_tokens, budget_tokens, divide_steps(budget_tokens, steps), tokens_per_step)
+        stretches = total[:, None] if self.shares_steps() else tokens  # (B, Q)
+        self._check_steps(total, steps, (stretches > 0).sum(1))
+        step_ends = divide_steps(stretches, steps)
+        return Plan(phase_tokens, self._targets(stretches, step_ends, seeds), step_ends, tokens_per_step)
+
+    def _targets(self, stretches: Tensor, step_ends: Tensor, seeds: Tensor | None) -> Tensor:
+        """``(B, S)`` tokens committed after each step, for stretches ``(B, Q)`` of tokens that end at ``step_ends``."""
+        begin = stretches.cumsum(1) - stretches  # (B, Q) tokens before each stretch
+        first = torch.nn.functional.pad(step_ends, (1, 0))[:, :-1]  # (B, Q) steps before each stretch
+        draws = torch.empty(stretches.numel(), 0, device=stretches.device)
+        if self.schedule.is_random:
+            if seeds is None:
+                raise NapDecodeError(f"{type(self.schedule).__name__} draws; pass the seeds of the rows")
+            token = begin.flatten()[:, None] + torch.arange(int(stretches.max()), device=stretches.device)
+            draws = uniform(seeds.repeat_interleave(stretches.shape[1]), 0, SCHEDULE_STREAM, token)
+        spread = self.schedule(stretches.flatten(), (step_ends - first).flatten(), draws)
+        spread = spread.view(*stretches.shape, -1)  # (B, Q, steps inside the stretch)
+        step = torch.arange(int(step_ends[:, -1].max()), device=stretches.device).expand(len(stretches), -1)
+        stretch = (step_ends[:, None] <= step[:, :, None]).sum(2).clamp(max=stretches.shape[1] - 1)  # (B, S)
+        inside = (step - first.gather(1, stretch)).clamp(max=spread.shape[2] - 1)
+        row = torch.arange(len(stretches), device=stretches.device)[:, None]
+        return begin.gather(1, stretch) + spread[row, stretch, inside]
 
     def _check_steps(self, total: Tensor, steps: Tensor, num_phases: Tensor) -> None:
         asked = f"steps={self.steps}" if self.steps is not None else f"tokens_per_step={self.tokens_per_step}"
-        for row in (steps > total).nonzero()[:1, 0].tolist():
+        for row in (steps > total).nonzero()[:1, 0].tolist() if not self.schedule.may_skip else ():
             raise NapDecodeError(
                 f"{asked} is more than the {int(total[row])} tokens to decode in row {row}, and every step must "
                 f"commit at least one; ask for at most {int(total[row])} steps, or use tokens_per_step"
@@ -255,6 +293,7 @@ class MacroParallelScheduler(BlockScheduler):
     Args:
         steps: see :class:`BlockScheduler`.
         tokens_per_step: see :class:`BlockScheduler`.
+        schedule: see :class:`BlockScheduler`.
         hold_until: share of the path tokens, 0 to 1, that are committed before the summary opens.
             1 decodes it last, 0 along with the paths.
         share_last_step: let the summary use what is left of the step that completes the first phase,
@@ -306,10 +345,13 @@ class SemiAutoregressiveScheduler(BlockScheduler):
     Args:
         steps: see :class:`BlockScheduler`.
         tokens_per_step: see :class:`BlockScheduler`.
+        schedule: see :class:`BlockScheduler`.
         block_length: cut each row's slots into blocks of this length, whatever the blocks of the canvas
             (the last one may be shorter); None to decode the blocks of the canvas in order.  For strict
             left to right use :class:`AnyOrderScheduler` with the confidence ``"leftmost"``, which costs
             less than blocks of one slot.
+        on_grid: count the blocks from the start of the row instead of from its first slot, as models
+            with block-causal attention do (LLaDA2, SDAR); the first block is then what the prompt left of it.
 
     Example:
         >>> plan = SemiAutoregressiveScheduler(steps=3).plan(torch.tensor([[4, 2]]))
@@ -320,19 +362,25 @@ class SemiAutoregressiveScheduler(BlockScheduler):
     """
 
     block_length: int | None = None
+    on_grid: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.block_length is not None:
             check_integer("block_length", self.block_length, 1)
+        elif self.on_grid:
+            raise NapDecodeError("on_grid needs block_length, the distance of the lines of the grid")
 
     @override
     def partition(self, canvas: Canvas) -> Partition:
         if self.block_length is None:
             return super().partition(canvas)
-        index = canvas.decodable.cumsum(1) - 1
-        block = torch.where(canvas.decodable, index // self.block_length, -1)
-        num_blocks = math.ceil(int(canvas.lengths.sum(1).max()) / self.block_length)
+        index = canvas.position_ids if self.on_grid else canvas.decodable.cumsum(1) - 1
+        # On the grid a row's blocks are numbered from its first that has a slot, so that none before is empty.
+        index = index // self.block_length
+        index = index - index.where(canvas.decodable, index.shape[1]).amin(1, keepdim=True)
+        block = torch.where(canvas.decodable, index, -1)
+        num_blocks = int(block.max()) + 1
         return Partition(block, count_blocks(block, num_blocks).cpu(), (False,) * num_blocks)
 
     @override
@@ -351,6 +399,7 @@ class AnyOrderScheduler(BlockScheduler):
     Args:
         steps: see :class:`BlockScheduler`.
         tokens_per_step: see :class:`BlockScheduler`.
+        schedule: see :class:`BlockScheduler`.
 
     Example:
         >>> plan = AnyOrderScheduler(tokens_per_step=4).plan(torch.tensor([[10]]))

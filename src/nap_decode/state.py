@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from nap_decode.canvas import Canvas
-from nap_decode.committers import Commit, Slots
 from nap_decode.errors import NapDecodeError
+from nap_decode.slots import Commit, Slots
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,10 +62,11 @@ class DecodeState:
             edited=torch.zeros_like(canvas.decodable),
         )
 
-    def after(self, commit: Commit, slots: Slots) -> DecodeState:
+    def after(self, commit: Commit, slots: Slots, mask_token_id: int) -> DecodeState:
         """The state one step later."""
-        chosen = slots.spread(commit.chosen) & (slots.rank >= 0)
-        return replace(
+        inside = slots.rank >= 0
+        chosen = slots.spread(commit.chosen) & inside
+        state = replace(
             self,
             step=slots.step + 1,
             tokens=torch.where(chosen, slots.spread(commit.tokens), self.tokens),
@@ -73,6 +74,17 @@ class DecodeState:
             commit_step=torch.where(chosen, slots.step, self.commit_step),
             confidence=torch.where(chosen, slots.spread(commit.confidence).float(), self.confidence),
             edited=self.edited & ~chosen,
+        )
+        if commit.remasked is None:
+            return state
+        remasked = slots.spread(commit.remasked) & inside
+        return replace(
+            state,
+            tokens=torch.where(remasked, mask_token_id, state.tokens),
+            masked=state.masked | remasked,
+            commit_step=torch.where(remasked, -1, state.commit_step),
+            confidence=torch.where(remasked, torch.nan, state.confidence),
+            edited=state.edited & ~remasked,
         )
 
     def copy(self) -> DecodeState:

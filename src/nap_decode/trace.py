@@ -54,7 +54,8 @@ class DecodeTrace:
     def canvas_at(self, steps: int) -> Tensor:
         """``(B, L)``: the canvas after this many steps.
 
-        A slot that a callback masked again shows as masked until it was committed for good.
+        A slot that was masked again or edited, by a callback or a reviser, shows as masked until it had its last
+        token.
         """
         return torch.where(self.step >= steps, self.mask_token_id, self.tokens)
 
