@@ -119,3 +119,126 @@ def kendall_tau_b(x, y):
     untied_x = sum(x[i] != x[j] for i, j in pairs)
     untied_y = sum(y[i] != y[j] for i, j in pairs)
     return sum(sign) / math.sqrt(untied_x * untied_y) if untied_x and untied_y else math.nan
+
+
+def decode_blocks(logits_of, tokens, blocks, rule, *, banned, mask):
+    """Adaptive decoding of one row, block after block.
+
+    Args:
+        logits_of: tokens -> a list of logits for every position.
+        tokens: ids of the row, masks included.
+        blocks: positions of each block.
+        rule: (proposals, memory) -> positions to commit; proposals are {position: (token, p, logits)} of the
+            masked positions of the block, p the probabilities of all ids.
+        banned: ids that are not emitted.
+        mask: the mask id.
+
+    Returns:
+        Tokens, and the number of forward passes.
+    """
+    tokens, passes = list(tokens), 0
+    for block in blocks:
+        memory = {}
+        while any(tokens[p] == mask for p in block):
+            logits, passes = logits_of(tokens), passes + 1
+            proposals = {p: propose(logits[p], banned) for p in block if tokens[p] == mask}
+            for position in rule(proposals, memory):
+                tokens[position] = memory.get("tokens", {}).get(position, proposals[position][0])
+    return tokens, passes
+
+
+def propose(logits, banned):
+    token = max((i for i in range(len(logits)) if i not in banned), key=lambda i: logits[i])
+    return token, softmax(logits), logits
+
+
+def best_of(proposals, positions=None):
+    positions = proposals if positions is None else positions
+    return min(positions, key=lambda p: (-proposals[p][1][proposals[p][0]], p))
+
+
+def confidences(proposals):
+    return {p: full[token] for p, (token, full, _) in proposals.items()}
+
+
+def threshold_rule(threshold):
+    def rule(proposals, memory):
+        c = confidences(proposals)
+        return {p for p in c if c[p] >= threshold} or {best_of(proposals)}
+
+    return rule
+
+
+def factor_rule(factor):
+    def rule(proposals, memory):
+        c = confidences(proposals)
+        ranked = sorted(c, key=lambda p: (-c[p], p))
+        numbers = [n for n in range(1, len(ranked) + 1) if c[ranked[n - 1]] >= 1 - factor / (n + 1)]
+        return set(ranked[: max(numbers, default=1)])
+
+    return rule
+
+
+def entropy_rule(gamma):
+    def rule(proposals, memory):
+        entropy = {p: -sum(q * math.log(q) for q in full) for p, (_, full, _) in proposals.items()}
+        ranked = sorted(entropy, key=lambda p: (entropy[p], p))
+        fits = 1
+        for k in range(1, len(ranked) + 1):
+            prefix = [entropy[p] for p in ranked[:k]]
+            if sum(prefix) - max(prefix) <= gamma:
+                fits = k
+        return set(ranked[:fits])
+
+    return rule
+
+
+def stable_rule(threshold, max_divergence, history):
+    def rule(proposals, memory):
+        c, before, stable = confidences(proposals), memory.get("p", {}), memory.setdefault("stable", Counter())
+        for p, (_, full, _) in proposals.items():
+            divergence = sum(q * math.log(q / r) for q, r in zip(full, before[p], strict=True)) if p in before else 1e9
+            stable[p] = stable[p] + 1 if divergence < max_divergence else 0
+        memory["p"] = {p: full for p, (_, full, _) in proposals.items()}
+        return {p for p in c if c[p] > threshold and stable[p] >= history} or {best_of(proposals)}
+
+    return rule
+
+
+def hierarchy_rule(threshold, low_threshold):
+    def rule(proposals, memory):
+        c, runs = confidences(proposals), []
+        for p in sorted(c):
+            if runs and runs[-1][-1] == p - 1:
+                runs[-1].append(p)
+            else:
+                runs.append([p])
+        chosen = {best_of(proposals, run) for run in runs}
+        return {p for p in c if c[p] > threshold or (p in chosen and c[p] > low_threshold)} or {best_of(proposals)}
+
+    return rule
+
+
+def leap_rule(threshold, low_threshold, radius):
+    def rule(proposals, memory):
+        c = confidences(proposals)
+        anchors = [p for p in c if c[p] >= threshold]
+        near = {p for p in c if c[p] >= low_threshold and any(abs(p - a) <= radius for a in anchors)}
+        return near | set(anchors) or {best_of(proposals)}
+
+    return rule
+
+
+def credit_rule(threshold, strength, decay, boost, banned):
+    def rule(proposals, memory):
+        credit, fused = memory.setdefault("credit", {}), {}
+        for p, (_, full, logits) in proposals.items():
+            own = credit.setdefault(p, [0.0] * len(full))
+            own[:] = [decay * value for value in own]
+            top = max(range(len(full)), key=lambda i: full[i])
+            own[top] += full[top] ** boost
+            fused[p] = propose([x + strength * math.log(k + 1) for x, k in zip(logits, own, strict=True)], banned)
+        memory["tokens"] = {p: token for p, (token, _, _) in fused.items()}
+        return threshold_rule(threshold)(fused, {})
+
+    return rule

@@ -7,7 +7,7 @@ import sys
 import pytest
 from models import needs_transformers_5
 
-from nap_decode import DecodeTrace, demo
+from nap_decode import CanvasTemplate, DecodeTrace, demo, presets
 from nap_decode.cli import main
 
 pytestmark = needs_transformers_5
@@ -108,6 +108,47 @@ def test_bad_input(capsys, arguments, message):
     import re
 
     assert re.search(message, err)
+
+
+def test_presets_and_sampler_files(capsys, tmp_path, embedded):
+    preset = ["--preset", "fast_dllm_threshold", "--set", "threshold=0.8", "--set", "block_length=null"]
+    status, out, _ = run(capsys, "generate", *MODEL, *PROMPT, *PLACES, *preset)
+    assert status == 0
+    sampler = presets.fast_dllm_threshold(*embedded, threshold=0.8, block_length=None)
+    expected = sampler.replace(template=CanvasTemplate.nap(3, path_length=11, summary_length=2))(PROMPT[1])
+    assert expected.text in out
+    assert f"# {expected.forward_passes} forward passes" in out
+
+    file = tmp_path / "sampler.json"
+    sampler.replace(template=CanvasTemplate.nap(3, path_length=11, summary_length=2)).save(file)
+    assert run(capsys, "generate", *MODEL, *PROMPT, "--sampler", str(file))[1] == out
+    status, other, _ = run(capsys, "generate", *MODEL, *PROMPT, "--sampler", str(file), "--max-new-tokens", "8")
+    assert status == 0
+    assert "<summary>" not in other
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "clas"], "there is no preset 'clas'. Did you mean 'klass'"),
+        (["--preset", "klass", "--set", "treshold=0.8"], "no option of klass 'treshold'. Did you mean 'threshold'"),
+        (["--preset", "klass", "--set", "threshold=high"], "threshold must be a number, but is 'high'"),
+        (
+            ["--preset", "klass", "--steps", "4"],
+            "--steps does not go with --preset; options of a preset are given by --set",
+        ),
+        (["--preset", "klass", "--temperature", "1"], "--temperature does not go with --preset; options of"),
+        (["--preset", "klass", "--sampler", "file"], "--sampler does not go with --preset"),
+        (["--preset", "pc_sampler"], "missing 1 required keyword-only argument: 'frequencies'; give it by --set"),
+        (["--set", "threshold=0.8"], "--set threshold=0.8 is for an option of a --preset"),
+        (["--sampler", "none.json"], "No such file"),
+        (["--sampler", "file", "--cfg-scale", "1"], "--cfg-scale does not go with --sampler"),
+    ],
+)
+def test_bad_compositions(capsys, arguments, message):
+    status, out, err = run(capsys, "generate", *MODEL, *PROMPT, *PLACES, *arguments)
+    assert (status, out) == (2, "")
+    assert message in err
 
 
 def test_files_that_are_not_there(capsys, tmp_path):

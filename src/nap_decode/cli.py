@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import json
 import math
 import os
@@ -13,20 +14,21 @@ from typing import Any
 
 import torch
 
-from nap_decode import __version__
+from nap_decode import __version__, presets
 from nap_decode.arness import ARnessMeter
 from nap_decode.canvas import CanvasTemplate
-from nap_decode.committers import MicroConfidenceCommitter, QuotaSelection, ThresholdSelection
+from nap_decode.committers import MicroConfidenceCommitter
 from nap_decode.confidence import CONFIDENCES
 from nap_decode.denoiser import Denoiser
-from nap_decode.errors import NapDecodeError, check_between
-from nap_decode.sampler import Sampler, check_parts
+from nap_decode.errors import NapDecodeError, check_between, check_name
+from nap_decode.sampler import Sampler
 from nap_decode.schedulers import (
     AnyOrderScheduler,
     BlockScheduler,
     MacroParallelScheduler,
     SemiAutoregressiveScheduler,
 )
+from nap_decode.selections import QuotaSelection, ThresholdSelection
 from nap_decode.trace import DecodeTrace
 
 
@@ -74,7 +76,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--path-length", type=int, help="slots of each path (default: 330)")
     add("--summary-length", type=int, help="slots of the summary (default: 32)")
     add("--total-length", type=int, help="slots of all blocks; the paths get equal shares")
-    add = generate.add_argument_group("how").add_argument
+    add = generate.add_argument_group("how: a whole decoder").add_argument
+    add("--preset", help="a published decoder, such as fast_dllm_threshold")
+    add("--set", action="append", default=[], metavar="OPTION=VALUE", help="an option of the preset; repeatable")
+    add("--sampler", help="file written by Sampler.save")
+    add = generate.add_argument_group("how: parts of your choice").add_argument
     add("--scheduler", choices=("macro-parallel", "semi-autoregressive", "any-order"), default="macro-parallel")
     add("--tokens-per-step", type=int, help="default: 4; the least number, by default 1, with --threshold")
     add("--steps", type=int, help="instead of --tokens-per-step")
@@ -86,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--top-p", type=float)
     add("--confidence", choices=sorted(CONFIDENCES), default="probability")
     add("--threshold", type=float, help="commit every token with this confidence, and at least --tokens-per-step")
+    add = generate.add_argument_group("how: in any case").add_argument
     add("--cfg-scale", type=float, default=0.0, help="classifier-free guidance")
     add("--seed", type=int, default=0)
     add = generate.add_argument_group("output").add_argument
@@ -113,22 +120,20 @@ def _demo(args: argparse.Namespace) -> None:
 
 def _generate(args: argparse.Namespace) -> None:
     # Options are checked before the model is loaded, which may take minutes.
-    template, scheduler = _template(args), _scheduler(args)
-    committer = MicroConfidenceCommitter(
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        confidence=args.confidence,
-        selection=QuotaSelection() if args.threshold is None else ThresholdSelection(args.threshold),
-    )
-    check_parts(scheduler, committer)
     check_between("--cfg-scale", args.cfg_scale, 0.0, math.inf)
+    composition = _composition(args)
+    template = _template(args, composition.template)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise NapDecodeError(f"--device {args.device}: this torch sees no CUDA device")
 
     model, tokenizer = _load(args)
-    denoiser = Denoiser(model, tokenizer, mask_token_id=args.mask_token_id, cfg_scale=args.cfg_scale)
-    sampler = Sampler(denoiser, scheduler=scheduler, committer=committer, template=template)
+    denoiser = Denoiser(model, tokenizer, mask_token_id=args.mask_token_id, cfg_scale=composition.denoiser.cfg_scale)
+    sampler = Sampler(
+        denoiser,
+        scheduler=composition.scheduler,
+        committer=composition.committer,
+        template=template,
+    )
     prompts: list[Any] = [[{"role": "user", "content": p}] for p in args.prompt] if args.chat else args.prompt
     output = sampler.infill(prompts, seed=args.seed) if args.infill else sampler(prompts, seed=args.seed)
     if args.trace:
@@ -139,11 +144,63 @@ def _generate(args: argparse.Namespace) -> None:
         print(f"# {output.forward_passes} forward passes, {tpf:.2f} tokens per forward pass\n")
 
 
-def _template(args: argparse.Namespace) -> CanvasTemplate | None:
+def _composition(args: argparse.Namespace) -> Sampler:
+    """The decoder asked for, of a stand-in for the model."""
+    model = Denoiser(_no_model, mask_token_id=0, cfg_scale=args.cfg_scale)
+    whole = [name for name in ("preset", "sampler") if getattr(args, name) is not None]
+    if not whole:
+        if args.set:
+            raise NapDecodeError(f"--set {args.set[0]} is for an option of a --preset; name one")
+        committer = MicroConfidenceCommitter(
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            confidence=args.confidence,
+            selection=QuotaSelection() if args.threshold is None else ThresholdSelection(args.threshold),
+        )
+        return Sampler(model, scheduler=_scheduler(args), committer=committer)
+    defaults = {
+        "scheduler": "macro-parallel",
+        "temperature": 0.0,
+        "confidence": "probability",
+        "share_last_step": False,
+    }
+    parts = ["tokens_per_step", "steps", "hold_until", "block_length", "top_k", "top_p", "threshold", *defaults]
+    others = [name for name in parts if getattr(args, name) != defaults.get(name)]
+    others += whole[1:]
+    if args.preset is None:  # the file has its own
+        others += [name for name in ("set", "cfg_scale") if getattr(args, name)]
+    if others:
+        remedy = "; options of a preset are given by --set" if whole[0] == "preset" else ""
+        raise NapDecodeError(f"--{others[0].replace('_', '-')} does not go with --{whole[0]}{remedy}")
+    if args.sampler is not None:
+        return Sampler.load(args.sampler, _no_model, mask_token_id=0)
+    preset = presets.find_preset(args.preset)
+    options = {}
+    for option in args.set:
+        name, _, value = option.partition("=")
+        known = set(inspect.signature(preset).parameters) - {"model", "tokenizer", "template", "mask_token_id"}
+        check_name(f"option of {args.preset}", name, known)
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            options[name] = value  # a name, such as that of a confidence
+    try:
+        return preset(model, **options)
+    except TypeError as error:
+        raise NapDecodeError(f"--preset {args.preset}: {error}; give it by --set") from error
+
+
+def _no_model(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Stands in for the model until it is loaded, so that options are checked before that."""
+    raise NotImplementedError
+
+
+def _template(args: argparse.Namespace, default: CanvasTemplate | None) -> CanvasTemplate | None:
     lengths = ("num_paths", "path_length", "summary_length", "total_length")
     given = {name: getattr(args, name) for name in lengths if getattr(args, name) is not None}
     if not args.infill and args.max_new_tokens is None:
-        return CanvasTemplate.nap(**given)
+        return default if default is not None and not given else CanvasTemplate.nap(**given)
     instead = "--infill" if args.infill else "--max-new-tokens"
     others = ["--" + name.replace("_", "-") for name in given] + ["--summary-only"] * args.summary_only
     others += ["--max-new-tokens"] * (args.infill and args.max_new_tokens is not None)
