@@ -1,0 +1,55 @@
+"""What the integrations have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+from nap_decode.denoiser import Denoiser
+from nap_decode.errors import NapDecodeError
+from nap_decode.sampler import Sampler
+
+AnySampler: TypeAlias = "Sampler | Callable[[Denoiser], Sampler]"
+"""A sampler of the model, or what makes one of a Denoiser: a preset, or a function of yours."""
+
+
+def bind(sampler: AnySampler, model: Any, denoiser: Callable[[], Denoiser]) -> Sampler:
+    """The sampler to run for a model.
+
+    Args:
+        sampler: see :data:`AnySampler`.
+        model: the model that shall be decoded.
+        denoiser: makes the Denoiser for a preset.
+
+    Raises:
+        NapDecodeError: neither of the two, or a sampler of another model.
+    """
+    bound = sampler if isinstance(sampler, Sampler) or not callable(sampler) else sampler(denoiser())
+    if not isinstance(bound, Sampler):
+        raise NapDecodeError(
+            "sampler must be a Sampler, or a function from a Denoiser to one, such as presets.klass or "
+            f"functools.partial(presets.klass, threshold=0.8), but gives {bound!r:.80}"
+        )
+    if _module(bound.denoiser.model) is not _module(model):
+        raise NapDecodeError(
+            f"the sampler is for another model ({type(bound.denoiser.model).__name__}) than it is run with "
+            f"({type(model).__name__}); make it with this model, or pass a preset instead, such as presets.klass"
+        )
+    return bound
+
+
+def refuse(options: Mapping[str, Any], defaults: Mapping[str, Any], why: str) -> None:
+    """Raise if any of the options was given, which would have no effect.
+
+    Args:
+        options: names and values.
+        defaults: values that count as not given.
+        why: they have no effect.
+    """
+    given = [f"{name}={value!r:.80}" for name, value in options.items() if value != defaults.get(name)]
+    if given:
+        raise NapDecodeError(f"{', '.join(given)} would have no effect: {why}. Leave it out")
+
+
+def _module(model: Any) -> Any:
+    return getattr(model, "_orig_mod", model)  # what torch.compile wraps

@@ -1,0 +1,307 @@
+"""A sampler class for dLLM's harnesses and scripts (ZHZisZZ/dllm, ``core/samplers/mdlm.py`` at ca17675)."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from nap_decode import presets, sampler
+from nap_decode.canvas import Canvas, CanvasTemplate
+from nap_decode.confidence import ProbabilityWithout
+from nap_decode.denoiser import Denoiser, LogitsProcessor
+from nap_decode.errors import NapDecodeError, check_integer, check_name
+from nap_decode.families import find_family
+from nap_decode.integrations._shared import bind, refuse
+from nap_decode.output import SamplerOutput
+from nap_decode.schedulers import SemiAutoregressiveScheduler
+from nap_decode.schedules import AncestralSchedule, Schedule
+
+_DEFAULTS: dict[str, Any] = {  # MDLMSamplerConfig's
+    "max_new_tokens": 128,
+    "max_length": None,
+    "block_size": 128,
+    "steps": 128,
+    "temperature": 0.0,
+    "remasking": "low_confidence",
+    "stochastic_transfer": False,
+    "cfg_scale": 0.0,
+    "cfg_keep_tokens": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "right_shift_logits": False,
+    "return_dict": False,
+}
+_RULE = ("steps", "block_size", "temperature", "remasking", "stochastic_transfer", "begin_suppress_tokens")
+_PRESET_NAMES = {"steps": "steps", "block_size": "block_length", "temperature": "temperature"}
+
+
+@dataclass(frozen=True)
+class AlphaSchedule(Schedule):
+    """The expected number of tokens at each step, rounded (dLLM's ``get_num_transfer_tokens``).
+
+    Computed in float32 as there, because rounding decides.
+
+    Args:
+        alpha: one of dLLM's alpha schedulers; None for its linear one.
+
+    Example:
+        >>> AlphaSchedule()(torch.tensor([8]), torch.tensor([3]), torch.empty(1, 0)).tolist()
+        [[3, 5, 8]]
+    """
+
+    alpha: Any = None
+
+    @property
+    @override
+    def may_skip(self) -> bool:
+        return True
+
+    @override
+    def __call__(self, tokens: Tensor, steps: Tensor, draws: Tensor) -> Tensor:
+        committed = tokens[:, None].repeat(1, int(steps.max()))
+        for number in set(steps.tolist()) - {0}:
+            left = tokens[steps == number].double()
+            for step in range(number):
+                still_masked = self._still_masked((number - step - 1) / number, (number - step) / number)
+                left = left - torch.minimum((left * (1 - still_masked)).round(), left)
+                committed[steps == number, step] -= left.long()
+        return committed
+
+    def _still_masked(self, s: float, t: float) -> float:
+        if self.alpha is not None:
+            return float(self.alpha.reverse_mask_prob(s=s, t=t))
+        later, now = torch.tensor([s, t])
+        return float((1 - (1 - later)) / (1 - (1 - now)))
+
+
+@dataclass(frozen=True, eq=False)
+class SampledSequences:
+    """What is returned if a dict is asked for.
+
+    Args:
+        sequences: ``(B, L)`` int64, rows padded on the right with the end token.
+        histories: ``(B, L)`` before the first step, and after every step that committed something.
+    """
+
+    sequences: Tensor
+    histories: list[Tensor]
+
+
+@dataclass
+class Sampler:
+    """Takes the place of ``MDLMSampler``: ``sampler_cls=Sampler`` or ``sampler_cls=Sampler.using(presets.klass)``.
+
+    Config attributes and keywords are those of ``MDLMSamplerConfig``; what is not known is refused.  At temperature 0
+    it makes dLLM's tokens; what differs is listed in ``docs/integrations.md``.
+
+    Args:
+        model: what a :class:`Denoiser` can be made of.
+        tokenizer: knows the mask and end ids.
+        scheduler: one of dLLM's alpha schedulers; linear by default.
+
+    Example:
+        >>> from nap_decode import demo
+        >>> cls = Sampler.using(presets.klass, threshold=0.8)
+        >>> cls(*demo.load()).sample([[8, 9, 10], [8]], max_new_tokens=4).shape
+        torch.Size([2, 7])
+    """
+
+    model: Any
+    tokenizer: Any
+    scheduler: Any = None
+
+    preset: ClassVar[Callable[..., sampler.Sampler] | None] = None
+    preset_options: ClassVar[Mapping[str, Any]] = {}
+
+    @classmethod
+    def using(cls, preset: Callable[..., sampler.Sampler], **options: Any) -> type[Sampler]:
+        """A class that decodes with one of our presets.
+
+        What belongs to the model, the canvas or the output still comes from dLLM's config.  Of the others, ``steps``,
+        ``block_size`` and ``temperature`` go to the preset if they are not what the config's class has by default.
+
+        Args:
+            preset: a function from a :class:`Denoiser` to a sampler.
+            options: its options, a template among them.
+        """
+        if not callable(preset):
+            raise NapDecodeError(f"using(...) takes a preset, such as presets.klass, not {preset!r:.80}")
+        name = getattr(preset, "__name__", type(preset).__name__)
+        return type(f"{cls.__name__}[{name}]", (cls,), {"preset": staticmethod(preset), "preset_options": options})
+
+    def sample(self, inputs: Sequence[Tensor | Sequence[int]], config: Any = None, **kwargs: Any) -> Any:
+        """Decode ``max_new_tokens`` slots behind every prompt.
+
+        Args:
+            inputs: token ids of each prompt.
+            config: an ``MDLMSamplerConfig``, or anything with attributes of its names.
+            kwargs: go before the config.
+
+        Returns:
+            ``(B, L)`` int64, rows padded on the right with the end token; or :class:`SampledSequences`.
+
+        Raises:
+            NapDecodeError: an option that is not known, or would have no effect.
+        """
+        options, given = _options(config, kwargs)
+        rows = self._rows(inputs, options)
+        length, limit = options["max_new_tokens"], options["max_length"]
+        if not length and limit is None:
+            raise NapDecodeError("say what to decode: give max_new_tokens or max_length")
+        length = length or limit - max(map(len, rows), default=0)
+        check_integer("max_new_tokens", length, 1)
+        bound = self._bind(options, given, int(length), on_grid=False)
+        if bound.template is not None:
+            refuse({"max_new_tokens": length} if "max_new_tokens" in given else {}, {}, "the preset has a template")
+        mask_token_id = bound.denoiser.mask_token_id
+        for index, row in enumerate(rows):
+            if mask_token_id in row:
+                raise NapDecodeError(
+                    f"there is a mask token in prompt {index}; infill(...) decodes masks inside a text"
+                )
+        canvas = Canvas.from_prompts(
+            rows,
+            bound.template or CanvasTemplate.plain(int(length)),
+            mask_token_id=mask_token_id,
+            pad_token_id=bound.denoiser.pad_token_id,
+            tokenizer=self.tokenizer,
+            device=bound.denoiser.device,
+        )
+        if limit is not None and canvas.tokens.shape[1] > limit:
+            raise NapDecodeError(
+                f"the longest prompt and what shall be decoded take {canvas.tokens.shape[1]} tokens, more than "
+                f"max_length={limit}"
+            )
+        return self._decode(bound, canvas, options)
+
+    def infill(self, inputs: Sequence[Tensor | Sequence[int]], config: Any = None, **kwargs: Any) -> Any:
+        """Decode the mask tokens in texts, in windows of ``block_size`` counted from the start of each.
+
+        Args:
+            inputs: token ids of each text.
+            config: see :meth:`sample`.
+            kwargs: see :meth:`sample`; without ``max_new_tokens`` and ``max_length``.
+
+        Returns:
+            See :meth:`sample`.
+
+        Raises:
+            NapDecodeError: see :meth:`sample`.
+        """
+        lengths: dict[str, Any] = {name: kwargs[name] for name in ("max_new_tokens", "max_length") if name in kwargs}
+        refuse(lengths, {}, "infill decodes the masks in the text")
+        options, given = _options(config, kwargs)
+        rows = self._rows(inputs, options)
+        bound = self._bind(options, given, max(map(len, rows), default=1), on_grid=True)
+        canvas = Canvas.from_infill(
+            rows,
+            mask_token_id=bound.denoiser.mask_token_id,
+            pad_token_id=bound.denoiser.pad_token_id,
+            device=bound.denoiser.device,
+        )
+        return self._decode(bound, canvas, options)
+
+    def _rows(self, inputs: Sequence[Tensor | Sequence[int]], options: dict[str, Any]) -> list[list[int]]:
+        rows: list[list[int]] = [torch.as_tensor(row, dtype=torch.int64).tolist() for row in inputs]
+        # As in dLLM: a shifted model predicts the first position from something.
+        return [row or [self.tokenizer.bos_token_id] for row in rows] if options["right_shift_logits"] else rows
+
+    def _bind(self, options: dict[str, Any], given: Sequence[str], length: int, *, on_grid: bool) -> sampler.Sampler:
+        processors: list[LogitsProcessor] = []
+        if options["suppress_tokens"]:
+            from transformers import SuppressTokensLogitsProcessor
+
+            processors.append(SuppressTokensLogitsProcessor(options["suppress_tokens"]))
+        family = find_family(getattr(self.model, "config", None))
+        if options["right_shift_logits"]:
+            family = replace(family, shift=True)
+
+        def denoiser() -> Denoiser:
+            return Denoiser(
+                self.model,
+                self.tokenizer,
+                mask_token_id=self.tokenizer.mask_token_id,
+                family=family,
+                cfg_scale=options["cfg_scale"],
+                logits_processor=processors,
+            )
+
+        if self.preset is None:
+            return self._published(denoiser(), options, length, on_grid)
+        refuse({"scheduler": self.scheduler}, {}, "the preset has a scheduler of its own")
+        accepted = inspect.signature(self.preset).parameters
+        names = {name: _PRESET_NAMES.get(name, name) for name in _RULE if name in given}
+        decided = [n for n, own in names.items() if own not in accepted or own in self.preset_options]
+        refuse({n: options[n] for n in decided}, {}, "the preset, or its options in using(...), decide that")
+        named = {own: options[name] for name, own in names.items()}
+        preset = self.preset
+        return bind(lambda made: preset(made, **named, **self.preset_options), self.model, denoiser)
+
+    def _published(self, denoiser: Denoiser, options: dict[str, Any], length: int, on_grid: bool) -> sampler.Sampler:
+        check_name("remasking", options["remasking"], ("low_confidence", "random"))
+        check_integer("steps", options["steps"], 1)
+        without = tuple(options["begin_suppress_tokens"] or ())
+        if options["remasking"] == "random":
+            refuse({"begin_suppress_tokens": without}, {"begin_suppress_tokens": ()}, "remasking is random")
+            made = presets.llada_random(denoiser, temperature=options["temperature"])
+        else:
+            confidence = ProbabilityWithout(without) if without else "probability"
+            made = presets.llada_low_confidence(denoiser, temperature=options["temperature"], confidence=confidence)
+        schedule: Schedule = AlphaSchedule(self.scheduler)
+        if options["stochastic_transfer"]:
+            refuse({"scheduler": self.scheduler}, {}, "stochastic_transfer is done for the linear scheduler only")
+            schedule = AncestralSchedule(eps=0.0)
+        block_size = options["block_size"] or length
+        check_integer("block_size", block_size, 1)
+        num_blocks = math.ceil(length / block_size)
+        steps = math.ceil(options["steps"] / num_blocks) * num_blocks
+        return made.replace(
+            scheduler=SemiAutoregressiveScheduler(
+                steps=steps, block_length=block_size, schedule=schedule, on_grid=on_grid
+            )
+        )
+
+    def _decode(self, bound: sampler.Sampler, canvas: Canvas, options: dict[str, Any]) -> Any:
+        if options["cfg_keep_tokens"]:
+            refuse(
+                {"cfg_keep_tokens": options["cfg_keep_tokens"]} if not options["cfg_scale"] else {},
+                {},
+                "cfg_scale is 0",
+            )
+            keep = torch.tensor(options["cfg_keep_tokens"], device=canvas.tokens.device)
+            canvas = replace(canvas, prompt=canvas.prompt & ~torch.isin(canvas.tokens, keep))
+        output = bound.decode(canvas)
+        sequences = self._pad_right(output, output.sequences)
+        if not options["return_dict"]:
+            return sequences
+        done = [0, *(step + 1 for step in sorted(set(output.trace.step.flatten().tolist())) if step >= 0)]
+        return SampledSequences(sequences, [self._pad_right(output, output.trace.canvas_at(step)) for step in done])
+
+    def _pad_right(self, output: SamplerOutput, tokens: Tensor) -> Tensor:
+        present = output.canvas.attention_mask
+        order = present.argsort(dim=1, descending=True, stable=True)
+        return (
+            tokens.to(order.device).gather(1, order).where(present.gather(1, order).bool(), self.tokenizer.eos_token_id)
+        )
+
+
+def _options(config: Any, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """All options, and the names of those that are not what the config's class has by default."""
+    for name in kwargs:
+        check_name("option of the sampler", name, _DEFAULTS)
+    fields = dataclasses.fields(config) if dataclasses.is_dataclass(config) else ()
+    declared = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields}
+    own = {name: getattr(config, name) for name in declared if name not in _DEFAULTS}
+    refuse(own, declared, f"{type(config).__name__} has it, but MDLMSamplerConfig does not")
+    found = {name: getattr(config, name, default) for name, default in _DEFAULTS.items()} | dict(kwargs)
+    # dLLM's harness writes an empty list for None.
+    given = [n for n in _DEFAULTS if n in kwargs or (found[n] or None) != (declared.get(n, _DEFAULTS[n]) or None)]
+    return found, given

@@ -1,0 +1,287 @@
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, field
+from functools import partial
+
+import pytest
+import torch
+from models import MASK, Words
+
+from nap_decode import Block, CanvasTemplate, Denoiser, ModelFamily, NapDecodeError, presets
+from nap_decode.integrations.dllm import AlphaSchedule, Sampler
+
+PROMPTS = [[5, 6, 7, 8], [9, 5], [7, 7, 3]]
+
+
+class Tokenizer(Words):
+    bos_token_id = 3
+
+    def get_vocab(self):
+        return {str(i): i for i in range(24)}
+
+
+@dataclass
+class Config:
+    """As dLLM's MDLMSamplerConfig."""
+
+    return_dict: bool = False
+    max_new_tokens: int = 128
+    max_length: int = None
+    block_size: int = 128
+    steps: int = 128
+    temperature: float = 0.0
+    remasking: str = "low_confidence"
+    stochastic_transfer: bool = False
+    cfg_scale: float = 0.0
+    cfg_keep_tokens: list = None
+    suppress_tokens: list = None
+    begin_suppress_tokens: list = None
+    right_shift_logits: bool = False
+
+
+def counts(masked, steps):
+    """dLLM's ``get_num_transfer_tokens`` with the linear scheduler, for one row."""
+    found = []
+    for j in range(steps):
+        s, t = torch.tensor((steps - j - 1) / steps), torch.tensor((steps - j) / steps)
+        share = 1 - float((1 - (1 - s)) / (1 - (1 - t)))
+        found.append(min(round(masked * share), masked))
+        masked -= found[-1]
+    return [n for n in found if n]
+
+
+def published(forward, row, blocks, per_block, *, cfg_scale=0.0, keep=(), never=(), last=(), shift=False):
+    """dLLM's loop for one row: canvases before the first and after every step."""
+    x, history, given = list(row), [list(row)], [t != MASK and t not in keep for t in row]
+
+    def logits_of(ids):
+        logits = forward(ids)
+        return torch.cat([logits[:1], logits[:-1]]) if shift else logits
+
+    for block in blocks:
+        for count in counts(sum(x[p] == MASK for p in block), per_block):
+            logits = logits_of(x)
+            if cfg_scale:
+                free = logits_of([MASK if hide else t for t, hide in zip(x, given, strict=True)])
+                logits = free + (cfg_scale + 1) * (logits - free)
+            logits[:, list(never)] = -torch.inf
+            scored = []
+            for p in (p for p in block if x[p] == MASK):
+                allowed, own = logits[p].clone(), logits[p].clone()
+                allowed[MASK] = -torch.inf
+                own[list(last)] = -torch.inf
+                scored.append((-float(own.softmax(0)[allowed.argmax()]), p, int(allowed.argmax())))
+            for _, p, token in sorted(scored)[:count]:
+                x[p] = token
+            history.append(list(x))
+    return history
+
+
+@pytest.fixture(scope="module")
+def forward(tiny):
+    return lambda ids: tiny(input_ids=torch.tensor([ids])).logits[0].detach().clone()
+
+
+@pytest.fixture
+def sampler(tiny):
+    return Sampler(model=tiny, tokenizer=Tokenizer())
+
+
+OPTIONS = [
+    {},
+    {"cfg_scale": 1.0},
+    {"cfg_scale": 1.0, "cfg_keep_tokens": [5, 7]},
+    {"suppress_tokens": [8, 9, 10, 11, 12, 13]},
+    {"begin_suppress_tokens": list(range(4, 14))},
+    {"right_shift_logits": True},
+]
+NAMES = {
+    "cfg_keep_tokens": "keep",
+    "suppress_tokens": "never",
+    "begin_suppress_tokens": "last",
+    "right_shift_logits": "shift",
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(("blocks", "steps"), list(itertools.product((1, 3), (1, 4, 7, 40))))
+def test_sample_makes_the_published_tokens(sampler, forward, blocks, steps, options):
+    out = sampler.sample(
+        PROMPTS, Config(max_new_tokens=9, block_size=9 // blocks, steps=steps), return_dict=True, **options
+    )
+    named = {NAMES.get(name, name): value for name, value in options.items()}
+    for index, prompt in enumerate(PROMPTS):
+        begin, size = len(prompt), 9 // blocks
+        spans = [range(begin + b * size, begin + (b + 1) * size) for b in range(blocks)]
+        want = published(forward, prompt + [MASK] * 9, spans, math.ceil(steps / blocks), **named)
+        width = 4 - len(prompt)  # rows are padded on the right with the end token
+        assert [step[index].tolist() for step in out.histories] == [row + [2] * width for row in want]
+        assert out.sequences[index].tolist() == want[-1] + [2] * width
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 30])
+@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[1], OPTIONS[5]], ids=str)
+def test_infill_makes_the_published_tokens(sampler, forward, steps, options):
+    texts = [[5, MASK, MASK, 7, MASK, 8], [MASK, 9, 6, MASK]]
+    got = sampler.infill(texts, Config(), steps=steps, **options)
+    named = {NAMES.get(name, name): value for name, value in options.items()}
+    for row, text in zip(got.tolist(), texts, strict=True):
+        want = published(forward, text, [range(len(text))], steps, **named)[-1]
+        assert row == want + [2] * (6 - len(text))
+
+
+def test_infill_in_windows(sampler):
+    out = sampler.infill([[5, 6, MASK, MASK, 8, MASK]], block_size=3, steps=2, return_dict=True)
+    masks = [[p for p, token in enumerate(step[0].tolist()) if token == MASK] for step in out.histories]
+    assert masks == [[2, 3, 5], [3, 5], []]
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 7, 32])
+@pytest.mark.parametrize("steps", [1, 2, 5, 12, 40])
+def test_alpha_schedule(tokens, steps):
+    got = AlphaSchedule()(torch.tensor([tokens, 3]), torch.tensor([steps, 1]), torch.empty(2, 0))
+    assert [n for n in got[0].diff(prepend=torch.tensor([0])).tolist() if n] == counts(tokens, steps)
+    assert got[1].tolist() == [3] * steps
+
+
+def test_another_alpha_scheduler(tiny):
+    class Late:
+        def reverse_mask_prob(self, s, t):
+            return 0.0 if s == 0 else 1.0
+
+    sampler = Sampler(model=tiny, tokenizer=Tokenizer(), scheduler=Late())
+    out = sampler.sample(PROMPTS, max_new_tokens=6, steps=4, return_dict=True)
+    assert len(out.histories) == 2  # all at the last step
+    with pytest.raises(NapDecodeError, match=r"scheduler=.*would have no effect: stochastic_transfer is done for the"):
+        sampler.sample(PROMPTS, stochastic_transfer=True)
+
+
+def test_stochastic_transfer(sampler):
+    torch.manual_seed(0)
+    out = sampler.sample([[5]] * 400, max_new_tokens=4, steps=2, stochastic_transfer=True, return_dict=True)
+    done = torch.stack(out.histories)[1:, :, 1:].ne(MASK).sum(2)
+    assert done[-1].eq(4).all()
+    first = done[0].double()  # binomial, 4 and 1/2
+    assert abs(first.mean() - 2) < 5 / 400**0.5
+    assert abs(first.var() - 1) < 0.4
+
+
+def test_random_remasking(sampler):
+    torch.manual_seed(0)
+    one, other = (sampler.sample(PROMPTS, max_new_tokens=8, steps=8, remasking="random") for _ in range(2))
+    assert not torch.equal(one, other)
+    assert MASK not in one
+
+
+def test_lengths(sampler):
+    assert sampler.sample(PROMPTS, max_new_tokens=None, max_length=10, steps=2).shape == (3, 10)
+    assert sampler.sample([torch.tensor(row) for row in PROMPTS], max_new_tokens=2, steps=2).shape == (3, 6)
+    assert sampler.sample([[], [5]], max_new_tokens=2, steps=2, right_shift_logits=True)[0, 0] == 3
+    with pytest.raises(NapDecodeError, match="take 12 tokens, more than max_length=10"):
+        sampler.sample(PROMPTS, max_new_tokens=8, max_length=10)
+    with pytest.raises(NapDecodeError, match="give max_new_tokens or max_length"):
+        sampler.sample(PROMPTS, max_new_tokens=None)
+
+
+def test_right_shift_is_that_of_the_family_or_forced(tiny):
+    sampler = Sampler(model=tiny, tokenizer=Tokenizer())
+    shifted = Denoiser(tiny, Tokenizer(), family=ModelFamily(name="shifted", shift=True))
+    want = presets.llada_low_confidence(shifted, steps=4).generate(torch.tensor([[5, 6]]), max_new_tokens=4)
+    got = sampler.sample([[5, 6]], max_new_tokens=4, steps=4, right_shift_logits=True)
+    assert torch.equal(got, want)
+    assert not torch.equal(got, sampler.sample([[5, 6]], max_new_tokens=4, steps=4))
+
+
+class TestUsing:
+    @pytest.fixture
+    def make(self, tiny):
+        return lambda *args, **options: Sampler.using(*args, **options)(model=tiny, tokenizer=Tokenizer())
+
+    def test_a_preset(self, make, tiny):
+        config = Config(max_new_tokens=6, cfg_scale=0.5, suppress_tokens=[], begin_suppress_tokens=[])  # the harness's
+        got = make(presets.klass, threshold=0.5).sample([[5, 6, 7]], config)
+        sampler = presets.klass(Denoiser(tiny, Tokenizer(), cfg_scale=0.5), threshold=0.5)
+        assert torch.equal(got, sampler.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=6))
+        assert Sampler.using(presets.klass).__name__ == "Sampler[klass]"
+        assert Sampler.preset is None
+
+    def test_options_of_the_config_that_it_has(self, make, tiny):
+        got = make(presets.llada_low_confidence).sample([[5, 6, 7]], Config(max_new_tokens=6, steps=3, block_size=2))
+        sampler = presets.llada_low_confidence(tiny, Tokenizer(), steps=3, block_length=2)
+        assert torch.equal(got, sampler.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=6))
+
+    def test_options_that_it_has_not(self, make):
+        with pytest.raises(NapDecodeError, match="steps=3 would have no effect: the preset, or its options in using"):
+            make(presets.klass).sample(PROMPTS, Config(steps=3))
+        with pytest.raises(NapDecodeError, match=r"temperature=0.5 would have no effect: the preset, or its options"):
+            make(presets.klass, temperature=0.2).sample(PROMPTS, temperature=0.5)
+        with pytest.raises(NapDecodeError, match="remasking='random' would have no effect"):
+            make(presets.klass).sample(PROMPTS, Config(remasking="random"))
+
+    def test_a_template(self, make):
+        template = CanvasTemplate(((11,), Block("a", 2), (12,), Block("b", 2)))
+        sampler = make(presets.parallel_forced, template=template, tokens_per_step=2)
+        got = sampler.sample(PROMPTS, Config(max_length=10))
+        assert got.shape == (3, 10)
+        with pytest.raises(NapDecodeError, match="take 10 tokens, more than max_length=9"):
+            sampler.sample(PROMPTS, Config(max_length=9))
+        assert [got[row, len(prompt)].item() for row, prompt in enumerate(PROMPTS)] == [11] * 3
+        with pytest.raises(NapDecodeError, match="max_new_tokens=4 would have no effect: the preset has a template"):
+            sampler.sample(PROMPTS, max_new_tokens=4)
+
+    def test_infill(self, make):
+        got = make(presets.fast_dllm_threshold).infill([[5, MASK, 7], [MASK, 6]], Config())
+        assert got[0, [0, 2]].tolist() == [5, 7]
+        assert got[1, 1:].tolist() == [6, 2]
+        assert MASK not in got
+
+    def test_what_is_no_preset(self, make, tiny):
+        with pytest.raises(NapDecodeError, match=r"takes a preset, such as presets.klass, not 'klass'"):
+            make("klass")
+        with pytest.raises(NapDecodeError, match="scheduler=3 would have no effect: the preset has a scheduler"):
+            Sampler.using(presets.klass)(tiny, Tokenizer(), 3).sample(PROMPTS)
+
+    def test_a_function(self, make, tiny):
+        got = make(partial(presets.klass, threshold=0.5)).sample(PROMPTS, max_new_tokens=4)
+        assert torch.equal(got, make(presets.klass, threshold=0.5).sample(PROMPTS, max_new_tokens=4))
+        assert torch.equal(got, make(lambda d: presets.klass(d, threshold=0.5)).sample(PROMPTS, max_new_tokens=4))
+
+
+@dataclass
+class OfDream(Config):
+    alg: str = "origin"
+    ids: list = field(default_factory=list)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        (None, {"step": 3}, "'step'. Did you mean 'steps'"),
+        (
+            OfDream(alg="entropy"),
+            {},
+            "alg='entropy' would have no effect: OfDream has it, but",
+        ),
+        (None, {"remasking": "low"}, "there is no remasking 'low'"),
+        (None, {"remasking": "random", "begin_suppress_tokens": [3]}, "would have no effect: remasking is random"),
+        (None, {"cfg_keep_tokens": [3]}, r"cfg_keep_tokens=\[3\] would have no effect: cfg_scale is 0"),
+        (None, {"steps": 0}, "steps must be a whole number of at least 1"),
+        (None, {"block_size": -1}, "block_size must be a whole number of at least 1"),
+    ],
+)
+def test_refusals(sampler, config, options, message):
+    with pytest.raises(NapDecodeError, match=message):
+        sampler.sample(PROMPTS, config, **({"max_new_tokens": 4} | options))
+
+
+def test_unknown_fields_with_their_defaults(sampler):
+    assert sampler.sample(PROMPTS, OfDream(max_new_tokens=2, steps=2)).shape == (3, 6)
+
+
+def test_masks(sampler):
+    with pytest.raises(NapDecodeError, match="there is a mask token in prompt 1"):
+        sampler.sample([[5], [MASK]], max_new_tokens=2)
+    with pytest.raises(NapDecodeError, match="max_new_tokens=2 would have no effect: infill decodes the masks"):
+        sampler.infill([[5, MASK]], max_new_tokens=2)
