@@ -26,10 +26,10 @@ def test_the_ledger_is_the_dense_matrix():
 
 def test_credit_follows_its_slot():
     first = Slots.of(torch.zeros(1, 3, dtype=torch.int64), torch.tensor([[1]]), rank=torch.tensor([[0, 1, 2, -1]]))
-    ledger = Ledger(first)
+    ledger = Ledger(Credit(), first)
     logits = torch.tensor([[[3.0, 0.0], [0.0, 3.0], [3.0, 0.0]]])
-    ledger.add(Credit(), logits[0, :2], slice(0, 2))  # in two chunks
-    ledger.add(Credit(), logits[0, 2:], slice(2, 3))
+    ledger.add(logits[0, :2], slice(0, 2))  # in two chunks
+    ledger.add(logits[0, 2:], slice(2, 3))
     ledger.remember()
     # Columns 1 and 3: the first was the second slot, the other was none.
     second = Slots.of(
@@ -39,7 +39,7 @@ def test_credit_follows_its_slot():
         rank=torch.tensor([[-1, 0, -1, 1]]),
         memory=first.memory,
     )
-    ledger = Ledger(second)
+    ledger = Ledger(Credit(), second)
     assert ledger.tokens[0, 0].tolist() == [1]
     gained = logits[0, 1].softmax(0).max() ** 0.2
     torch.testing.assert_close(ledger.amounts[0], torch.stack([gained, torch.tensor(0.0)])[:, None])

@@ -12,15 +12,7 @@ from einops import rearrange
 from torch import Tensor
 from typing_extensions import override
 
-from nap_decode.confidence import (
-    CONFIDENCES,
-    Candidates,
-    Confidence,
-    divergence,
-    find_confidence,
-    random,
-    support,
-)
+from nap_decode.confidence import STATISTICS, Candidates, Confidence, find_confidence, random
 from nap_decode.credit import Credit, Ledger
 from nap_decode.errors import NapDecodeError, check_between, check_integer
 from nap_decode.randomness import TOKEN_STREAM, uniform
@@ -228,26 +220,24 @@ class MicroConfidenceCommitter(Committer):
         flat = rearrange(logits, "b k v -> (b k) v")
         rows = torch.arange(num_rows, device=logits.device).repeat_interleave(width)
         fields = {
-            name: values.flatten()
-            for name, values in (
-                ("current", slots.tokens),
-                ("positions", slots.positions),
-                ("offsets", slots.offsets),
-                ("block", slots.block),
-            )
+            "current": slots.tokens.flatten(),
+            "positions": slots.positions.flatten(),
+            "offsets": slots.offsets.flatten(),
+            "block": slots.block.flatten(),
         }
         previous = _Previous(slots) if self.selection.compares_steps else None
-        ledger = Ledger(slots) if self.credit is not None else None
+        ledger = Ledger(self.credit, slots) if self.credit is not None else None
         asked = self._asked
+        functions = {id(function): function for function in asked}  # each is computed once
         tokens: list[Tensor] = []
-        scores: dict[int, list[Tensor]] = {id(function): [] for function in asked}  # each is computed once
+        scores: dict[int, list[Tensor]] = {key: [] for key in functions}
         # In chunks, so that the float32 copies do not grow with the canvas.
         size = max(1, CHUNK_ELEMENTS // vocab_size)
         for start in range(0, len(flat), size):
             part = slice(start, start + size)
             own = flat[part].to(torch.promote_types(logits.dtype, torch.float32))  # (R, V)
-            if self.credit is not None and ledger is not None:
-                own = ledger.add(self.credit, own, part)
+            if ledger is not None:
+                own = ledger.add(own, part)
             allowed = own.index_fill(1, banned, -torch.inf) if len(banned) else own
             best, chosen = allowed.max(1)
             possible = best > -torch.inf
@@ -269,8 +259,8 @@ class MicroConfidenceCommitter(Committer):
                 **{name: values[part] for name, values in fields.items()},
             )
             tokens.append(chosen)
-            for function in {id(f): f for f in asked}.values():
-                scores[id(function)].append(function(candidates).where(possible, torch.nan))
+            for key, function in functions.items():
+                scores[key].append(function(candidates).where(possible, torch.nan))
         if previous is not None:
             previous.remember(logits)
         if ledger is not None:
@@ -325,8 +315,7 @@ class _Previous:
 
 def _may_draw(function: Confidence) -> bool:
     """A function of yours might, unless it says that it does not."""
-    known = (*CONFIDENCES.values(), support, divergence)
-    return bool(getattr(function, "is_random", function is random or function not in known))
+    return bool(getattr(function, "is_random", function is random or function not in STATISTICS.values()))
 
 
 def _draw(probabilities: Tensor, draws: Tensor) -> Tensor:

@@ -239,6 +239,8 @@ def _probability_of(tokens: Tensor, candidates: Candidates) -> Tensor:
 
 CONFIDENCES: dict[str, Confidence] = {f.__name__: f for f in (probability, margin, negative_entropy, random, leftmost)}
 """Confidences that can be asked for by name."""
+STATISTICS: dict[str, Confidence] = CONFIDENCES | {f.__name__: f for f in (support, divergence)}
+"""The functions of candidates that this module has; those besides the confidences are for selections and revisers."""
 
 
 def find_confidence(confidence: str | Confidence) -> Confidence:

@@ -62,11 +62,12 @@ class Ledger:
     """What tokens each slot preferred so far, and what credit they have.
 
     Args:
+        credit: the rule.
         slots: the slots of this step, whose memory has what was noted at the steps before.
     """
 
-    def __init__(self, slots: Slots) -> None:
-        self.slots = slots
+    def __init__(self, credit: Credit, slots: Slots) -> None:
+        self.credit, self.slots = credit, slots
         empty = torch.empty(*slots.index.shape, 0, device=slots.index.device)
         self.tokens, self.amounts = empty.long(), empty
         if "credit" in slots.memory:
@@ -76,10 +77,10 @@ class Ledger:
             self.amounts = amounts.take_along_dim(place[:, :, None], dim=1) * known[:, :, None]
         self.added: list[tuple[Tensor, Tensor]] = []
 
-    def add(self, credit: Credit, logits: Tensor, part: slice) -> Tensor:
+    def add(self, logits: Tensor, part: slice) -> Tensor:
         """Logits ``(R, V)`` of some of the slots, with their credits added and the new ones noted."""
         tokens, amounts = (rearrange(t, "b k t -> (b k) t")[part] for t in (self.tokens, self.amounts))
-        logits, tokens, amounts = credit(logits, tokens, amounts.to(logits))
+        logits, tokens, amounts = self.credit(logits, tokens, amounts.to(logits))
         self.added.append((tokens, amounts))
         return logits
 

@@ -339,11 +339,12 @@ class Sampler:
     def replace(
         self,
         *,
+        denoiser: Denoiser | None = None,
         scheduler: BlockScheduler | None = None,
         committer: Committer | None = None,
         template: CanvasTemplate | None = None,
     ) -> Sampler:
-        """A sampler for the same model with some parts exchanged.
+        """The same sampler with some parts exchanged.
 
         Example:
             >>> from nap_decode import demo, presets
@@ -352,7 +353,7 @@ class Sampler:
               scheduler: MacroParallelScheduler()
         """
         return Sampler(
-            self.denoiser,
+            denoiser or self.denoiser,
             scheduler=scheduler or self.scheduler,
             committer=committer or self.committer,
             template=template or self.template,

@@ -13,20 +13,19 @@ from types import FunctionType
 from typing import Any, TypeAlias
 
 from nap_decode import canvas, committers, confidence, credit, lookahead, revisers, schedulers, schedules, selections
-from nap_decode.confidence import CONFIDENCES
+from nap_decode.confidence import STATISTICS
 from nap_decode.errors import NapDecodeError, check_name
 
 Part: TypeAlias = "type[Any] | Callable[..., Any]"
 """A class or function of yours, which a file names."""
 
 _MODULES = (canvas, committers, confidence, credit, lookahead, revisers, schedulers, schedules, selections)
-_KNOWN: dict[str, Part] = CONFIDENCES | {
+_KNOWN: dict[str, Part] = STATISTICS | {
     thing.__name__: thing
     for module in _MODULES
     for thing in vars(module).values()
     if isinstance(thing, type) and is_dataclass(thing) and thing.__module__ == module.__name__
 }
-_KNOWN |= {function.__name__: function for function in (confidence.support, confidence.divergence)}
 
 
 def to_plain(value: Any) -> Any:

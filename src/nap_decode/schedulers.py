@@ -261,7 +261,8 @@ class BlockScheduler(ABC):
 
     def _check_steps(self, total: Tensor, steps: Tensor, num_phases: Tensor) -> None:
         asked = f"steps={self.steps}" if self.steps is not None else f"tokens_per_step={self.tokens_per_step}"
-        for row in (steps > total).nonzero()[:1, 0].tolist() if not self.schedule.may_skip else ():
+        too_many = (steps > total) & (not self.schedule.may_skip)
+        for row in too_many.nonzero()[:1, 0].tolist():
             raise NapDecodeError(
                 f"{asked} is more than the {int(total[row])} tokens to decode in row {row}, and every step must "
                 f"commit at least one; ask for at most {int(total[row])} steps, or use tokens_per_step"

@@ -98,7 +98,22 @@ class CosineSchedule(Schedule):
 
 
 @dataclass(frozen=True)
-class DreamSchedule(Schedule):
+class _TimeSchedule(Schedule):
+    """One that goes by the time, which falls from 1 to ``eps`` whether or not there is something to commit."""
+
+    eps: float = 1e-3
+
+    def __post_init__(self) -> None:
+        check_between("eps", self.eps, 0.0, 0.5)
+
+    @property
+    @override
+    def may_skip(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class DreamSchedule(_TimeSchedule):
     """Dream's: of m masked tokens int(m (1 - s/t)) at each step, and all that is left at the last.
 
     t and s are the time before and after the step, on ``linspace(1, eps, steps + 1)``
@@ -112,16 +127,6 @@ class DreamSchedule(Schedule):
         [[1, 2, 3, 4, 5, 7, 9, 12]]
     """
 
-    eps: float = 1e-3
-
-    def __post_init__(self) -> None:
-        check_between("eps", self.eps, 0.0, 0.5)
-
-    @property
-    @override
-    def may_skip(self) -> bool:
-        return True
-
     @override
     def __call__(self, tokens: Tensor, steps: Tensor, draws: Tensor) -> Tensor:
         times = _times(steps, self.eps)  # (R, S + 1)
@@ -134,7 +139,7 @@ class DreamSchedule(Schedule):
 
 
 @dataclass(frozen=True)
-class AncestralSchedule(Schedule):
+class AncestralSchedule(_TimeSchedule):
     """Every masked token is committed with probability 1 - s/t at each step, and surely at the last.
 
     t and s are the time before and after the step, on ``linspace(1, eps, steps + 1)``: ancestral sampling
@@ -151,16 +156,6 @@ class AncestralSchedule(Schedule):
         >>> AncestralSchedule()(torch.tensor([4]), torch.tensor([2]), draws).tolist()
         [[2, 4]]
     """
-
-    eps: float = 1e-3
-
-    def __post_init__(self) -> None:
-        check_between("eps", self.eps, 0.0, 0.5)
-
-    @property
-    @override
-    def may_skip(self) -> bool:
-        return True
 
     @property
     @override

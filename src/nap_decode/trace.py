@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zipfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 
@@ -62,11 +63,7 @@ class DecodeTrace:
     def before_end(self) -> Tensor:
         """``(B, L)`` bool: decoded slots before the first end token of their block."""
         is_end = torch.isin(self.tokens, torch.tensor(self.end_token_ids, dtype=self.tokens.dtype))
-        before = self.block >= 0
-        for index in range(len(self.block_names)):
-            inside = self.block == index
-            before &= ~(inside & ((is_end & inside).cumsum(1) > 0))
-        return before
+        return (self.block >= 0) & ~is_end & (ends_before(self.tokens, self.block, self.end_token_ids) == 0)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write to one ``.npz`` file, which numpy can read without unpickling."""
@@ -101,3 +98,27 @@ class DecodeTrace:
             mask_token_id=facts["mask_token_id"],
             end_token_ids=tuple(facts["end_token_ids"]),
         )
+
+
+def ends_before(tokens: Tensor, block: Tensor, end_token_ids: Sequence[int]) -> Tensor:
+    """How many end tokens stand before each slot in its block.
+
+    Args:
+        tokens: ``(B, L)`` int64.
+        block: ``(B, L)`` int64, block of every decoded slot, -1 for the others.
+        end_token_ids: ids that end a block.
+
+    Returns:
+        ``(B, L)`` int64, 0 where there is no block.
+
+    Example:
+        >>> ends_before(torch.tensor([[2, 5, 2, 7, 2, 9]]), torch.tensor([[-1, 0, 0, 0, 1, 1]]), [2]).tolist()
+        [[0, 0, 0, 1, 0, 1]]
+    """
+    is_end = torch.isin(tokens, torch.tensor(end_token_ids, dtype=tokens.dtype, device=tokens.device))
+    counts = torch.zeros_like(tokens)
+    for index in range(int(block.max()) + 1):
+        inside = block == index
+        ended = (is_end & inside).long()
+        counts += (ended.cumsum(1) - ended) * inside
+    return counts

@@ -30,8 +30,7 @@ def with_hooks(
     if tokens_hook is None and logits_hook is None:
         return sampler, None
     denoiser = _HookedDenoiser(sampler.denoiser, logits_hook)
-    committer = _StepTeller(sampler.committer, denoiser)
-    hooked = Sampler(denoiser, scheduler=sampler.scheduler, committer=committer, template=sampler.template)
+    hooked = sampler.replace(denoiser=denoiser, committer=_StepTeller(sampler.committer, denoiser))
     if tokens_hook is None:
         return hooked, None
     return hooked, lambda state: edit_tokens(tokens_hook, state.step - 1, state.tokens, denoiser.seen)

@@ -14,6 +14,7 @@ from nap_decode.integrations._shared import bind, refuse
 from nap_decode.output import SamplerOutput
 from nap_decode.sampler import Sampler
 from nap_decode.state import DecodeState
+from nap_decode.trace import ends_before
 
 # What generate(...) makes for its own loops, or leaves to the logits processors, which are looked at one by one.
 _LENGTH = ("max_length", "max_new_tokens", "num_return_sequences", "return_dict_in_generate")
@@ -87,7 +88,7 @@ def custom_generate(
         logits_processor=(*sampler.denoiser.logits_processor, *_processors(logits_processor, generation_config)),
         end_token_ids=[ends] if isinstance(ends, int) else ends,
     )
-    bound = Sampler(denoiser, scheduler=sampler.scheduler, committer=sampler.committer, template=sampler.template)
+    bound = sampler.replace(denoiser=denoiser)
     stream = None if stream_to is None else _Stream(stream_to, input_ids, bound, ends is not None)
     output = bound.generate(
         input_ids,
@@ -101,7 +102,7 @@ def custom_generate(
     assert isinstance(output, SamplerOutput)
     sequences = torch.cat([input_ids, output.sequences[:, prompt:].to(input_ids.device)], dim=1)
     if ends is not None:
-        behind = _behind_end(sequences, output.canvas.block.to(sequences.device), denoiser.end_token_ids)
+        behind = ends_before(sequences, output.canvas.block.to(sequences.device), denoiser.end_token_ids) > 0
         sequences = sequences.masked_fill(behind, denoiser.end_token_ids[0] if pad is None else pad)
     if stream is not None:
         stream.end(output.sequences)
@@ -175,16 +176,6 @@ def _slots(sampler: Sampler, prompt: int, config: Any, model: Any) -> int | None
     return None
 
 
-def _behind_end(tokens: Tensor, block: Tensor, ends: Sequence[int]) -> Tensor:
-    """``(B, L)`` bool: decoded slots behind the first end token of their block."""
-    is_end = torch.isin(tokens, torch.tensor(ends, device=tokens.device))
-    behind = torch.zeros_like(is_end)
-    for index in range(int(block.max()) + 1):
-        ended = (is_end & (block == index)).long()
-        behind |= (block == index) & (ended.cumsum(1) > ended)
-    return behind
-
-
 class _Stream:
     """A callback that shows a transformers streamer one row as it is decoded."""
 
@@ -219,5 +210,5 @@ class _Stream:
         self.shown = stop
 
     def _between(self, tokens: Tensor, start: int, stop: int) -> Tensor:
-        kept = ~_behind_end(tokens, self.block, self.ends)[0]
+        kept = ends_before(tokens, self.block, self.ends)[0] == 0
         return tokens[0, start:stop][kept[start:stop]].cpu()
