@@ -1,16 +1,23 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from nap_decode import (
+    Credit,
+    EditReviser,
+    EntropyBoundSelection,
     MicroConfidenceCommitter,
     NapDecodeError,
     Slots,
-    committers,
+    StableSelection,
+    prediction,
 )
+from nap_decode.distribution import Distribution
+from nap_decode.prediction import Prediction
 from nap_decode.randomness import row_seeds
 
 NONE = torch.tensor([], dtype=torch.int64)
@@ -18,11 +25,12 @@ NONE = torch.tensor([], dtype=torch.int64)
 
 def slots(rows=2, width=5, quota=2, step=0):
     block = torch.zeros(rows, width, dtype=torch.int64)
-    return Slots.of(block, torch.full((rows, 1), quota), seeds=row_seeds(3, rows), step=step)
+    quota, step = torch.full((rows, 1), quota), torch.full((rows,), step)
+    return Slots.of(block, quota, seeds=row_seeds(3, range(rows)), step=step)
 
 
-def propose(committer, *arguments):
-    proposal = committer.propose(*arguments)
+def propose(committer, scores, slots, banned):
+    proposal = committer.propose(Prediction.of(scores, banned=banned), slots)
     return proposal.tokens, proposal.confidence
 
 
@@ -46,15 +54,18 @@ def test_logits_are_not_changed():
     scores = logits()
     before = scores.clone()
     for temperature in (0.0, 1.0):
-        MicroConfidenceCommitter(temperature=temperature)(slots(), lambda **_: (scores, torch.tensor([1])))
+        said = Prediction.of(scores, banned=torch.tensor([1]))
+        MicroConfidenceCommitter(temperature=temperature)(slots(), lambda said=said, **_: said)
         assert torch.equal(scores, before)
+        assert torch.equal(said.logits, before)
 
 
 def test_chunks_make_no_difference(monkeypatch):
     for confidence in ("probability", "margin", "negative_entropy", "random"):
         committer = MicroConfidenceCommitter(temperature=0.8, confidence=confidence)
         whole = propose(committer, logits(), slots(), torch.tensor([1]))
-        monkeypatch.setattr(committers, "CHUNK_ELEMENTS", 21)  # three rows of seven
+        monkeypatch.setattr(prediction, "_CACHED_NUMBERS", 21)  # three rows of seven
+        assert len(list(Prediction.of(logits(), banned=NONE).chunks())) == 4
         parts = propose(committer, logits(), slots(), torch.tensor([1]))
         monkeypatch.undo()
         assert torch.equal(whole[0], parts[0])
@@ -123,18 +134,80 @@ def test_candidates_say_whose_they_are(monkeypatch):
     seen = []
 
     def look(candidates):
-        seen.append((candidates.rows.tolist(), candidates.block.tolist(), candidates.positions.tolist()))
+        names = ("rows", "block", "positions", "offsets", "current", "step", "seeds")
+        seen.append([getattr(candidates, name).tolist() for name in names])
         return candidates.best
 
-    monkeypatch.setattr(committers, "CHUNK_ELEMENTS", 28)  # four rows of seven
-    propose(MicroConfidenceCommitter(confidence=look), logits(2, 3), slots(2, 3), NONE)
-    assert seen == [([0, 0, 0, 1], [0] * 4, [0, 1, 2, 0]), ([1, 1], [0] * 2, [1, 2])]
+    monkeypatch.setattr(prediction, "_CACHED_NUMBERS", 14)  # two rows of seven
+    own = replace(
+        slots(2, 3),
+        block=torch.tensor([[0, 0, 0], [0, 0, 1]]),
+        row_tokens=torch.tensor([[5, 5, 5], [6, 5, 6]]),
+        row_offsets=torch.tensor([[2, 3, 4], [1, 2, 0]]),
+        step=torch.tensor([4, 7]),
+        seeds=torch.tensor([11, 12]),
+    )
+    propose(MicroConfidenceCommitter(confidence=look), logits(2, 3), own, NONE)
+    assert seen == [
+        [[0, 0], [0, 0], [0, 1], [2, 3], [5, 5], [4, 4], [11, 11]],
+        [[0, 1], [0, 0], [2, 0], [4, 1], [5, 6], [4, 7], [11, 12]],
+        [[1, 1], [0, 1], [1, 2], [2, 0], [5, 6], [7, 7], [12, 12]],
+    ]
+
+
+def ragged(total, step=0, memory=None):
+    """Four, none and two slots in three rows of six; the third of the first row holds a token."""
+    wanted = torch.tensor([[0, 1, 1, 1, 0, 1], [0] * 6, [1, 0, 0, 0, 1, 0]]).bool()
+    return Slots.pack(
+        wanted,
+        torch.where(wanted, 0, -1),
+        torch.full((3, 1), 2),
+        width=4,
+        total=total,
+        committed=torch.arange(6).expand(3, -1) == 3,
+        seeds=row_seeds(3, range(3)),
+        step=torch.full((3,), step),
+        row_tokens=torch.full((3, 6), 4),
+        row_offsets=torch.arange(6).expand(3, -1),
+        memory={} if memory is None else memory,
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.8},
+        {"confidence": "random", "reviser": EditReviser(0.3)},
+        {"selection": EntropyBoundSelection(), "credit": Credit()},
+        {"selection": StableSelection(), "temperature": 0.8, "top_k": 5, "scores_proposal": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("total", [6, 9])
+def test_only_slots_that_there_are_count(options, total):
+    """Whether what fills rows up is predicted too makes no difference, at any step."""
+    committer, memories = MicroConfidenceCommitter(**options), ({}, {})
+    for step in range(3):
+        whole, few = ragged(12, step, memories[0]), ragged(total, step, memories[1])
+        said = logits(3, 4, seed=step)
+        there = whole.block < 1
+        nothing = said.masked_fill(~there[:, :, None], torch.nan)
+        proposals = [
+            committer.propose(Prediction.of(scores, banned=torch.tensor([0]), places=slots.places), slots)
+            for scores, slots in ((said, whole), (nothing, few))
+        ]
+        for a, b in zip(*((p.tokens, p.confidence, *p.statistics) for p in proposals), strict=True):
+            assert a.shape == b.shape == (3, 4)
+            torch.testing.assert_close(a[there], b[there], rtol=1e-5, atol=1e-6)
+        commits = [committer.commit(p, slots) for p, slots in zip(proposals, (whole, few), strict=True)]
+        assert torch.equal(commits[0].chosen & there, commits[1].chosen & there)
 
 
 def test_a_draw_at_a_boundary_goes_to_the_next_possible_id():
-    p = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]])
+    distribution = Distribution(torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]]).log())
     draws = torch.tensor([0.0, 0.25, 0.5, 0.75, 1 - 2**-24])
-    tokens = [int(committers._draw(p, draw.view(1, 1))) for draw in draws]
+    tokens = [int(distribution.draw(draw[None])) for draw in draws]
     assert tokens == [1, 1, 3, 3, 3]
 
 

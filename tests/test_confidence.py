@@ -7,39 +7,39 @@ import pytest
 import torch
 from reference import score
 
-from nap_decode import CalibratedConfidence, NapDecodeError
+from nap_decode import CalibratedConfidence, NapDecodeError, Slots
 from nap_decode.confidence import (
     CONFIDENCES,
     Candidates,
     background_frequencies,
     divergence,
     find_confidence,
+    looked_at,
     support,
 )
+from nap_decode.distribution import Distribution
 from nap_decode.randomness import row_seeds
 
 
 def candidates(banned=()):
     logits = 2 * torch.randn(6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    allowed = logits.index_fill(1, torch.tensor(banned, dtype=torch.int64), -torch.inf)
-    return make(logits, allowed, torch.arange(6))
+    return make(logits, torch.arange(6), banned)
 
 
-def make(logits, allowed, positions):
-    best, tokens = allowed.max(1)
-    rows = torch.arange(len(logits))
-    return Candidates(
-        logits=logits,
-        best=best,
-        tokens=tokens,
-        current=torch.ones_like(rows),
-        positions=positions,
-        offsets=positions,
-        block=torch.zeros_like(rows),
-        rows=rows,
-        seeds=row_seeds(0, len(rows)),
-        step=2,
+def make(logits, positions, banned=(), first=0):
+    """A slot in each of as many rows, all of which hold id 1, and begin their block in column ``first``."""
+    banned, number = torch.tensor(banned, dtype=torch.int64), len(logits)
+    slots = Slots.of(
+        torch.zeros(number, 1, dtype=torch.int64),
+        torch.ones(number, 1, dtype=torch.int64),
+        index=positions[:, None],
+        row_tokens=torch.ones(number, 60, dtype=torch.int64),
+        row_offsets=torch.arange(60).expand(number, -1) - first,
+        seeds=row_seeds(0, range(number)),
+        step=torch.full((number,), 2),
     )
+    tokens = logits.index_fill(1, banned, -torch.inf).argmax(1)
+    return Candidates(Distribution(logits.clone(), banned), tokens, slots, slots.places)
 
 
 @pytest.mark.parametrize("name", ["probability", "margin", "negative_entropy", "leftmost"])
@@ -52,9 +52,30 @@ def test_agrees_with_the_definition(name, banned):
         assert got[i] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("name", sorted(CONFIDENCES))
+@pytest.mark.parametrize("banned", [[], [1], [0, 4]])
+def test_a_function_asks_for_no_more_than_it_is_said_to(name, banned):
+    """So the logits may be given up before, if all functions are known; of one of yours nothing is."""
+    function = CONFIDENCES[name]
+    names, is_all = looked_at([function])
+    assert is_all
+    whole, spent = candidates(banned), candidates(banned)
+    spent.distribution.spend(names)
+    spent = replace(spent, tokens=spent.distribution.mode)
+    torch.testing.assert_close(function(spent), function(whole), rtol=0, atol=0)
+    for other in (lambda candidates: candidates.best, support, divergence, CalibratedConfidence((1.0,))):
+        assert looked_at([function, other]) == (names, False)
+
+
+def test_what_several_functions_ask_for_is_named_once():
+    both = [CONFIDENCES["margin"], CONFIDENCES["probability"]]
+    assert looked_at(both) == (("log_normalizer", "second"), True)
+    assert looked_at([]) == ((), True)
+
+
 def test_higher_is_more_certain():
     sharp = torch.tensor([[9.0, 0.0, 0.0], [0.5, 0.0, 0.0]])
-    given = make(sharp, sharp, torch.tensor([0, 1]))
+    given = make(sharp, torch.tensor([0, 1]))
     for name in ("probability", "margin", "negative_entropy", "leftmost"):
         sure, unsure = CONFIDENCES[name](given).tolist()
         assert sure > unsure
@@ -62,8 +83,19 @@ def test_higher_is_more_certain():
 
 def test_entropy_survives_impossible_ids():
     logits = torch.tensor([[0.0, 0.0, -torch.inf]])
-    given = make(logits, logits, torch.tensor([0]))
+    given = make(logits, torch.tensor([0]))
     assert CONFIDENCES["negative_entropy"](given).item() == pytest.approx(-0.6931, abs=1e-4)
+
+
+def test_the_margin_is_that_to_any_other_id():
+    logits = torch.tensor([[4.0, 1.0, 3.0, 3.0, 2.0]] * 4)
+    p = logits[0].softmax(0)
+    for banned, other in (((), 2), ((0,), 0), ((0, 2), 0), ((2, 3), 2)):
+        given = make(logits, torch.arange(4), banned)
+        expected = p[given.tokens[0]] - p[other]
+        torch.testing.assert_close(CONFIDENCES["margin"](given), expected.expand(4))
+    tied = make(torch.tensor([[3.0, 3.0, 1.0]]), torch.tensor([0]))
+    assert CONFIDENCES["margin"](tied).tolist() == [0.0]
 
 
 def test_random_is_uniform_and_its_own_stream():
@@ -91,6 +123,11 @@ def test_support_is_the_probability_of_what_stands_there():
     torch.testing.assert_close(support(given), expected)
 
 
+def test_support_has_nothing_for_a_banned_id():
+    """Such as the mask, which only slots hold that no support is asked for."""
+    assert support(candidates(banned=[1])).tolist() == [0.0] * 6
+
+
 def test_divergence_agrees_with_the_definition():
     given = candidates()
     before = torch.randn(6, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -105,13 +142,13 @@ def test_divergence_agrees_with_the_definition():
 
 def test_divergence_survives_impossible_ids():
     logits = torch.tensor([[0.0, 0.0, -torch.inf], [0.0, 0.0, 0.0]])
-    given = make(logits, logits, torch.tensor([0, 1]))
+    given = make(logits, torch.tensor([0, 1]))
     before = torch.tensor([[0.0, 0.0, -torch.inf], [0.0, 0.0, -torch.inf]])
     assert divergence(replace(given, previous=before)).tolist() == [0.0, torch.inf]
 
 
 def test_calibrated_confidence_agrees_with_the_definition():
-    given = replace(candidates(), positions=torch.arange(6) + 40)  # offsets are those in the block
+    given = make(candidates().logits, torch.arange(6) + 40, first=40)  # offsets are those in the block
     frequencies = (0.5, 0.25, 0.125, 1e-30, 0.1)
     got = CalibratedConfidence(frequencies, decay=0.3, cap=2.0)(given).tolist()
     capped = 0

@@ -28,8 +28,8 @@ def test_credit_follows_its_slot():
     first = Slots.of(torch.zeros(1, 3, dtype=torch.int64), torch.tensor([[1]]), rank=torch.tensor([[0, 1, 2, -1]]))
     ledger = Ledger(Credit(), first)
     logits = torch.tensor([[[3.0, 0.0], [0.0, 3.0], [3.0, 0.0]]])
-    ledger.add(logits[0, :2], slice(0, 2))  # in two chunks
-    ledger.add(logits[0, 2:], slice(2, 3))
+    ledger.add(logits[0, :2], torch.tensor([0, 1]))  # in two chunks
+    ledger.add(logits[0, 2:], torch.tensor([2]))
     ledger.remember()
     # Columns 1 and 3: the first was the second slot, the other was none.
     second = Slots.of(
@@ -43,6 +43,24 @@ def test_credit_follows_its_slot():
     assert ledger.tokens[0, 0].tolist() == [1]
     gained = logits[0, 1].softmax(0).max() ** 0.2
     torch.testing.assert_close(ledger.amounts[0], torch.stack([gained, torch.tensor(0.0)])[:, None])
+
+
+def test_a_row_that_has_joined_has_no_credit():
+    """It is filled up with zeros, and the batch is a column wider for it."""
+    slots = Slots.of(torch.zeros(1, 3, dtype=torch.int64), torch.tensor([[1]]))
+    logits = torch.tensor([[3.0, 0.0], [0.0, 3.0], [3.0, 0.0]])
+    for _ in range(2):
+        ledger = Ledger(Credit(), slots)
+        ledger.add(logits, slots.places)
+        ledger.remember()
+    memory = {name: torch.cat([kept, torch.zeros_like(kept)]) for name, kept in slots.memory.items()}
+    wider = Slots.of(torch.zeros(2, 4, dtype=torch.int64), torch.tensor([[1], [1]]), memory=memory)
+    ledger = Ledger(Credit(), wider)
+    both = torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
+    plain, _, _ = Credit()(both, torch.zeros(8, 0, dtype=torch.int64), torch.zeros(8, 0))
+    got = ledger.add(both, wider.places)
+    # The three slots that were there have some already; the fourth of their row is as new as the second row.
+    assert (got != plain).any(1).tolist() == [True] * 3 + [False] * 5
 
 
 @pytest.mark.parametrize(

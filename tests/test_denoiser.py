@@ -40,7 +40,9 @@ from nap_decode import (
     Sampler,
 )
 from nap_decode.attention import visibility
+from nap_decode.heads import Head
 from nap_decode.probing import Probe
+from nap_decode.rows import Rows, to_rows
 
 SMALL = {
     "vocab_size": VOCABULARY,
@@ -112,11 +114,8 @@ def test_native_models_say_the_same_with_and_without_padding(model, ragged):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("by", ["what the model takes", "hook"])
-def test_only_wanted_rows_pass_the_head(model, ragged, by):
+def test_only_wanted_rows_pass_the_head(model, ragged):
     denoiser = Denoiser(model, mask_token_id=MASK)
-    if by == "hook":
-        denoiser._call.takes_indices = False
     denoiser.check(ragged)
     rows = []
     head = model.get_output_embeddings()
@@ -125,21 +124,28 @@ def test_only_wanted_rows_pass_the_head(model, ragged, by):
         logits = denoiser(ragged.tokens, WANTED, ragged)
     finally:
         handle.remove()
-    assert rows == [WANTED.numel()]
+    is_late = model.config.model_type != "esm"  # whose bias is added behind the head
+    assert rows == [0, WANTED.numel()] if is_late else [WANTED.numel()]
     torch.testing.assert_close(logits, full_rows(model, ragged, WANTED), rtol=0, atol=1e-9)
 
 
 def test_the_hook_is_gone_after_the_call_and_after_an_error(ragged):
     model = tiny_model()
     denoiser = Denoiser(model, mask_token_id=MASK)
-    denoiser._call.takes_indices = False
     head = model.get_output_embeddings()
+    full = model(input_ids=ragged.tokens).logits
     with torch.no_grad():
-        denoiser(ragged.tokens, WANTED, ragged)
+        prediction = denoiser.predict(Rows.of(ragged), ragged.tokens, WANTED, torch.arange(9))
         assert not head._forward_pre_hooks
-        head.register_forward_hook(lambda *_: 1 / 0)
+        assert not head._forward_hooks
+        assert torch.equal(model(input_ids=ragged.tokens).logits, full)  # before the logits are looked at
+        expected = prediction.logits
+        mine = head.register_forward_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             denoiser(ragged.tokens, WANTED, ragged)
+        assert [*head._forward_hooks] == [mine.id]
+        mine.remove()
+        assert torch.equal(denoiser.predict(Rows.of(ragged), ragged.tokens, WANTED, torch.arange(9)).logits, expected)
     assert not head._forward_pre_hooks
 
 
@@ -148,10 +154,12 @@ def test_logits_are_sliced_if_the_head_is_not_a_module(ragged):
     model = tiny_model()
     denoiser = Denoiser(model, mask_token_id=MASK)
     expected = denoiser(ragged.tokens, WANTED, ragged)
-    denoiser._call.takes_indices, denoiser._call.head = False, None
-    assert torch.equal(denoiser(ragged.tokens, WANTED, ragged), expected)
-    denoiser._call.head = model.get_input_embeddings()  # what models with a tied head may return; it is called with ids
-    assert torch.equal(denoiser(ragged.tokens, WANTED, ragged), expected)
+    denoiser._call.head = Head(None)
+    torch.testing.assert_close(denoiser(ragged.tokens, WANTED, ragged), expected, rtol=0, atol=1e-12)
+    model.get_output_embeddings = model.get_input_embeddings  # as tied models may say; it is called with ids
+    tied = Denoiser(model, mask_token_id=MASK)
+    assert isinstance(tied._call.head.layer, nn.Embedding)
+    torch.testing.assert_close(tied(ragged.tokens, WANTED, ragged), expected, rtol=0, atol=1e-12)
 
 
 @torch.no_grad()
@@ -296,35 +304,68 @@ def test_grouped_rows_with_guidance_and_alternatives(ragged):
         torch.testing.assert_close(logits[3 * alternative :][:3], expected, rtol=0, atol=1e-9)
 
 
+WAITING = {"_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero", "masked_select", "lift_fresh"}
+
+
+class Recorder(TorchDispatchMode):
+    """Names of operators, and the most numbers that any of them made."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.largest = set(), 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.add(function.overloadpacket.__name__)
+        result = function(*args, **(kwargs or {}))
+        for output in result if isinstance(result, tuple) else (result,):
+            if isinstance(output, torch.Tensor):
+                self.largest = max(self.largest, output.numel())
+        return result
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["LLaDA", "LLaDA2", "leave one out"])
-def test_a_call_never_waits_for_the_device(ragged, name):
-    """Whatever waits happens in the checks before decoding: probing, and grouping rows by length."""
-    waiting = {"aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.is_nonzero", "aten.masked_select"}
-    seen = set()
-
-    class Recorder(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            seen.add(str(function.overloadpacket))
-            return function(*args, **(kwargs or {}))
-
-    model = CONVENTIONS[name][0]() if name in CONVENTIONS else BlockLike("llada2_moe")
-    hidden = torch.ones(6, 3, dtype=torch.bool) if name not in CONVENTIONS else None
-    denoiser = Denoiser(model, mask_token_id=MASK, cfg_scale=1.0)
+@pytest.mark.parametrize("name", ["LLaDA", "LLaDA2", "leave one out", "Bert", "Roberta", "Llama", "Qwen3"])
+def test_a_step_never_waits_for_the_device(ragged, name):
+    """Nor copies anything to it: what does happens before decoding, or at the first step."""
+    if name in CONVENTIONS:
+        model = CONVENTIONS[name][0]()
+    elif name == "leave one out":
+        model = BlockLike("llada2_moe")
+    elif TRANSFORMERS_5:
+        model = build(name)
+    else:
+        pytest.skip("transformers before 5 waits")
+    hidden = torch.ones(6, 3, dtype=torch.bool) if name == "leave one out" else None
+    processor = None if name == "leave one out" else lambda ids, scores: scores + ids[:, -1:]
+    denoiser = Denoiser(model, mask_token_id=MASK, cfg_scale=1.0, logits_processor=processor or ())
+    rows, places = Rows.of(ragged), torch.tensor([0, 2, 3, 8])
+    tokens = to_rows(ragged, ragged.tokens, PAD).repeat(2, 1)
+    wanted = (WANTED - ragged.padding).repeat(2, 1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        denoiser.check(ragged)
-        if hidden is not None:
-            denoiser.check_leave_one_out()
-    assert ragged.padding.shape == (3, 1)  # computed once for a canvas
-    assert ragged.longest == 10
-    groups = denoiser._grouped[1]
-    assert len(groups) == (3 if name == "LLaDA" else 0)
-    with Recorder():
-        denoiser(ragged.tokens.repeat(2, 1), WANTED.repeat(2, 1), ragged, hidden=hidden)
-    assert "aten.embedding" in seen
-    assert not waiting & seen
-    assert denoiser._grouped[1] is groups
+        denoiser.predict(rows, tokens, wanted, places, hidden=hidden, alternatives=2)
+    with Recorder() as recorder:
+        prediction = denoiser.predict(rows, tokens, wanted, places, hidden=hidden, alternatives=2)
+        chunks = list(prediction.chunks())
+    assert len(chunks[0][1]) == 8
+    assert {"embedding", "index_select"} <= recorder.seen
+    assert not WAITING & recorder.seen
+
+
+@torch.no_grad()
+def test_what_rows_have_in_common_is_made_once(ragged):
+    model = Wrapped("BERT")
+    denoiser = Denoiser(model, mask_token_id=MASK)
+    for times in (1, 2):
+        for _ in range(2):
+            denoiser(ragged.tokens.repeat(times, 1), WANTED.repeat(times, 1), ragged)
+    first, again, twice, twice_again = model.masks[-4:]
+    assert first is again
+    assert twice is twice_again
+    assert len(twice) == 6
+    other = Canvas.from_prompts([[5], [6] * 7, [7]], CanvasTemplate.plain(3), mask_token_id=MASK)
+    denoiser(other.tokens, WANTED, other)
+    assert model.masks[-1].sum(1).tolist() == [4, 10, 4]
 
 
 class TestProbe:
@@ -689,7 +730,7 @@ class TestLeaveOneOut:
         other = self.TOKENS.masked_fill(ragged.decodable, 5)
         args = torch.cat([self.TOKENS, other]), wanted.repeat(2, 1), ragged
         logits = denoiser(*args, hidden=hidden.repeat(2, 1))
-        assert torch.equal(seen[0][:3], left_out)
+        assert torch.equal(torch.cat(seen)[:3], to_rows(ragged, left_out, PAD))
         expected = [denoiser(tokens, wanted, ragged) for tokens in (left_out, other.scatter(1, wanted, MASK))]
         torch.testing.assert_close(logits, torch.cat(expected), rtol=0, atol=PRECISION[attention])
 
@@ -713,9 +754,10 @@ def test_logits_processors_see_the_canvas_and_change_the_scores(tiny, ragged):
     assert (logits[:, :, 9] == -torch.inf).all()
     assert Denoiser(tiny, mask_token_id=MASK, logits_processor=forbid_nine).logits_processor == (forbid_nine,)
     plain = Denoiser(tiny, mask_token_id=MASK)(ragged.tokens, WANTED, ragged)
+    seen = to_rows(ragged, ragged.tokens, PAD)  # padded on the right
     for row in range(3):
         for k in range(3):
-            once = RepetitionPenaltyLogitsProcessor(1.3)(ragged.tokens[row][None], plain[row, k][None].clone())[0]
+            once = RepetitionPenaltyLogitsProcessor(1.3)(seen[row][None], plain[row, k][None].clone())[0]
             once[9] = -torch.inf
             torch.testing.assert_close(logits[row, k], once)
 

@@ -9,9 +9,11 @@ from nap_decode import (
     MicroConfidenceCommitter,
     Sampler,
     SemiAutoregressiveScheduler,
+    Slots,
     ThresholdSelection,
 )
 from nap_decode.committers import Committer
+from nap_decode.lookahead import _Branches
 
 
 class Recorder(Committer):
@@ -79,6 +81,33 @@ def test_branches_of_a_closed_block_are_forgotten():
         # The first pass over each block has nothing to compare: what was offered belonged to the block before.
         second = out.trace.step[0, 2:].min()
         assert sum(row[0] != recorder.asked[second][0][0] for row in recorder.asked[second]) == 0
+
+
+def test_rows_look_ahead_for_themselves():
+    """Each with as many open slots as it has, and branches of its own, whatever stands beside it."""
+    committer = lookahead(threshold=0.6, branches=2, weight=0.3)
+    for seed in range(6):
+        sampler = sampler_of(AnyOrderScheduler(), committer, length=5, seed=seed)
+        together = sampler([[0], [2], [0]], max_new_tokens=4)
+        assert len({tuple(row) for row in together.trace.step.tolist()}) > 1
+        for row, prompt in enumerate(([0], [2], [0])):
+            alone = sampler([prompt], max_new_tokens=4)
+            assert torch.equal(together.sequences[row], alone.sequences[0])
+            assert torch.equal(together.trace.step[row], alone.trace.step[0])
+
+
+def test_a_row_that_has_joined_has_no_branches():
+    """Zero stands for nothing, and column 0 for itself."""
+    slots = Slots.of(torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 1, dtype=torch.int64))
+    slots.memory.update(
+        branch_columns=torch.tensor([[1, 3], [0, 0]]),
+        branch_tokens=torch.tensor([[7, 8], [0, 0]]),
+        branch_scores=torch.tensor([[0.5, 0.25], [0.0, 0.0]]),
+    )
+    branches = _Branches.of(slots)
+    assert branches.exists.tolist() == [[True, True], [True, False], [True, False]]
+    assert branches.adds[1:].long().tolist() == [[[1, 0, 0], [0, 0, 0]], [[0, 0, 1], [0, 0, 0]]]
+    assert branches.confidence[:, 0].tolist() == [1.0, 0.5, 0.25]
 
 
 def test_weakest_counts_the_least_certain_slots():

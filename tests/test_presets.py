@@ -123,6 +123,51 @@ class TestContract:
             assert alone.trace.forward_passes[0] == out.trace.forward_passes[row]
 
 
+@pytest.mark.parametrize("arrange", [lambda sampler: sampler, macro_parallel], ids=["own scheduler", "macro-parallel"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_stream_gives_every_row_what_it_gets_in_a_batch(denoiser, name, arrange):
+    sampler = arrange(make(denoiser, name))
+    prompts = [*PROMPTS, [9, 5, 9, 5, 9, 5, 9], [10], PROMPTS[0]]
+    whole = sampler(prompts, seed=5)
+    streamed = list(sampler.stream(prompts, max_batch=2, seed=5))
+    assert [out.index for out in streamed] == list(range(len(prompts)))
+    for row, out in enumerate(streamed):
+        length = out.sequences.shape[1]
+        assert torch.equal(out.sequences[0], whole.sequences[row, -length:])
+        assert torch.equal(out.trace.step[0], whole.trace.step[row, -length:])
+        assert out.forward_passes == out.trace.forward_passes[0] == whole.trace.forward_passes[row]
+        torch.testing.assert_close(out.trace.confidence[0], whole.trace.confidence[row, -length:], equal_nan=True)
+
+
+@pytest.mark.parametrize("arrange", [lambda sampler: sampler, macro_parallel], ids=["own scheduler", "macro-parallel"])
+@pytest.mark.parametrize("name", NAMES)
+def test_closed_blocks_are_filled_and_nothing_else_changes(denoiser, name, arrange):
+    sampler = arrange(make(denoiser, name)).replace(close_on=range(10, 16))
+    prompts, seeds = PROMPTS, [100, 101, 102]
+    out = sampler(prompts, row_seeds=seeds)
+    tokens, trace = out.sequences, out.trace
+    assert trace.closed is not None
+    is_end = (tokens >= 10) & (tokens < 16) & ~trace.closed
+    assert (tokens[trace.closed] == PAD).all()
+    assert trace.confidence[trace.closed].isnan().all()
+    for row in range(len(prompts)):
+        for block in range(len(trace.block_names)):
+            inside = trace.block[row] == block
+            closed = trace.closed[row][inside]
+            if closed.any() and not sampler.committer.revises:  # from behind an end on
+                first = int(is_end[row][inside].long().argmax())
+                assert is_end[row][inside][first]
+                assert not closed[: first + 1].any()
+        alone = sampler([prompts[row]], row_seeds=[seeds[row]])
+        length = alone.sequences.shape[1]
+        assert torch.equal(alone.sequences[0], tokens[row, -length:])
+        assert torch.equal(alone.trace.step[0], trace.step[row, -length:])
+    never = sampler.replace(close_on=[KNOWN])(prompts, row_seeds=seeds)  # the tokenizer does not have it
+    plain = sampler.replace(close_on=[])(prompts, row_seeds=seeds)
+    assert torch.equal(never.sequences, plain.sequences)
+    assert torch.equal(never.trace.step, plain.trace.step)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_files_bring_a_sampler_back(denoiser, name, tmp_path):
     sampler = make(denoiser, name)

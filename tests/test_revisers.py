@@ -66,6 +66,22 @@ def test_remasking_is_bounded_by_what_was_accepted_before():
     assert not reviser(slots, block, one, (support,)).remasked.any()  # a step that commits one token only adds
 
 
+def test_a_row_that_has_joined_remembers_nothing():
+    """Zero stands for nothing: it is treated as at its first step, and so is a block that is new to the batch."""
+    block = torch.tensor([[0] * 6 + [1] * 6] * 2)
+    committed = torch.tensor([[True, True, True, True, False, False] * 2] * 2)
+    quota, support = torch.ones(2, 2, dtype=torch.int64), torch.zeros(2, 12)
+    slots = Slots.of(block, quota, committed=committed, memory={"accepted": torch.tensor([[2], [0]])})
+    revision = RemaskReviser(0.9)(slots, block, ~committed, (support,))
+    assert slots.count(revision.remasked).tolist() == [[1, 4], [4, 4]]
+
+    slots = Slots.of(
+        block, quota, committed=torch.ones_like(committed), memory={"edit_passes": torch.tensor([[3], [0]])}
+    )
+    EditReviser(0.9)(slots, block, ~committed, (support,))
+    assert slots.memory["edit_passes"].tolist() == [[4, 1], [1, 1]]
+
+
 def test_a_reviser_of_ones_own():
     class Once(Reviser):
         """Masks the first slot again, once."""

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from models import KNOWN, MASK, PAD, VOCABULARY, TableModel, Words
+from models import KNOWN, MASK, PAD, VOCABULARY, TableModel, Words, needs_transformers_5
 from reference import decode_row, law
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -28,8 +28,10 @@ from nap_decode import (
     ThresholdSelection,
     presets,
 )
-from nap_decode import sampler as sampler_module
+from nap_decode import decoding as decoding_module
 from nap_decode.confidence import CONFIDENCES
+from nap_decode.decoding import Decoding
+from nap_decode.randomness import row_seeds
 
 TEMPLATE = CanvasTemplate.nap(
     3, path_length=(4, 3, 4), summary_length=3, path_header=[(10,), (11, 12), (13,)], summary_header=(14,)
@@ -270,26 +272,31 @@ def test_arguments_are_not_changed(denoiser):
     assert canvas.block.min() == -1
 
 
+def rows_of(hidden: torch.Tensor) -> int:
+    """Rows that pass the output layer; none while the body runs."""
+    return hidden.shape[:-1].numel()
+
+
 def test_the_head_sees_as_many_rows_as_are_wanted(denoiser, tiny):
     seen = []
-    handle = tiny.get_output_embeddings().register_forward_hook(lambda m, args, out: seen.append(args[0].shape[:-1]))
+    handle = tiny.get_output_embeddings().register_forward_hook(lambda m, args, out: seen.append(rows_of(args[0])))
     try:
         Sampler(denoiser, scheduler=MacroParallelScheduler(tokens_per_step=4), template=TEMPLATE)(BATCHES["ragged"])
     finally:
         handle.remove()
     # 11 path tokens in 3 steps (4, 4, 3), every path visited, then the 3 of the summary.
-    assert [tuple(shape) for shape in seen] == [(4, 11), (4, 7), (4, 3), (4, 3)]
+    assert [rows for rows in seen if rows] == [4 * 11, 4 * 7, 4 * 3, 4 * 3]
 
 
 def test_blocks_that_wait_for_their_turn_are_not_looked_at(denoiser, tiny):
     seen = []
-    handle = tiny.get_output_embeddings().register_forward_hook(lambda m, args, out: seen.append(args[0].shape[1]))
+    handle = tiny.get_output_embeddings().register_forward_hook(lambda m, args, out: seen.append(rows_of(args[0])))
     try:
         Sampler(denoiser, scheduler=MacroParallelScheduler(tokens_per_step=1), template=TEMPLATE)([[5]])
     finally:
         handle.remove()
     assert max(seen) == 4
-    assert len(seen) == TOKENS
+    assert len([rows for rows in seen if rows]) == TOKENS
 
 
 WAITING = {"aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.is_nonzero", "aten.masked_select"}
@@ -324,6 +331,39 @@ def test_the_fixed_step_loop_never_waits_for_the_device(scheduler, temperature):
     for step in steps:
         assert "aten.gather" in step
         assert not WAITING & set(step)
+
+
+@needs_transformers_5  # whose masks can be handed over ready-made
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("scheduler", [MacroParallelScheduler(tokens_per_step=2), AnyOrderScheduler(tokens_per_step=3)])
+@pytest.mark.parametrize("texts", ["prompts", "holes"])
+def test_a_model_and_a_ragged_batch_do_not_wait_either(tiny, scheduler, temperature, texts):
+    """A transformers model, rows of different lengths, and in holes rows that leave: all that a fixed decode does."""
+    seen = set()
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            # Reading a tensor of the host is no waiting; there is none that is made inside, so all are the device's.
+            seen.add(str(function.overloadpacket))
+            return function(*args, **(kwargs or {}))
+
+    committer = MicroConfidenceCommitter(temperature=temperature)
+    sampler = Sampler(Denoiser(tiny, Words()), scheduler=scheduler, committer=committer, template=TEMPLATE)
+    canvas = sampler._append(BATCHES["ragged"], None)
+    if texts == "holes":
+        canvas = Canvas.from_infill([[5, MASK, 6], [MASK, MASK, MASK, MASK, 7]], mask_token_id=MASK, pad_token_id=PAD)
+        scheduler = AnyOrderScheduler(tokens_per_step=1)
+    sampler.denoiser.check(canvas)
+    number = len(canvas.tokens)
+    decoding = Decoding(sampler.denoiser, scheduler, committer)
+    decoding.add(canvas, range(number), row_seeds(0, range(number)))
+    with torch.no_grad():
+        while decoding.size:
+            with Recorder():
+                decoding.step()
+            decoding.leave()
+    assert "aten.gather" in seen
+    assert not WAITING & seen
 
 
 def test_the_number_of_operations_depends_neither_on_rows_nor_on_blocks():
@@ -613,6 +653,35 @@ def test_every_option_of_parallel_forced_reaches_its_part(denoiser):
     assert ParallelForcedSampler(denoiser, template=own).template is own
 
 
+@needs_transformers_5
+def test_compiled_kernels_decode_the_same_and_are_compiled_a_few_times(denoiser):
+    """In every step the number of slots is another one; that must not compile anything."""
+    from torch._dynamo.utils import counters
+
+    plain = Sampler(
+        denoiser,
+        scheduler=MacroParallelScheduler(tokens_per_step=1),
+        committer=MicroConfidenceCommitter(temperature=1.0, confidence="margin"),
+        template=TEMPLATE,
+    )
+    compiled = plain.replace(compile="kernels")
+    counters.clear()
+    for name in ("ragged", "equal", "single", "ragged"):
+        out, expected = compiled(BATCHES[name], seed=2), plain(BATCHES[name], seed=2)
+        assert torch.equal(out.sequences, expected.sequences)
+        assert torch.equal(out.trace.step, expected.trace.step)
+        torch.testing.assert_close(out.trace.confidence, expected.trace.confidence, equal_nan=True)
+    for out, expected in zip(
+        compiled.stream(BATCHES["ragged"], seed=4), plain.stream(BATCHES["ragged"], seed=4), strict=True
+    ):
+        assert torch.equal(out.sequences, expected.sequences)
+    # The body: padded, not padded, a single row. What is done to logits: several rows, one row.
+    assert 2 <= counters["stats"]["unique_graphs"] <= 8
+    before = counters["stats"]["unique_graphs"]
+    compiled(BATCHES["ragged"], seed=3)
+    assert counters["stats"]["unique_graphs"] == before
+
+
 def test_progress_bar_can_be_switched_on(denoiser, capsys):
     from transformers.utils import logging
 
@@ -631,7 +700,7 @@ def test_a_selection_that_never_chooses_is_stopped(denoiser, monkeypatch):
         def __call__(self, confidence, slots, statistics):
             return torch.zeros_like(slots.open)
 
-    monkeypatch.setattr(sampler_module, "_PATIENCE", 5)
+    monkeypatch.setattr(decoding_module, "_PATIENCE", 5)
     never = Sampler(
         denoiser,
         scheduler=AnyOrderScheduler(),

@@ -72,12 +72,26 @@ def test_a_file_holds_what_was_chosen_and_no_defaults(denoiser, tmp_path):
     sampler_of(denoiser).save(tmp_path / "file")
     content = json.loads((tmp_path / "file").read_text())
     assert content == {
-        "format": 1,
+        "format": 2,
         "cfg_scale": 0.0,
+        "close_on": [],
         "scheduler": {"part": "AnyOrderScheduler", "tokens_per_step": 2},
         "committer": {"part": "MicroConfidenceCommitter"},
         "template": {"part": "CanvasTemplate", "parts": [{"part": "Block", "name": "completion", "length": 6}]},
     }
+
+
+def test_ends_are_saved(denoiser, tmp_path):
+    sampler_of(denoiser).replace(close_on=[2, 7]).save(tmp_path / "file")
+    assert Sampler.load(tmp_path / "file", denoiser).close_on == (2, 7)
+
+
+def test_files_of_the_first_format_can_be_read(denoiser, tmp_path):
+    sampler_of(denoiser).save(tmp_path / "file")
+    content = json.loads((tmp_path / "file").read_text())
+    del content["close_on"]
+    (tmp_path / "file").write_text(json.dumps(content | {"format": 1}))
+    assert Sampler.load(tmp_path / "file", denoiser).describe() == sampler_of(denoiser).describe()
 
 
 def test_guidance_is_saved(tiny, tmp_path):
@@ -159,11 +173,11 @@ def test_what_cannot_be_saved(value):
         ('{"format": 1}', "is not a file written by Sampler.save"),
         (
             '{"format": "1", "cfg_scale": 0, "scheduler": 0, "committer": 0, "template": 0}',
-            "has format 1, but this version reads 1",
+            "has format 1, but this version reads 2",
         ),
         (
             '{"format": 9, "cfg_scale": 0, "scheduler": 0, "committer": 0, "template": 0}',
-            "has format 9, but this version reads 1",
+            "has format 9, but this version reads 2",
         ),
         (
             '{"format": 1, "cfg_scale": 0, "scheduler": {"part": "AnyOrderSchedular"}, "committer": 0, "template": 0}',

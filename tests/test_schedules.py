@@ -65,7 +65,7 @@ def test_dream_rounds_as_dream_does(tokens, steps, eps):
 def test_ancestral_counts_have_the_law_of_independent_reveals(steps):
     rows, tokens, eps = 20_000, 6, 1e-3
     plan = AnyOrderScheduler(steps=steps, schedule=AncestralSchedule(eps)).plan(
-        torch.full((rows, 1), tokens), seeds=row_seeds(0, rows)
+        torch.full((rows, 1), tokens), seeds=row_seeds(0, range(rows))
     )
     times = torch.linspace(1, eps, steps + 1, dtype=torch.float64)
     assert (plan.targets[:, -1] == tokens).all()
@@ -79,7 +79,7 @@ def test_ancestral_counts_have_the_law_of_independent_reveals(steps):
 
 def test_reveals_do_not_depend_on_the_other_rows():
     scheduler = AnyOrderScheduler(steps=7, schedule=AncestralSchedule())
-    seeds = row_seeds(1, 3)
+    seeds = row_seeds(1, range(3))
     together = scheduler.plan(torch.tensor([[9], [4], [20]]), seeds=seeds).targets
     alone = scheduler.plan(torch.tensor([[4]]), seeds=seeds[1:2]).targets
     assert torch.equal(together[1:2], alone)
@@ -87,7 +87,7 @@ def test_reveals_do_not_depend_on_the_other_rows():
 
 def test_the_blocks_of_a_row_draw_for_themselves():
     scheduler = SemiAutoregressiveScheduler(steps=8, schedule=AncestralSchedule())
-    targets = scheduler.plan(torch.full((200, 2), 6), seeds=row_seeds(0, 200)).targets
+    targets = scheduler.plan(torch.full((200, 2), 6), seeds=row_seeds(0, range(200))).targets
     first, second = targets[:, :4], targets[:, 4:] - 6
     assert (first[:, -1] == 6).all()
     assert (first != second).any(1).double().mean() > 0.5
@@ -117,7 +117,7 @@ def test_plans_are_exact_with_every_schedule(lengths, schedule, kind, data):
         "any": AnyOrderScheduler(steps=steps, schedule=schedule),
     }[kind]
     try:
-        plan = scheduler.plan(lengths, held, seeds=row_seeds(0, len(lengths)))
+        plan = scheduler.plan(lengths, held, seeds=row_seeds(0, range(len(lengths))))
     except NapDecodeError:
         return  # fewer steps than phases
     remaining = lengths

@@ -218,7 +218,7 @@ def test_stable_follows_slots_that_move():
 @pytest.mark.parametrize("temperature", [0.1, 0.5])
 def test_positions_are_drawn_without_replacement(temperature):
     rows = 40_000
-    slots = Slots.of(torch.zeros(rows, 4, dtype=torch.int64), torch.full((rows, 1), 2), seeds=row_seeds(0, rows))
+    slots = Slots.of(torch.zeros(rows, 4, dtype=torch.int64), torch.full((rows, 1), 2), seeds=row_seeds(0, range(rows)))
     confidence = torch.tensor([0.1, 0.4, 0.3, 0.2], dtype=torch.float64)
     chosen = QuotaSelection(temperature)(confidence.expand(rows, -1), slots, ())
     assert (chosen.sum(1) == 2).all()

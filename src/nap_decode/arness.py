@@ -131,6 +131,8 @@ class ARnessMeter:
     def update(self, trace: DecodeTrace) -> None:
         """Add the sequences of a trace."""
         before_end, block = trace.before_end().numpy(), trace.block.numpy()
+        if trace.closed is not None:  # what was filled without being decoded has no place in the order
+            block = np.where(trace.closed.numpy(), -1, block)
         scopes = {False: block >= 0} | ({True: before_end} if trace.end_token_ids else {})
         regions = {"": block >= 0} | {name: block == j for j, name in enumerate(trace.block_names)}
         for row in range(len(block)):

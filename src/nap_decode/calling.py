@@ -1,24 +1,36 @@
-"""Calling a model: what its code takes, and how to ask it for a few positions only."""
+"""Calling a model: what its code takes, and in what form."""
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from nap_decode.attention import additive, visibility
+from nap_decode.compiling import CompiledBody
 from nap_decode.errors import NapDecodeError
 from nap_decode.families import ModelFamily, find_family
+from nap_decode.heads import Head, Output, take
 
 Model: TypeAlias = "nn.Module | Callable[[Tensor, Tensor], Any]"
 """A transformers model, or anything called as ``model(input_ids, attention_mask)`` that returns logits
 ``(B, L, V)`` or an object with them as ``.logits``.  Rows are padded on the right."""
+
+
+# transformers' own, which do nothing with a 2-D attention mask but make a 4-D one of it.
+# fmt: off
+_EXPANDS_MASKS = frozenset({
+    "bert", "camembert", "distilbert", "electra", "eurobert", "roberta", "xlm-roberta",
+    "gemma", "granite", "llama", "olmo2", "qwen2", "qwen3",
+})
+# fmt: on
 
 
 class ModelCall:
@@ -33,7 +45,7 @@ class ModelCall:
     """
 
     def __init__(self, model: Model, family: ModelFamily | None) -> None:
-        self.model = model
+        self.model: Any = model
         self.name = type(getattr(model, "_orig_mod", model)).__name__
         # The module itself, behind torch.compile's wrapper; None for a function.
         self.module: Any = getattr(model, "_orig_mod", model) if isinstance(model, nn.Module) else None
@@ -47,6 +59,7 @@ class ModelCall:
         self.family = family or find_family(config)
         if self.family.refusal is not None:
             raise NapDecodeError(f"{self.family.name} cannot be decoded here: {self.family.refusal}")
+        self._body: CompiledBody | None = None
 
     # ---------------------------------------------------------------------------------------- facts
 
@@ -61,24 +74,16 @@ class ModelCall:
         return self.family.attention != "none" and (self.config is None or "attention_mask" in self.arguments)
 
     @cached_property
-    def takes_indices(self) -> bool:
-        """Whether ``logits_to_keep`` may be ``(B, K)`` positions: in the models of newer transformers.
-
-        Elsewhere the argument, if there is one, is a number of last positions or 1-D positions for all
-        rows.  Which it is shows in the module that defines the model.
-        """
-        defined_in = sys.modules[type(self.module).__module__]
-        return "logits_to_keep" in self.arguments and hasattr(defined_in, "slice_logits_to_keep")
-
-    @cached_property
     def input_embeddings(self) -> nn.Module | None:
         """The input embeddings, if the model says which they are."""
         return self._part("get_input_embeddings")
 
     @cached_property
-    def head(self) -> nn.Module | None:
-        """The output layer, if the model says which it is."""
-        return self._part("get_output_embeddings")
+    def head(self) -> Head:
+        """The output layer."""
+        # The code of a model compiled as a whole may not run the hooks of a call, or keep them.
+        is_compiled = self.module is not self.model or self.module._compiled_call_impl is not None
+        return Head(None if is_compiled else self._part("get_output_embeddings"))
 
     def _part(self, getter: str) -> nn.Module | None:
         try:
@@ -134,107 +139,162 @@ class ModelCall:
         every = getattr(self.config, "global_attn_every_n_layers", None)  # ModernBERT before transformers 5
         return (every or 1) > 1
 
+    @property
+    def _takes_expanded(self) -> bool:
+        """Whether to pass the 4-D mask that transformers itself would make of a 2-D one for this model.
+
+        It would first wait for the device, to see whether the mask hides anything.
+        """
+        defined_in = vars(sys.modules[type(self.module).__module__])
+        return (
+            getattr(self.config, "model_type", None) in _EXPANDS_MASKS
+            and type(self.module).__module__.startswith("transformers.")
+            and ("create_bidirectional_mask" in defined_in or "create_causal_mask" in defined_in)
+            and self.config._attn_implementation == "sdpa"  # it may be exchanged at any time
+            and not self.attends_locally
+        )
+
     # ---------------------------------------------------------------------------------------- the call
+
+    def frame(self, shape: tuple[int, int] | torch.Size, present: Tensor | None, device: torch.device) -> Frame:
+        """What calls with rows of one shape have in common.
+
+        Args:
+            shape: ``(N, W)``.
+            present: ``(N, W)`` bool, false for padding behind a row; None if there is none.
+            device: where the rows are.
+        """
+        options: dict[str, Any] = {}
+        if self.config is None:
+            options["attention_mask"] = torch.ones(shape, dtype=torch.int64, device=device)
+            if present is not None:
+                options["attention_mask"] = present.long()
+            return Frame(present, options)
+        if "use_cache" in self.arguments:
+            options["use_cache"] = False
+        if "timesteps" in self.arguments:
+            # MDLM wants them, and does not look at them unless it is conditioned on time, which families refuse.
+            options["timesteps"] = torch.zeros(shape[0], device=device)
+        if "block_size" in self.arguments and self.family.block_size is not None:
+            options["block_size"] = self.family.block_size
+        mask = self._mask(shape, present, device)
+        if mask is not None:
+            options["attention_mask"] = mask
+        return Frame(present, options)
 
     def __call__(
         self,
         tokens: Tensor,
-        present: Tensor | None,
+        frame: Frame,
         wanted: Tensor,
+        shadows: tuple[Tensor, Tensor] | None = None,
         *,
-        hidden: Tensor | None = None,
         mask_token_id: int = 0,
-    ) -> Tensor:
+    ) -> Output:
         """One call of the model.
 
         Args:
             tokens: ``(N, W)`` int64, rows that begin in column 0.
-            present: ``(N, W)`` bool, false for padding behind a row; None if there is none.
+            frame: that of N rows of W columns.
             wanted: ``(N, K)`` int64, rows of the output to return; negative for any.
-            hidden: ``(N, K)`` bool, those to take from a shadow of the slot; see :func:`visibility`.
+            shadows: ``(N, K)`` bool, which of them to take from a shadow of the slot, see :func:`visibility`; and
+                ``(N, K)`` bool, which have a shadow that others see.
             mask_token_id: what stands in shadows.
+        """
+        kept, options = wanted.clamp(min=0), frame.options
+        if self.config is None:
+            return Head(None).run(lambda: self.model(tokens, options["attention_mask"]), tokens.shape, kept)
+        if shadows is not None:
+            hidden, is_seen = shadows
+            width = tokens.shape[1]
+            columns = torch.arange(width + wanted.shape[1], device=tokens.device)
+            positions = torch.cat([columns[:width].expand_as(tokens), kept], dim=1)
+            present = torch.ones_like(tokens, dtype=torch.bool) if frame.present is None else frame.present
+            seen = visibility(
+                positions,
+                torch.cat([present, is_seen], dim=1),
+                block_size=self._block_size,
+                num_shadows=wanted.shape[1],
+            )
+            # A 2-D mask has no row for a shadow; models that take one take an additive one besides.
+            mask = seen if self.family.attention == "4d" else additive(seen, self.dtype)
+            options = {**options, "attention_mask": mask[:, None], "position_ids": positions + self.first_position}
+            tokens = torch.cat([tokens, torch.full_like(kept, mask_token_id)], dim=1)
+            kept = torch.where(hidden, columns[width:], kept)
+        if self._body is not None:
+            return Output(take(self._body(tokens, options), kept), True)
+        return self.head.run(partial(self._run, tokens, options), tokens.shape, kept)
+
+    def learn(self, tokens: Tensor, wanted: Tensor) -> Tensor:
+        """Find out what there is to know about the output layer, see :meth:`Head.learn`.
+
+        Args:
+            tokens: ``(N, W)`` int64, rows to try it with.
+            wanted: ``(N, K)`` int64, positions to try it at.
 
         Returns:
-            ``(N, K, V)``; not shifted.
+            ``(N, K, V)``: the logits.
         """
-        kept = wanted.clamp(min=0)
-        if self.config is None:
-            everything = torch.ones_like(tokens) if present is None else present.long()
-            return _take(_logits(self.model(tokens, everything)), kept)
-        options: dict[str, Any] = {"use_cache": False} if "use_cache" in self.arguments else {}
-        if "timesteps" in self.arguments:
-            # MDLM wants them, and does not look at them unless it is conditioned on time, which families refuse.
-            options["timesteps"] = torch.zeros(len(tokens), device=tokens.device)
-        if "block_size" in self.arguments and self.family.block_size is not None:
-            options["block_size"] = self.family.block_size
-        (num_rows, width), num_shadows = tokens.shape, 0
-        positions = torch.arange(width, device=tokens.device)[None]  # (1, W); (N, W + K) with shadows
-        if hidden is not None:
-            num_shadows = wanted.shape[1]
-            is_there = torch.ones_like(tokens, dtype=torch.bool) if present is None else present
-            positions = torch.cat([positions.expand(num_rows, -1), kept], dim=1)
-            present = torch.cat([is_there, wanted >= 0], dim=1)
-            tokens = torch.cat([tokens, torch.full_like(kept, mask_token_id)], dim=1)
-            kept = torch.where(hidden, width + torch.arange(num_shadows, device=tokens.device), kept)
-            options["position_ids"] = positions + self.first_position
-        mask = self._mask(positions, present, num_rows, num_shadows)
-        if mask is not None:
-            options["attention_mask"] = mask
-        if self.takes_indices:
-            return _logits(self.model(input_ids=tokens, logits_to_keep=kept, **options))  # type: ignore[call-arg]
-        with _rows_kept(self.head, kept, tokens.shape) as was_kept:
-            logits = _logits(self.model(input_ids=tokens, **options))  # type: ignore[call-arg]
-        return logits if was_kept else _take(logits, kept)
+        frame = self.frame(tokens.shape, None, tokens.device)
+        return self.head.learn(partial(self._run, tokens, frame.options), tokens.shape, wanted)
 
-    def _mask(self, positions: Tensor, present: Tensor | None, num_rows: int, num_shadows: int) -> Tensor | None:
+    def compiled(self, tokens: Tensor, **options: Any) -> ModelCall:
+        """The same with everything before the output layer compiled.
+
+        Args:
+            tokens: ``(N, W)`` int64, rows to try it with.
+            options: those of ``torch.compile``.
+
+        Raises:
+            NapDecodeError: the output layer cannot be told from the rest.
+        """
+        other = copy.copy(self)
+        if self.head.is_late and isinstance(self.head.layer, nn.Linear):
+            other._body = CompiledBody(self.module, self.head.layer, **options)
+            frame, wanted = self.frame(tokens.shape, None, tokens.device), torch.zeros_like(tokens[:, :1])
+            hidden = other._body.plain(tokens, frame.options)
+            if torch.equal(take(hidden, wanted), self(tokens, frame, wanted).rows):
+                return other
+        raise NapDecodeError(
+            f"{self.name} cannot be compiled here, because its output layer cannot be told from the rest: it must be a "
+            "torch.nn.Linear that get_output_embeddings() names, whose output is returned as it is, in a model that is "
+            "neither compiled nor split over devices already. Use it as it is"
+        )
+
+    def _run(self, tokens: Tensor, options: dict[str, Any]) -> Any:
+        return self.model(input_ids=tokens, **options)
+
+    @property
+    def _block_size(self) -> int | None:
+        """Blocks that the attention mask tells of."""
+        return self.family.block_size if self.takes_mask else None
+
+    def _mask(self, shape: tuple[int, int] | torch.Size, present: Tensor | None, device: torch.device) -> Tensor | None:
         """The attention mask as the family wants it; None if all see all, which is faster without one."""
-        block_size = self.family.block_size if self.takes_mask else None
-        if present is None and block_size is None:
+        attention, block_size = self.family.attention, self._block_size
+        if (present is None and block_size is None) or not self.takes_mask:
             return None
         if present is None:
-            present = torch.ones_like(positions, dtype=torch.bool)
-        if block_size is None and not num_shadows:
-            if self.family.attention == "2d":
-                return present.long()
-            seen = present[:, None].expand(-1, present.shape[1], -1)
+            present = torch.ones(1, shape[1], dtype=torch.bool, device=device)
+        if attention == "2d" and not self._takes_expanded:
+            return present.long()
+        if block_size is None:
+            seen = present[:, None].expand(-1, shape[1], -1)
         else:
-            positions = positions.expand_as(present)
-            seen = visibility(positions, present, block_size=block_size, num_shadows=num_shadows)
-        mask = seen if self.family.attention == "4d" else additive(seen, self.dtype)
-        return mask.expand(num_rows, -1, -1)[:, None]
+            positions = torch.arange(shape[1], device=device).expand_as(present)
+            seen = visibility(positions, present, block_size=block_size)
+        mask = additive(seen, self.dtype) if attention == "additive" else seen
+        return mask.expand(shape[0], -1, -1)[:, None]
 
 
-def _logits(output: Any) -> Tensor:
-    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if logits is None and isinstance(output, tuple):
-        logits = output[0]
-    if not isinstance(logits, Tensor) or logits.ndim != 3:
-        got = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(output).__name__
-        raise NapDecodeError(f"the model must return logits (B, L, V) or an object with such .logits, not {got}")
-    return logits
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """What calls of a model with rows of one shape have in common; made once for many steps.
 
+    Args:
+        present: ``(N, W)`` bool, false for padding behind a row; None if there is none.
+        options: arguments of the call besides the tokens, the attention mask among them.
+    """
 
-def _take(rows: Tensor, wanted: Tensor) -> Tensor:
-    """``(B, L, H), (B, K) -> (B, K, H)``."""
-    return rows.take_along_dim(wanted.to(rows.device)[:, :, None], dim=1)
-
-
-@contextmanager
-def _rows_kept(head: nn.Module | None, wanted: Tensor, shape: torch.Size) -> Iterator[list[bool]]:
-    """While open, the output layer sees only the wanted rows; yields a list that is non-empty once it did."""
-    kept: list[bool] = []
-
-    def keep(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        hidden = arguments[0] if arguments else None
-        # A tied output layer may be the input embedding itself, which is called with ids.
-        if not isinstance(hidden, Tensor) or hidden.ndim != 3 or hidden.shape[:2] != shape:
-            return None
-        kept.append(True)
-        return (_take(hidden, wanted), *arguments[1:])
-
-    handle = head.register_forward_pre_hook(keep) if head is not None else None
-    try:
-        yield kept
-    finally:
-        if handle is not None:
-            handle.remove()
+    present: Tensor | None
+    options: dict[str, Any]

@@ -4,39 +4,35 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import ClassVar, Protocol
 
 import torch
 from einops import rearrange
 from torch import Tensor
 from typing_extensions import override
 
-from nap_decode.confidence import STATISTICS, Candidates, Confidence, find_confidence, random
+from nap_decode.confidence import STATISTICS, Candidates, Confidence, find_confidence, looked_at, random
 from nap_decode.credit import Credit, Ledger
+from nap_decode.distribution import Distribution, Reduce, reduce
 from nap_decode.errors import NapDecodeError, check_between, check_integer
-from nap_decode.randomness import TOKEN_STREAM, uniform
+from nap_decode.prediction import Prediction
+from nap_decode.randomness import TOKEN_STREAM
 from nap_decode.revisers import Reviser
 from nap_decode.selections import QuotaSelection, Selection
 from nap_decode.slots import Commit, Slots
-
-CHUNK_ELEMENTS = 2**24
-"""Logits that a committer converts to float32 at a time (64 MiB)."""
 
 
 class Predict(Protocol):
     """Asks the model about the slots; every call is one forward pass."""
 
-    def __call__(self, tokens: Tensor | None = None, *, leave_one_out: bool = False) -> tuple[Tensor, Tensor]:
-        """Logits at the slots, and the ids that must not be proposed.
+    def __call__(self, tokens: Tensor | None = None, *, leave_one_out: bool = False) -> Prediction:
+        """What the model says, of shape ``(B, K)``, or ``(J, B, K)`` for alternatives.
 
         Args:
             tokens: ``(J, B, K)`` int64, J alternatives for what the slots hold, all in one pass.
             leave_one_out: predict each committed slot with what it holds hidden, see :class:`Denoiser`; not for
                 alternatives.
-
-        Returns:
-            ``(B, K, V)``, or ``(J, B, K, V)`` for alternatives; not to be changed.  And ``(N,)`` int64.
         """
 
 
@@ -47,8 +43,9 @@ class Committer(ABC):
         >>> class Eager(Committer):  # everything that is open, whatever the quota
         ...     is_adaptive = True
         ...     def __call__(self, slots, predict):
-        ...         logits, banned = predict()
-        ...         confidence, tokens = logits.index_fill(2, banned, -torch.inf).softmax(2).max(2)
+        ...         prediction = predict()
+        ...         logits = prediction.logits.index_fill(2, prediction.banned, -torch.inf)
+        ...         confidence, tokens = logits.softmax(2).max(2)
         ...         return Commit(tokens, confidence, slots.open)
         >>> from nap_decode import MacroParallelScheduler, Sampler, demo
         >>> sampler = Sampler(*demo.load(), scheduler=MacroParallelScheduler(), committer=Eager())
@@ -75,6 +72,15 @@ class Committer(ABC):
     def leaves_one_out(self) -> bool:
         """Whether it asks for leave-one-out predictions, which not every model can give."""
         return False
+
+    @property
+    def remembers(self) -> bool:
+        """Whether it keeps anything from step to step in the memory of the slots."""
+        return False
+
+    def compiled(self) -> Committer:
+        """The same with what it does to logits compiled; itself if there is nothing to compile."""
+        return self
 
     @abstractmethod
     def __call__(self, slots: Slots, predict: Predict) -> Commit:
@@ -136,6 +142,8 @@ class MicroConfidenceCommitter(Committer):
     credit: Credit | None = None
     scores_proposal: bool = False
 
+    _reduce: ClassVar[Reduce | None] = None  # of a compiled one, in the instance
+
     def __post_init__(self) -> None:
         check_between("temperature", self.temperature, 0.0, math.inf)
         if 0 < self.temperature < 1e-6:
@@ -191,10 +199,21 @@ class MicroConfidenceCommitter(Committer):
     def leaves_one_out(self) -> bool:
         return self.reviser is not None and self.reviser.leaves_one_out
 
+    @property
+    @override
+    def remembers(self) -> bool:
+        return self.selection.compares_steps or self.credit is not None or self.revises
+
+    @override
+    def compiled(self) -> MicroConfidenceCommitter:
+        other = replace(self)
+        # Whatever the number of rows, of which chunks have few.
+        object.__setattr__(other, "_reduce", torch.compile(reduce, dynamic=True))
+        return other
+
     @override
     def __call__(self, slots: Slots, predict: Predict) -> Commit:
-        logits, banned = predict(leave_one_out=self.leaves_one_out)
-        return self.commit(self.propose(logits, slots, banned), slots)
+        return self.commit(self.propose(predict(leave_one_out=self.leaves_one_out), slots), slots)
 
     def commit(self, proposal: Proposal, slots: Slots) -> Commit:
         """Choose among proposals, and revise."""
@@ -208,70 +227,74 @@ class MicroConfidenceCommitter(Committer):
             chosen = chosen | revision.edited
         return Commit(tokens, confidence, chosen, revision.remasked, revision.unsettled)
 
-    def propose(self, logits: Tensor, slots: Slots, banned: Tensor) -> Proposal:
+    def propose(self, prediction: Prediction, slots: Slots) -> Proposal:
         """Score every slot; confidences are nan where no id is both possible and allowed.
 
         Args:
-            logits: ``(B, K, V)``.
-            slots: the slots they belong to.
-            banned: ``(N,)`` int64, ids that must not be proposed.
+            prediction: what the model says about the slots.
+            slots: the slots.
         """
-        num_rows, width, vocab_size = logits.shape
-        flat = rearrange(logits, "b k v -> (b k) v")
-        rows = torch.arange(num_rows, device=logits.device).repeat_interleave(width)
-        fields = {
-            "current": slots.tokens.flatten(),
-            "positions": slots.positions.flatten(),
-            "offsets": slots.offsets.flatten(),
-            "block": slots.block.flatten(),
-        }
-        previous = _Previous(slots) if self.selection.compares_steps else None
+        previous = _Previous(slots, prediction) if self.selection.compares_steps else None
         ledger = Ledger(self.credit, slots) if self.credit is not None else None
-        asked = self._asked
-        functions = {id(function): function for function in asked}  # each is computed once
-        tokens: list[Tensor] = []
-        scores: dict[int, list[Tensor]] = {key: [] for key in functions}
-        # In chunks, so that the float32 copies do not grow with the canvas.
-        size = max(1, CHUNK_ELEMENTS // vocab_size)
-        for start in range(0, len(flat), size):
-            part = slice(start, start + size)
-            own = flat[part].to(torch.promote_types(logits.dtype, torch.float32))  # (R, V)
-            if ledger is not None:
-                own = ledger.add(own, part)
-            allowed = own.index_fill(1, banned, -torch.inf) if len(banned) else own
-            best, chosen = allowed.max(1)
-            possible = best > -torch.inf
-            seeds = slots.seeds[rows[part]]
-            if self.temperature > 0:
-                draws = uniform(seeds, slots.step, TOKEN_STREAM, fields["positions"][part, None])  # (R, 1)
-                chosen = _draw(self._warp(allowed - best[:, None]).softmax(1), draws)
-            if self.scores_proposal:
-                own = self._warp(own)
-                best = own.index_fill(1, banned, -torch.inf).amax(1)
-            candidates = Candidates(
-                logits=own,
-                best=best,
-                tokens=chosen,
-                rows=rows[part],
-                seeds=seeds,
-                step=slots.step,
-                previous=None if previous is None else self._previous(previous, part, own.dtype),
-                **{name: values[part] for name, values in fields.items()},
-            )
-            tokens.append(chosen)
-            for key, function in functions.items():
-                scores[key].append(function(candidates).where(possible, torch.nan))
+        scored = [
+            self._score(logits, prediction.banned, slots, prediction.places[part], previous, ledger)
+            for part, logits in prediction.chunks()
+        ]
         if previous is not None:
-            previous.remember(logits)
+            previous.remember()
         if ledger is not None:
             ledger.remember()
-        shape = (num_rows, width)
-        confidence, *statistics = (torch.cat(scores[id(function)]).view(shape) for function in asked)
-        return Proposal(torch.cat(tokens).view(shape), confidence, tuple(statistics))
+        tokens, confidence, *statistics = (slots.unpack(torch.cat(values)) for values in zip(*scored, strict=True))
+        return Proposal(tokens, confidence, tuple(statistics))
 
-    def _previous(self, previous: _Previous, part: slice, dtype: torch.dtype) -> Tensor | None:
-        logits = previous.logits(part, dtype)
-        return self._warp(logits) if self.scores_proposal and logits is not None else logits
+    def _score(
+        self,
+        logits: Tensor,
+        banned: Tensor,
+        slots: Slots,
+        places: Tensor,
+        previous: _Previous | None,
+        ledger: Ledger | None,
+    ) -> tuple[Tensor, ...]:
+        """Tokens, and what each asked function says of them, for logits ``(R, V)`` of the slots at ``places``."""
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        if ledger is not None:
+            logits = ledger.add(logits.to(wide), places)
+        before = None if previous is None else previous.logits(places, wide)
+        uniform = slots.uniform(TOKEN_STREAM).flatten()[places] if self.temperature > 0 else None
+        names, is_all = looked_at(self._asked)
+        own, tokens = self._read(logits, banned, ("best", "mode", *names), uniform if self._draws_as_is else None)
+        possible = own.best > -torch.inf
+        if tokens is None and uniform is not None:
+            _, tokens = self._read(self._warp(own.allowed), None, (), uniform)
+        tokens = own.mode if tokens is None else tokens
+        if self.scores_proposal:
+            own, _ = self._read(self._warp(own.logits), banned, ("best", *names), None)
+            before = None if before is None else self._warp(before)
+        if is_all and tokens is own.mode and not self.scores_proposal:
+            own.spend(names)
+        candidates = Candidates(own, tokens, slots, places, before)
+        scores: dict[int, Tensor] = {}
+        for function in self._asked:
+            if id(function) not in scores:  # each is computed once
+                scores[id(function)] = function(candidates).where(possible, torch.nan)
+        return tokens, *(scores[id(function)] for function in self._asked)
+
+    def _read(
+        self, logits: Tensor, banned: Tensor | None, names: tuple[str, ...], uniform: Tensor | None
+    ) -> tuple[Distribution, Tensor | None]:
+        """A distribution, whose named properties will be asked for, and a draw from it, if there is a uniform one."""
+        distribution = Distribution(logits, banned)
+        if self._reduce is None:
+            return distribution, None if uniform is None else distribution.draw(uniform)
+        values, drawn = self._reduce(logits, banned, names, uniform)
+        distribution.know(names, values)
+        return distribution, drawn
+
+    @property
+    def _draws_as_is(self) -> bool:
+        """Whether tokens are drawn from the model's own distribution."""
+        return self.temperature == 1 and self.top_k is None and self.top_p is None
 
     def _warp(self, logits: Tensor) -> Tensor:
         """What tokens are drawn from, ``(R, V) -> (R, V)``."""
@@ -292,35 +315,26 @@ class MicroConfidenceCommitter(Committer):
 class _Previous:
     """The logits of the step before, for the slots of this one."""
 
-    def __init__(self, slots: Slots) -> None:
-        self.slots = slots
-        self.before: Tensor | None
-        rank, self.before = slots.memory.get("logits", (None, None))
+    def __init__(self, slots: Slots, prediction: Prediction) -> None:
+        self.slots, self.logits_now = slots, prediction.logits  # all at once, since they are kept
+        self.before = slots.memory.get("logits")
         if self.before is not None:
-            place, self.known = (rearrange(t, "b k -> (b k)") for t in slots.recall(rank))
-            self.place = place
-            self.width = self.before.shape[1]
-            self.row = torch.arange(len(slots.index), device=rank.device).repeat_interleave(slots.index.shape[1])
+            place, known = slots.recall(slots.kept("logits_rank", torch.zeros_like(slots.rank)))
+            width = self.before.shape[1]
+            row = torch.arange(len(place), device=place.device)[:, None]
+            self.place, self.known = (row * width + place.clamp(max=width - 1)).flatten(), known.flatten()
 
-    def logits(self, part: slice, dtype: torch.dtype) -> Tensor | None:
+    def logits(self, places: Tensor, dtype: torch.dtype) -> Tensor | None:
         if self.before is None:
             return None
-        flat = rearrange(self.before, "b k v -> (b k) v")
-        rows = flat[self.row[part] * self.width + self.place[part]].to(dtype)
-        return rows.where(self.known[part, None], torch.nan)
+        logits = rearrange(self.before, "b k v -> (b k) v")[self.place[places]].to(dtype)
+        return logits.where(self.known[places, None], torch.nan)
 
-    def remember(self, logits: Tensor) -> None:
-        self.slots.memory["logits"] = (self.slots.rank, logits)
+    def remember(self) -> None:
+        self.slots.memory["logits"] = self.logits_now
+        self.slots.memory["logits_rank"] = self.slots.rank + 1
 
 
 def _may_draw(function: Confidence) -> bool:
     """A function of yours might, unless it says that it does not."""
     return bool(getattr(function, "is_random", function is random or function not in STATISTICS.values()))
-
-
-def _draw(probabilities: Tensor, draws: Tensor) -> Tensor:
-    """One token per row, ``(R, V), (R, 1) -> (R,)``: the first whose cumulative probability exceeds the draw."""
-    cumulative = probabilities.cumsum(1)
-    # Scaled by the sum, which rounding leaves near but not at 1, a draw below 1 stays below the end.
-    tokens = torch.searchsorted(cumulative, draws.to(cumulative.dtype) * cumulative[:, -1:], right=True)
-    return tokens[:, 0].clamp(max=probabilities.shape[1] - 1)

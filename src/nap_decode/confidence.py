@@ -12,15 +12,18 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from nap_decode.distribution import Distribution
 from nap_decode.errors import NapDecodeError, check_between, check_integer, check_name
-from nap_decode.randomness import CONFIDENCE_STREAM, uniform
+from nap_decode.lazy import lazy
+from nap_decode.randomness import CONFIDENCE_STREAM
+from nap_decode.slots import Slots
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,41 +33,81 @@ class Candidates:
     They come in chunks of bounded size, so a confidence must score each candidate on its own.
 
     Args:
-        logits: ``(R, V)`` float32 (float64 if the model computes in it), over the whole vocabulary.
-        best: ``(R,)``, the largest logit of an id that may be emitted.
+        distribution: what the model said, in float32 (float64 if it computes in it).
         tokens: ``(R,)`` int64, the proposals.
-        current: ``(R,)`` int64, what the slots hold: the mask id, unless they are committed.
-        positions: ``(R,)`` int64, counted from the row's first token.
-        offsets: ``(R,)`` int64, columns from the first slot of the block.
-        block: ``(R,)`` int64, the scheduler's block of each.
-        rows: ``(R,)`` int64, index of the row in the batch.
-        seeds: ``(R,)`` int64, seeds of the rows.
-        step: index of the decoding step.
+        slots: the slots of the step,
+        places: and ``(R,)`` int64, which of all these the candidates are for.
         previous: ``(R, V)`` logits of the same slots at the step before, if a part asked for them; nan where
             there are none.
+
+    Example:
+        >>> slots = Slots.of(block=torch.tensor([[0, 0]]), quota=torch.tensor([[1]]))
+        >>> logits = torch.tensor([[0.0, 1.0], [3.0, 1.0]])
+        >>> candidates = Candidates(Distribution(logits), torch.tensor([1, 0]), slots, slots.places)
+        >>> probability(candidates).tolist(), candidates.positions.tolist()
+        ([0.731..., 0.880...], [0, 1])
     """
 
-    logits: Tensor
-    best: Tensor
+    distribution: Distribution
     tokens: Tensor
-    current: Tensor
-    positions: Tensor
-    offsets: Tensor
-    block: Tensor
-    rows: Tensor
-    seeds: Tensor
-    step: int
+    slots: Slots
+    places: Tensor
     previous: Tensor | None = None
 
-    @cached_property
+    @property
+    def logits(self) -> Tensor:
+        """``(R, V)`` over the whole vocabulary; not to be changed."""
+        return self.distribution.logits
+
+    @property
+    def best(self) -> Tensor:
+        """``(R,)``, the largest logit of an id that may be emitted."""
+        return self.distribution.best
+
+    @property
     def log_normalizer(self) -> Tensor:
         """``(R,)``: log of the sum of exp(logits) over the whole vocabulary, banned ids included."""
-        return self.logits.logsumexp(1)
+        return self.distribution.log_normalizer
 
-    @cached_property
+    @property
+    def current(self) -> Tensor:
+        """``(R,)`` int64, what the slots hold: the mask id, unless they are committed."""
+        return self.slots.tokens.flatten()[self.places]
+
+    @property
+    def positions(self) -> Tensor:
+        """``(R,)`` int64, counted from the row's first token."""
+        return self.slots.index.flatten()[self.places]
+
+    @property
+    def offsets(self) -> Tensor:
+        """``(R,)`` int64, columns from the first slot of the block."""
+        return self.slots.offsets.flatten()[self.places]
+
+    @property
+    def block(self) -> Tensor:
+        """``(R,)`` int64, the scheduler's block of each."""
+        return self.slots.block.flatten()[self.places]
+
+    @property
+    def rows(self) -> Tensor:
+        """``(R,)`` int64, index of the row in the batch."""
+        return self.places // self.slots.index.shape[1]
+
+    @property
+    def seeds(self) -> Tensor:
+        """``(R,)`` int64, seeds of the rows."""
+        return self.slots.seeds[self.rows]
+
+    @property
+    def step(self) -> Tensor:
+        """``(R,)`` int64, index of the decoding step in the schedule of the row."""
+        return self.slots.step[self.rows]
+
+    @lazy
     def uniform(self) -> Tensor:
         """``(R,)``: independent uniform draws on [0, 1)."""
-        return uniform(self.seeds, self.step, CONFIDENCE_STREAM, self.positions[:, None])[:, 0]
+        return self.slots.uniform(CONFIDENCE_STREAM).flatten()[self.places]
 
 
 Confidence: TypeAlias = Callable[[Candidates], Tensor]
@@ -73,12 +116,16 @@ Confidence: TypeAlias = Callable[[Candidates], Tensor]
 
 def probability(candidates: Candidates) -> Tensor:
     """Probability of the proposed token at temperature 1 (LLaDA's low-confidence remasking, MaskGIT)."""
-    return _probability_of(candidates.tokens, candidates)
+    distribution, tokens = candidates.distribution, candidates.tokens
+    logit = distribution.best if tokens is distribution.mode else distribution.logit(tokens)
+    return (logit - distribution.log_normalizer).exp()
 
 
 def support(candidates: Candidates) -> Tensor:
-    """Probability of the token that a committed slot holds (WINO, with the slot hidden from the model)."""
-    return _probability_of(candidates.current, candidates)
+    """Probability of the token that a committed slot holds (WINO, with the slot hidden); 0 for a mask."""
+    distribution, tokens = candidates.distribution, candidates.current
+    supported, banned = (distribution.logit(tokens) - distribution.log_normalizer).exp(), distribution.banned
+    return supported if banned is None else supported.masked_fill(torch.isin(candidates.current, banned), 0)
 
 
 def margin(candidates: Candidates) -> Tensor:
@@ -86,16 +133,13 @@ def margin(candidates: Candidates) -> Tensor:
 
     Negative where the model prefers a banned id.
     """
-    top = candidates.logits.topk(2, dim=1).values
-    other = torch.where(candidates.best == top[:, 0], top[:, 1], top[:, 0])
-    return (candidates.best - candidates.log_normalizer).exp() - (other - candidates.log_normalizer).exp()
+    best, normalizer = candidates.best, candidates.log_normalizer
+    return (best - normalizer).exp() - (candidates.distribution.second - normalizer).exp()
 
 
 def negative_entropy(candidates: Candidates) -> Tensor:
     """Sum of p log p: 0 for a certain prediction, -log V for a uniform one (Dream's ``entropy``)."""
-    log_p = candidates.logits - candidates.log_normalizer[:, None]
-    # An id that a logits processor set to -inf adds nothing; without the clamp it adds 0 * -inf = nan.
-    return (log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(1)
+    return candidates.distribution.negative_entropy
 
 
 def random(candidates: Candidates) -> Tensor:
@@ -105,7 +149,7 @@ def random(candidates: Candidates) -> Tensor:
 
 def leftmost(candidates: Candidates) -> Tensor:
     """Lower positions first: left to right."""
-    return -candidates.positions.to(candidates.logits.dtype)
+    return -candidates.positions.to(candidates.best.dtype)
 
 
 def divergence(candidates: Candidates) -> Tensor:
@@ -153,7 +197,7 @@ class CalibratedConfidence:
         if not all(f > 0 for f in self.frequencies):
             raise NapDecodeError("background frequencies must be positive; background_frequencies(...) makes such")
 
-    @cached_property
+    @lazy
     def _tables(self) -> dict[torch.device, Tensor]:
         return {}
 
@@ -164,11 +208,10 @@ class CalibratedConfidence:
 
     def __call__(self, candidates: Candidates) -> Tensor:
         """See :data:`Confidence`."""
-        if candidates.logits.shape[1] > len(self.frequencies):
-            raise NapDecodeError(
-                f"there are {len(self.frequencies)} background frequencies for {candidates.logits.shape[1]} token ids"
-            )
-        surprise = self._surprise(candidates.logits.device)[candidates.tokens].to(candidates.logits)
+        size, best = candidates.distribution.vocab_size, candidates.best
+        if size > len(self.frequencies):
+            raise NapDecodeError(f"there are {len(self.frequencies)} background frequencies for {size} token ids")
+        surprise = self._surprise(best.device)[candidates.tokens].to(best)
         score = (probability(candidates) * surprise).clamp(max=self.cap)
         return score * (-self.decay * candidates.offsets.to(score)).exp()
 
@@ -196,7 +239,7 @@ class ProbabilityWithout:
         for token in self.ids:
             check_integer("an id of ProbabilityWithout", token, 0)
 
-    @cached_property
+    @lazy
     def _tables(self) -> dict[torch.device, Tensor]:
         return {}
 
@@ -208,7 +251,8 @@ class ProbabilityWithout:
         if device not in self._tables:  # copied once, because a copy waits for the device
             self._tables[device] = torch.tensor(self.ids, dtype=torch.int64, device=device)
         without = candidates.logits.index_fill(1, self._tables[device], -torch.inf)
-        return probability(replace(candidates, logits=without))
+        chosen = without.gather(1, candidates.tokens[:, None])[:, 0]
+        return (chosen - without.logsumexp(1)).exp()
 
 
 def background_frequencies(texts: Iterable[Sequence[int]], vocab_size: int) -> tuple[float, ...]:
@@ -232,15 +276,28 @@ def background_frequencies(texts: Iterable[Sequence[int]], vocab_size: int) -> t
     return tuple(max(counts[token], 1) / total for token in range(vocab_size))
 
 
-def _probability_of(tokens: Tensor, candidates: Candidates) -> Tensor:
-    chosen = candidates.logits.gather(1, tokens[:, None])[:, 0]
-    return (chosen - candidates.log_normalizer).exp()
-
-
 CONFIDENCES: dict[str, Confidence] = {f.__name__: f for f in (probability, margin, negative_entropy, random, leftmost)}
 """Confidences that can be asked for by name."""
 STATISTICS: dict[str, Confidence] = CONFIDENCES | {f.__name__: f for f in (support, divergence)}
 """The functions of candidates that this module has; those besides the confidences are for selections and revisers."""
+_LOOKS_AT: tuple[tuple[Confidence, tuple[str, ...]], ...] = (
+    (probability, ("log_normalizer",)),
+    (margin, ("log_normalizer", "second")),
+    (negative_entropy, ("negative_entropy",)),
+    (random, ()),
+    (leftmost, ()),
+)
+
+
+def looked_at(functions: Iterable[Confidence]) -> tuple[tuple[str, ...], bool]:
+    """What functions of candidates ask a :class:`~nap_decode.distribution.Distribution` for.
+
+    Returns:
+        Names of properties, and whether that is all: of a function of yours it is not known.
+    """
+    known = [[names for known, names in _LOOKS_AT if known is function] for function in functions]
+    asked = chain.from_iterable(chain.from_iterable(known))
+    return tuple(dict.fromkeys(asked)), all(known)
 
 
 def find_confidence(confidence: str | Confidence) -> Confidence:

@@ -68,24 +68,26 @@ class Ledger:
 
     def __init__(self, credit: Credit, slots: Slots) -> None:
         self.credit, self.slots = credit, slots
-        empty = torch.empty(*slots.index.shape, 0, device=slots.index.device)
-        self.tokens, self.amounts = empty.long(), empty
-        if "credit" in slots.memory:
-            rank, tokens, amounts = slots.memory["credit"]
-            place, known = slots.recall(rank)
+        shape = (*slots.index.shape, 0)
+        self.tokens = torch.zeros(shape, dtype=torch.int64, device=slots.index.device)
+        self.amounts = torch.zeros(shape, device=slots.index.device)
+        if "credit_tokens" in slots.memory:
+            tokens, amounts = slots.memory["credit_tokens"], slots.memory["credit_amounts"]
+            place, known = slots.recall(slots.kept("credit_rank", torch.zeros_like(slots.rank)))
             self.tokens = tokens.take_along_dim(place[:, :, None], dim=1)
             self.amounts = amounts.take_along_dim(place[:, :, None], dim=1) * known[:, :, None]
         self.added: list[tuple[Tensor, Tensor]] = []
 
-    def add(self, logits: Tensor, part: slice) -> Tensor:
+    def add(self, logits: Tensor, places: Tensor) -> Tensor:
         """Logits ``(R, V)`` of some of the slots, with their credits added and the new ones noted."""
-        tokens, amounts = (rearrange(t, "b k t -> (b k) t")[part] for t in (self.tokens, self.amounts))
+        tokens, amounts = (rearrange(t, "b k t -> (b k) t")[places] for t in (self.tokens, self.amounts))
         logits, tokens, amounts = self.credit(logits, tokens, amounts.to(logits))
         self.added.append((tokens, amounts))
         return logits
 
     def remember(self) -> None:
         """Keep for the next step what was noted."""
-        shape = (*self.slots.index.shape, -1)
-        tokens, amounts = (torch.cat(parts).view(shape) for parts in zip(*self.added, strict=True))
-        self.slots.memory["credit"] = (self.slots.rank, tokens, amounts)
+        tokens, amounts = (torch.cat(parts) for parts in zip(*self.added, strict=True))
+        memory = self.slots.memory
+        memory["credit_rank"] = self.slots.rank + 1
+        memory["credit_tokens"], memory["credit_amounts"] = self.slots.unpack(tokens), self.slots.unpack(amounts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -15,7 +15,11 @@ from nap_decode.calling import Model, ModelCall
 from nap_decode.canvas import Canvas
 from nap_decode.errors import NapDecodeError, check_between
 from nap_decode.families import ModelFamily
+from nap_decode.heads import Output, Passing
+from nap_decode.passes import ForwardPass
+from nap_decode.prediction import Prediction
 from nap_decode.probing import Probe, ProbeRows
+from nap_decode.rows import Rows, to_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,16 +27,17 @@ if TYPE_CHECKING:
 __all__ = ["Denoiser", "LogitsProcessor", "Model"]
 
 LogitsProcessor: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""As in transformers: ``(input_ids (N, L), scores (N, V)) -> scores (N, V)``."""
+"""As in transformers: ``(input_ids (R, W), scores (R, V)) -> scores (R, V)``."""
 
 
 class Denoiser:
     """Wraps a model into: canvas and wanted positions ``(B, K)`` -> logits ``(B, K, V)``.
 
     Entry k of a row is the model's prediction of the token at the k-th wanted position, whatever the
-    family's conventions.  Only wanted positions pass the output layer: native transformers models are
-    told by ``logits_to_keep``; for others a hook on ``get_output_embeddings()`` drops the other rows
-    during the call; failing both, the logits are sliced.
+    family's conventions.  Only wanted positions pass the output layer, and that when their logits are looked
+    at, a chunk at a time (:meth:`predict`): a hook on ``get_output_embeddings()`` takes the hidden states
+    during the call.  If the model does more with them than its output layer does (it caps logits, say), the
+    layer is called at once; if the model does not tell its output layer, the logits are sliced.
 
     The model sees ragged rows padded on the right, behind the canvas, so that a row's positions are the
     same as on its own, whether the model takes them from an argument, from the ids or from the index.
@@ -46,8 +51,9 @@ class Denoiser:
         cfg_scale: strength w of classifier-free guidance, ``l = l_uncond + (w + 1) (l_cond - l_uncond)``
             (LLaDA, arXiv 2502.09992, appendix A.2); the unconditional branch has the prompt masked.  0 is
             off; any other value doubles the work of a forward pass.
-        logits_processor: transformers logits processors, called with one row per wanted position:
-            ``input_ids (B * K, L)`` is the whole canvas, masks and padding included.
+        logits_processor: transformers logits processors, called with one row per wanted position, a part of
+            them at a time: ``input_ids (R, W)`` is the slot's whole row, masks included, and padded on the
+            right.
         device: where the model takes its input; found from a module's embeddings or parameters, the CPU
             for a function.
 
@@ -87,6 +93,7 @@ class Denoiser:
         check_between("cfg_scale", cfg_scale, 0.0, float("inf"))
         self.model = model
         self._call = ModelCall(model, family)
+        self._compiled: ModelCall | None = None  # for decoding; what is found out is found out without
         self.config: Any = self._call.config
         self.family = self._call.family
         self.tokenizer = tokenizer
@@ -96,8 +103,10 @@ class Denoiser:
         self.logits_processor = _as_tuple(logits_processor)
         self._device = torch.device(device) if device is not None else None
         self._banned: dict[tuple[int, torch.device], Tensor] = {}
-        # Of the last canvas, for models that do not hide padding.
-        self._grouped: tuple[Canvas | None, list[tuple[Tensor, int]]] = (None, [])
+        # What is made once for rows that are looked at again and again; of the last ones.
+        self._last_canvas: tuple[Canvas, Rows] | None = None
+        self._pass: ForwardPass | None = None
+        self._warned_of_groups = False
         self._leaves_one_out = False  # not tried yet
         self._check_dropout()
         self._check_probe()
@@ -129,6 +138,31 @@ class Denoiser:
             other.cfg_scale = cfg_scale
         if logits_processor is not None:
             other.logits_processor = _as_tuple(logits_processor)
+        return other
+
+    def compiled(self, **options: Any) -> Denoiser:
+        """The same model with everything before its output layer compiled by ``torch.compile``.
+
+        It is compiled when it is called: for the first shape ``(N, W)`` that it is called with, and at the
+        first other one once for all.  Rows with padding and without are compiled apart, and so is a single
+        row.  The result is that of the model as it is now: modules that are exchanged later, such as
+        adapters, are not seen; weights are.
+
+        Args:
+            options: those of ``torch.compile``, such as ``mode="max-autotune"`` or ``fullgraph=True``.
+
+        Raises:
+            NapDecodeError: the output layer cannot be told from the rest of the model.
+
+        Example:
+            >>> from nap_decode import demo
+            >>> denoiser = Denoiser(*demo.load()).compiled(fullgraph=True)
+        """
+        if self._probed is None:
+            raise NapDecodeError(f"{self._call.name} cannot be compiled here; compile it before, with torch.compile")
+        other = copy.copy(self)
+        with torch.no_grad():
+            other._compiled, other._pass = self._call.compiled(self._probed.tokens, **options), None
         return other
 
     # ---------------------------------------------------------------------------------------- facts
@@ -222,8 +256,8 @@ class Denoiser:
                 f"the longest row takes {canvas.longest} positions (prompt and canvas), but the model has {limit}; "
                 "shorten the prompt or the canvas"
             )
-        if canvas.is_padded and not self._hides_padding:
-            self._groups(canvas)
+        if canvas.is_padded:
+            self._warn_of_groups()
 
     def _check_dropout(self) -> None:
         for name, module in self._call.module.named_modules() if self._call.module is not None else ():
@@ -240,13 +274,13 @@ class Denoiser:
         Functions and modules that are called with ids and mask are not probed: all answers are None.
         """
         return Probe(
-            sees_future=None if self._rows is None else self._rows.sees_future(self._alone),
-            hides_padding=None if self._rows is None else self._is_masked_well,
-            shift=None if self._rows is None else self._rows.shift(self._alone, self.mask_token_id),
+            sees_future=None if self._probed is None else self._probed.sees_future(self._alone),
+            hides_padding=None if self._probed is None else self._is_masked_well,
+            shift=None if self._probed is None else self._probed.shift(self._alone, self.mask_token_id),
         )
 
     @cached_property
-    def _rows(self) -> ProbeRows | None:
+    def _probed(self) -> ProbeRows | None:
         """What the model is probed with; None if it cannot be."""
         if self.config is None:
             return None
@@ -262,36 +296,48 @@ class Denoiser:
     @cached_property
     def _alone(self) -> Tensor:
         """``(N, 2, V)``: what the model says to rows without padding."""
-        assert self._rows is not None
+        assert self._probed is not None
         with torch.no_grad():
-            return self._call(self._rows.tokens, None, self._rows.wanted)
+            return self._call.learn(self._probed.tokens, self._probed.wanted)
+
+    @property
+    def is_split(self) -> bool:
+        """Whether the model's parameters are on several devices."""
+        module = self._call.module
+        return module is not None and len({parameter.device for parameter in module.parameters()}) > 1
+
+    @property
+    def hides_padding(self) -> bool:
+        """Whether rows of different length go through the model together; else it is one length after the other."""
+        return self._is_masked_well
 
     @cached_property
     def _is_masked_well(self) -> bool:
         """Whether what the attention mask hides behind a row leaves the row's predictions alone."""
-        if not self._call.takes_mask or self._rows is None:
+        if not self._call.takes_mask or self._probed is None:
             return self._call.takes_mask
         with torch.no_grad():
-            padded = self._call(self._rows.padded, self._rows.present, self._rows.wanted[:2, :1])
-        return self._rows.hides_padding(self._alone, padded)
+            frame = self._call.frame(self._probed.padded.shape, self._probed.present, self.device)
+            padded = self._call(self._probed.padded, frame, self._probed.wanted[:2, :1])
+        return self._probed.hides_padding(self._alone, self._call.head.logits(padded))
 
-    @cached_property
-    def _hides_padding(self) -> bool:
-        """The same; warns, once, if not."""
-        if not self._is_masked_well:
-            does = "does not hide what its attention mask says is padding" if self._call.takes_mask else "takes no mask"
-            warnings.warn(
-                f"{self._call.name} ({self.family.name}) {does}, so rows of different length "
-                "are decoded in groups of equal length, one forward pass after the other: correct, but slower. "
-                "Batches of prompts of one length avoid it",
-                UserWarning,
-                stacklevel=2,
-            )
-        return self._is_masked_well
+    def _warn_of_groups(self) -> None:
+        """Once, if rows of different length must be."""
+        if self._is_masked_well or self._warned_of_groups:
+            return
+        self._warned_of_groups = True
+        does = "does not hide what its attention mask says is padding" if self._call.takes_mask else "takes no mask"
+        warnings.warn(
+            f"{self._call.name} ({self.family.name}) {does}, so rows of different length are decoded in groups of "
+            "equal length, one forward pass after the other: correct, but slower. Batches of prompts of one length "
+            "avoid it",
+            UserWarning,
+            stacklevel=3,
+        )
 
     def _check_probe(self) -> None:
         """Raise if the model cannot be decoded, warn if it is not what its family is said to be."""
-        if self._rows is None:
+        if self._probed is None:
             return
         self.banned(self._alone.shape[-1], self.device)  # copied to the device now, not inside a decode
         if bool(self._alone.isnan().any()):
@@ -300,7 +346,7 @@ class Denoiser:
                 "attn_implementation='sdpa': not every implementation understands the attention mask of "
                 f"{self.family.name} models ({self.family.attention!r})"
             )
-        if not self._rows.sees_future(self._alone):
+        if not self._probed.sees_future(self._alone):
             import transformers
 
             raise NapDecodeError(
@@ -315,7 +361,7 @@ class Denoiser:
                 f"{self.family.name} models are told their blocks; load it with attn_implementation='sdpa', or pass "
                 "family= with another attention="
             )
-        shift = self._rows.shift(self._alone, self.mask_token_id)
+        shift = self._probed.shift(self._alone, self.mask_token_id)
         if shift not in (None, self.family.shift):
             does, said = ("at p - 1", "in place") if shift else ("in place", "at p - 1")
             warnings.warn(
@@ -349,19 +395,25 @@ class Denoiser:
             raise NapDecodeError(
                 f"some layers of {name} attend to a window only, which a 4-D attention mask would override{remedy}"
             )
-        # The shadow of a masked slot says what the slot itself says, and the canvas what it says without shadows.
-        same, other = (0, self.mask_token_id) if self._rows is None else self._rows.tokens[1:3, 1].tolist()
+        with torch.no_grad():
+            self._try_shadows(remedy)
+        self._leaves_one_out = True
+
+    def _try_shadows(self, remedy: str) -> None:
+        """The shadow of a masked slot says what the slot itself says, and the canvas what it says without shadows."""
+        name, head = self._call.name, self._call.head
+        same, other = (0, self.mask_token_id) if self._probed is None else self._probed.tokens[1:3, 1].tolist()
         rows = torch.tensor([[same, self.mask_token_id, other, same], [other, self.mask_token_id, same, other]] * 2)
         rows, wanted = rows.to(self.device), torch.ones(4, 1, dtype=torch.int64, device=self.device)
-        hidden = torch.arange(4, device=self.device)[:, None] >= 2
-        with torch.no_grad():
-            plain = self._call(rows, None, wanted)
-            try:
-                shadow = self._call(rows, None, wanted, hidden=hidden, mask_token_id=self.mask_token_id)
-            except Exception as error:
-                raise NapDecodeError(
-                    f"leave-one-out predictions need a 4-D attention mask, which {name} does not take: {error}{remedy}"
-                ) from error
+        frame = self._call.frame(rows.shape, None, self.device)
+        shadows = torch.arange(4, device=self.device)[:, None] >= 2, wanted >= 0
+        plain = head.logits(self._call(rows, frame, wanted))
+        try:
+            shadow = head.logits(self._call(rows, frame, wanted, shadows, mask_token_id=self.mask_token_id))
+        except Exception as error:
+            raise NapDecodeError(
+                f"leave-one-out predictions need a 4-D attention mask, which {name} does not take: {error}{remedy}"
+            ) from error
         effect = (plain[0] - plain[1]).abs().max()
         rounding = 16 * torch.finfo(plain.dtype).eps * plain.abs().max()
         if bool((shadow - plain).abs().max() > 1e-3 * effect + rounding):
@@ -369,7 +421,6 @@ class Denoiser:
                 f"{name} does not do what a 4-D attention mask and position_ids say, which leave-one-out predictions "
                 f"need{remedy}, or load it with attn_implementation='sdpa'"
             )
-        self._leaves_one_out = True
 
     # ---------------------------------------------------------------------------------------- forward
 
@@ -400,6 +451,49 @@ class Denoiser:
                 f"tokens must be (B, L) or (J * B, L), and wanted must have as many rows, for a canvas "
                 f"{tuple(canvas.tokens.shape)}, but they are {tuple(tokens.shape)} and {tuple(wanted.shape)}"
             )
+        if self._last_canvas is None or self._last_canvas[0] is not canvas:
+            self._last_canvas = canvas, Rows.of(canvas)
+        times = len(tokens) // num_rows
+        moved = torch.cat([to_rows(canvas, one, self.pad_token_id) for one in tokens.chunk(times)])
+        wanted = wanted - canvas.padding.repeat(times, 1)  # negative for what is no slot
+        every = torch.arange(num_rows * wanted.shape[1], device=wanted.device)
+        prediction = self.predict(self._last_canvas[1], moved, wanted, every, hidden=hidden, alternatives=times)
+        return prediction.logits.flatten(0, 1)
+
+    def predict(
+        self,
+        rows: Rows,
+        tokens: Tensor,
+        wanted: Tensor,
+        places: Tensor,
+        *,
+        hidden: Tensor | None = None,
+        alternatives: int | None = None,
+    ) -> Prediction:
+        """The same for rows that begin in column 0, and for some of the slots; one forward pass.
+
+        Args:
+            rows: what is decoded, B rows.
+            tokens: ``(B, W)`` int64, the rows as they stand, with :attr:`pad_token_id` behind; or
+                ``(J * B, W)``, J alternatives one after the other.
+            wanted: ``(B, K)`` int64, or ``(J * B, K)``: positions.  What is not in ``places`` means nothing.
+            places: ``(T,)`` int64, the slots to predict: indices into ``wanted[:B].flatten()``.
+            hidden: bool in the shape of ``wanted``, see :meth:`__call__`.  Shadows of slots that are not in
+                ``places``, or negative, are seen by none.
+            alternatives: J; None if there are none, and the result is to be of shape ``(B, K)``.
+
+        Returns:
+            That of shape ``(B, K)``, or ``(J, B, K)``.
+
+        Raises:
+            NapDecodeError: shapes that do not fit; ``hidden`` with a model that cannot leave one out.
+        """
+        num_rows, times, width = len(rows.lengths), alternatives or 1, wanted.shape[1]
+        if tokens.shape != (times * num_rows, rows.width) or len(wanted) != len(tokens):
+            raise NapDecodeError(
+                f"tokens must be ({times} * {num_rows}, {rows.width}), and wanted must have as many rows, but they are "
+                f"{tuple(tokens.shape)} and {tuple(wanted.shape)}"
+            )
         if hidden is not None:
             if hidden.shape != wanted.shape or hidden.dtype != torch.bool:
                 raise NapDecodeError(
@@ -407,63 +501,56 @@ class Denoiser:
                     f"{tuple(hidden.shape)}"
                 )
             self.check_leave_one_out()
-        if self.cfg_scale == 0:
-            logits = self._forward(tokens, wanted, canvas, hidden)
-        else:
-            prompt = canvas.prompt.repeat(len(tokens) // num_rows, 1)
-            both = torch.cat([tokens, torch.where(prompt, self.mask_token_id, tokens)])
-            twice = None if hidden is None else hidden.repeat(2, 1)
-            conditional, free = self._forward(both, wanted.repeat(2, 1), canvas, twice).chunk(2)
-            logits = free + (self.cfg_scale + 1) * (conditional - free)
-        if self.logits_processor:
-            width, vocab_size = logits.shape[1:]
-            input_ids = tokens.repeat_interleave(width, dim=0)  # (N * K, L)
-            if hidden is not None:
-                column = wanted.clamp(min=0).reshape(-1, 1)
-                here = input_ids.gather(1, column)
-                input_ids.scatter_(1, column, here.masked_fill(hidden.reshape(-1, 1), self.mask_token_id))
-            scores = logits.reshape(-1, vocab_size)
-            for processor in self.logits_processor:
-                scores = processor(input_ids, scores)
-            logits = scores.view(len(tokens), width, vocab_size)
-        return logits
+        if times > 1:
+            first = torch.arange(0, wanted.numel(), num_rows * width, device=places.device)[:, None]
+            places = (first + places).flatten()
+        shadows = None
+        if hidden is not None:
+            is_slot = torch.zeros_like(hidden).flatten().index_fill_(0, places, True).view_as(hidden)
+            shadows = hidden, is_slot & (wanted >= 0)
+        source, is_hidden = self._forward(rows, tokens, wanted, shadows)
+        head = self._call.head if is_hidden else None
+        vocab_size = source.shape[2] if head is None else head.vocab_size
+        return Prediction(
+            shape=(num_rows, width) if alternatives is None else (times, num_rows, width),
+            places=places,
+            vocab_size=vocab_size,
+            banned=self.banned(vocab_size, places.device),
+            dtype=source.dtype if head is None else head.dtype,
+            source=source.flatten(0, 1),
+            head=None if head is None else Passing(head),
+            cfg_scale=self.cfg_scale,
+            process=partial(self._process, tokens, wanted, hidden) if self.logits_processor else None,
+        )
 
-    def _forward(self, tokens: Tensor, wanted: Tensor, canvas: Canvas, hidden: Tensor | None) -> Tensor:
-        """``(N, K, V)``; N is B times the number of alternatives, twice that under guidance."""
-        present = None
-        if canvas.is_padded:
-            #  pad pad  a   b   c        a   b   c  pad
-            #  pad  d   e   f   g   ->   d   e   f   g
-            padding = canvas.padding.repeat(len(tokens) // len(canvas.tokens), 1)
-            columns = torch.arange(canvas.longest, device=tokens.device) + padding
-            present = columns < tokens.shape[1]
-            tokens = tokens.gather(1, columns.clamp(max=tokens.shape[1] - 1)).where(present, self.pad_token_id)
-            wanted = wanted - padding  # negative for what is no slot
+    def _process(self, tokens: Tensor, wanted: Tensor, hidden: Tensor | None, places: Tensor, scores: Tensor) -> Tensor:
+        """What the logits processors make of scores ``(R, V)`` of the slots at ``places``."""
+        input_ids = tokens.index_select(0, places // wanted.shape[1])  # (R, W)
+        if hidden is not None:
+            column = wanted.flatten()[places].clamp(min=0)[:, None]
+            is_hidden = hidden.flatten()[places][:, None]
+            input_ids.scatter_(1, column, input_ids.gather(1, column).masked_fill(is_hidden, self.mask_token_id))
+        for processor in self.logits_processor:
+            scores = processor(input_ids, scores)
+        return scores
+
+    def _forward(self, rows: Rows, tokens: Tensor, wanted: Tensor, shadows: tuple[Tensor, Tensor] | None) -> Output:
+        """Of N rows, B times the number of alternatives; of 2 * N under guidance."""
+        again = self._pass
+        if again is None or again.rows is not rows:
+            if rows.is_padded:
+                self._warn_of_groups()
+            is_grouped = rows.is_padded and not self._is_masked_well
+            self._pass = again = ForwardPass(self._compiled or self._call, rows, is_grouped, self.mask_token_id)
         if self.family.shift:
             # Dream predicts the first position from itself, as there is nothing before it.
             wanted = (wanted - 1).clamp(min=0)
-        options: dict[str, Any] = {"mask_token_id": self.mask_token_id}
-        if present is None or self._hides_padding:
-            return self._call(tokens, present, wanted, hidden=hidden, **options)
-        parts, order = [], []
-        first = torch.arange(0, len(tokens), len(canvas.tokens), device=tokens.device)[:, None]  # of each alternative
-        for some, length in self._groups(canvas):
-            rows = (first + some).flatten()
-            mine = None if hidden is None else hidden[rows]
-            parts.append(self._call(tokens[rows, :length], None, wanted[rows], hidden=mine, **options))
-            order.append(rows)
-        logits = torch.cat(parts)
-        return torch.empty_like(logits).index_copy_(0, torch.cat(order).to(logits.device), logits)
-
-    def _groups(self, canvas: Canvas) -> list[tuple[Tensor, int]]:
-        """Rows of one length, and that length, for every length; found on the host, once for a canvas."""
-        if self._grouped[0] is not canvas:
-            by_length: dict[int, list[int]] = {}
-            for row, length in enumerate(canvas.attention_mask.sum(1).tolist()):
-                by_length.setdefault(length, []).append(row)
-            device = canvas.tokens.device
-            self._grouped = canvas, [(torch.tensor(rows, device=device), n) for n, rows in by_length.items()]
-        return self._grouped[1]
+        if self.cfg_scale != 0:
+            prompt = rows.prompt.repeat(len(tokens) // len(rows.prompt), 1)
+            tokens = torch.cat([tokens, torch.where(prompt, self.mask_token_id, tokens)])
+            wanted = wanted.repeat(2, 1)
+            shadows = None if shadows is None else (shadows[0].repeat(2, 1), shadows[1].repeat(2, 1))
+        return again(tokens, wanted, shadows)
 
 
 def _as_tuple(processors: LogitsProcessor | Sequence[LogitsProcessor]) -> tuple[LogitsProcessor, ...]:

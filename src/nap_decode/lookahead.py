@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange, repeat
@@ -71,13 +71,21 @@ class LookaheadCommitter(Committer):
     def is_random(self) -> bool:
         return self.committer.is_random
 
+    @property
+    @override
+    def remembers(self) -> bool:
+        return True
+
+    @override
+    def compiled(self) -> LookaheadCommitter:
+        return replace(self, committer=self.committer.compiled())
+
     @override
     def __call__(self, slots: Slots, predict: Predict) -> Commit:
         branches = _Branches.of(slots)
         number = len(branches.adds)  # J, the anchor included
-        logits, banned = predict(torch.where(branches.adds, branches.tokens, slots.tokens))  # (J, B, K, V)
-        every = _repeat(slots, number)
-        proposal = self.committer.propose(rearrange(logits, "j b k v -> (j b) k v"), every, banned)
+        prediction = predict(torch.where(branches.adds, branches.tokens, slots.tokens))  # (J, B, K)
+        proposal = self.committer.propose(prediction, slots.repeat(number))
         confidence = rearrange(proposal.confidence, "(j b) k -> j b k", j=number)
         future = self._certainty(confidence, slots.open & ~branches.adds)
         worth = self.weight * branches.confidence + (1 - self.weight) * future
@@ -100,8 +108,8 @@ class LookaheadCommitter(Committer):
         commit = self.committer.commit(proposal, slots)
         left = commit.confidence.where(slots.open & ~commit.chosen, -torch.inf)
         best, place = left.topk(min(self.branches, left.shape[1]), dim=1)
-        columns = slots.index.gather(1, place).where(best > -torch.inf, -1)
-        slots.memory["branches"] = (columns, commit.tokens.gather(1, place), best)
+        found = {"columns": slots.index.gather(1, place) + 1, "tokens": commit.tokens.gather(1, place), "scores": best}
+        slots.memory.update((f"branch_{name}", values.where(best > -torch.inf, 0)) for name, values in found.items())
         return Commit(
             tokens=torch.where(added, won(branches.tokens), commit.tokens),
             confidence=torch.where(added, won(branches.confidence)[:, None].to(commit.confidence), commit.confidence),
@@ -130,8 +138,12 @@ class _Branches:
     @classmethod
     def of(cls, slots: Slots) -> _Branches:
         num_rows, device = len(slots.index), slots.index.device
-        none = torch.zeros(num_rows, 0, dtype=torch.int64, device=device)
-        columns, tokens, confidence = slots.memory.get("branches", (none, none, none.float()))  # (B, J - 1) each
+        none = torch.zeros(num_rows, 0, device=device)
+        columns, tokens, confidence = (
+            slots.memory.get(f"branch_{name}", none.to(dtype))  # (B, J - 1)
+            for name, dtype in (("columns", torch.int64), ("tokens", torch.int64), ("scores", torch.float32))
+        )
+        columns = columns - 1  # 0 stands for none
         place = slots.rank.gather(1, columns.clamp(min=0))
         # A column whose block is closed by now has no place.
         adds = torch.arange(slots.index.shape[1], device=device) == place.T[:, :, None]
@@ -143,9 +155,3 @@ class _Branches:
             confidence=torch.cat([anchor.to(confidence), confidence.T]),
             exists=torch.cat([anchor.bool(), adds.any(2)]),
         )
-
-
-def _repeat(slots: Slots, times: int) -> Slots:
-    """Slots of the batch several times over."""
-    tensors = {f.name: getattr(slots, f.name) for f in fields(slots) if isinstance(getattr(slots, f.name), Tensor)}
-    return replace(slots, **{name: t.repeat(times, *[1] * (t.ndim - 1)) for name, t in tensors.items()})

@@ -30,9 +30,12 @@ class SamplerOutput:
         trace: what happened when, on the CPU.
         forward_passes: forward passes of the batch.  Of a model that does not hide padding, each takes one call for
             every length of row; of a committer that looks ahead, each has more rows.
-        wall_time: seconds that the decoding loop took.
+        wall_time: seconds that the decoding loop took; in a stream, from the row's admission to its output.
         row_seeds: seeds of the rows, to decode one again with ``row_seeds=``; None if nothing was drawn.
         tokenizer: for the texts; None if there is none.
+        steps_saved: steps of each row's schedule that ``close_on`` made unnecessary; None without it, or if the
+            number of steps depends on the model anyway.
+        index: of an output of :meth:`Sampler.stream`, the place of its prompt.
 
     Example:
         >>> from nap_decode import ParallelForcedSampler, demo
@@ -49,6 +52,8 @@ class SamplerOutput:
     wall_time: float
     row_seeds: list[int] | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
+    steps_saved: list[int] | None = None
+    index: int | None = None
 
     def __repr__(self) -> str:
         rows = f"{len(self.sequences)} row{'s' if len(self.sequences) > 1 else ''}"

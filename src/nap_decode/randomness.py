@@ -9,6 +9,7 @@ splittable pseudorandom number generators", OOPSLA 2014), applied once per coord
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,29 +48,30 @@ def wrap(seed: Any) -> int:
         raise NapDecodeError(f"a seed must be a whole number, but is {seed!r}") from None
 
 
-def row_seeds(seed: int, num_rows: int, device: torch.device | None = None) -> Tensor:
-    """Seeds of the rows of a batch, ``(num_rows,)`` int64, each from ``seed`` and the row's index.
+def row_seeds(seed: int, rows: Sequence[int]) -> Tensor:
+    """Seeds of rows, ``(n,)`` int64, each from ``seed`` and the row's number.
 
     Example:
-        >>> bool((row_seeds(7, 4)[:2] == row_seeds(7, 2)).all())
+        >>> bool((row_seeds(7, range(4))[2:] == row_seeds(7, [2, 3])).all())
         True
     """
-    base = torch.full((num_rows,), wrap(seed), dtype=torch.int64, device=device)
-    return _mix(_mix(base) + torch.arange(1, num_rows + 1, device=device) * _GOLDEN)
+    base = torch.full((len(rows),), wrap(seed))
+    return _mix(_mix(base) + (torch.tensor(list(rows), dtype=torch.int64) + 1) * _GOLDEN)
 
 
-def uniform(seeds: Tensor, step: int, stream: int, positions: Tensor) -> Tensor:
+def uniform(seeds: Tensor, step: Tensor | int, stream: int, positions: Tensor) -> Tensor:
     """Uniform draws on ``[0, 1)``, float32 with 24 random bits.
 
     Args:
         seeds: ``(B,)`` int64, one per row.
-        step: index of the decoding step.
+        step: index of the decoding step, or ``(B,)`` int64, one per row.
         stream: which use the draws serve; different streams are independent.
         positions: ``(B, K)`` int64, the position each draw belongs to.
 
     Returns:
         ``(B, K)`` float32.
     """
-    key = _mix(seeds + wrap((step * 8 + stream + 1) * 0x632B_E59B_D9B4_E019))
+    offset = (step * 8 + stream + 1) * 0x632B_E59B_D9B4_E019
+    key = _mix(seeds + (offset if isinstance(offset, Tensor) else wrap(offset)))
     bits = _mix(key[:, None] + (positions + 1) * _GOLDEN)
     return ((bits >> 40) & 0xFF_FFFF).to(torch.float32) * 2.0**-24

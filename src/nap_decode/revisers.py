@@ -93,7 +93,7 @@ class EditReviser(Reviser):
     def __call__(self, slots: Slots, tokens: Tensor, chosen: Tensor, statistics: tuple[Tensor, ...]) -> Revision:
         edited = slots.committed & (tokens != slots.tokens) & (statistics[0] > self.threshold)
         had_masks, has_edits = slots.count(slots.open) > 0, slots.count(edited) > 0  # (B, M)
-        passes = slots.memory.get("edit_passes", torch.zeros_like(slots.quota)) + (slots.count(slots.committed) > 0)
+        passes = slots.kept("edit_passes", torch.zeros_like(slots.quota)) + (slots.count(slots.committed) > 0)
         passes = torch.where(had_masks, 0, passes)
         slots.memory["edit_passes"] = passes
         return Revision(edited=edited, unsettled=had_masks | (has_edits & (passes < self.max_passes)))
@@ -126,9 +126,10 @@ class RemaskReviser(Reviser):
     @override
     def __call__(self, slots: Slots, tokens: Tensor, chosen: Tensor, statistics: tuple[Tensor, ...]) -> Revision:
         accepted = slots.count(chosen)  # (B, M)
-        first = torch.full_like(accepted, 30)  # as in WINO's reference; nothing can be masked at the first step anyway
-        limit = torch.where(accepted > 1, slots.memory.get("accepted", first) - 1, 0)
-        slots.memory["accepted"] = torch.where(accepted > 0, accepted, slots.memory.get("accepted", first))
+        before = slots.kept("accepted", torch.zeros_like(accepted))
+        before = torch.where(before > 0, before, 30)  # as in WINO's reference; at first nothing can be masked anyway
+        limit = torch.where(accepted > 1, before - 1, 0)
+        slots.memory["accepted"] = torch.where(accepted > 0, accepted, before)
         doubtful = slots.committed & (statistics[0] < self.threshold)
         worst = torch.where(doubtful, -statistics[0], -torch.inf)
         return Revision(remasked=doubtful & (rank_in_block(worst, slots.block) < slots.per_slot(limit)))

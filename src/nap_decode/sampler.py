@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from functools import partial
+from itertools import islice
+from numbers import Real
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,79 +16,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nap_decode.canvas import Canvas, CanvasTemplate, Prompts, count_blocks, encode_prompts
+from nap_decode.canvas import Canvas, CanvasTemplate, Prompt, Prompts, encode_prompts
+from nap_decode.capturing import CudaRecorder, StepGraphs
 from nap_decode.committers import Committer, MicroConfidenceCommitter
 from nap_decode.confidence import Confidence
+from nap_decode.decoding import Decoding, Finished
 from nap_decode.denoiser import Denoiser, Model
-from nap_decode.errors import NapDecodeError
+from nap_decode.errors import NapDecodeError, check_integer
 from nap_decode.output import SamplerOutput
 from nap_decode.randomness import row_seeds as seeds_of_rows
 from nap_decode.randomness import wrap
+from nap_decode.rows import to_canvas
 from nap_decode.saving import Part, describe, from_plain, to_plain
-from nap_decode.schedulers import BlockScheduler, MacroParallelScheduler, Partition, Plan
+from nap_decode.schedulers import BlockScheduler, MacroParallelScheduler
 from nap_decode.schedules import EvenSchedule
 from nap_decode.selections import QuotaSelection, Selection
-from nap_decode.slots import Slots
-from nap_decode.state import Callback, DecodeState
+from nap_decode.state import Callback, DecodeState, RowState
 from nap_decode.trace import DecodeTrace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_FORMAT = 1
-_PATIENCE = 1000
-"""Steps without progress after which decoding is given up."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Step:
-    index: int  # in the schedule; the same for a row whatever its batch
-    is_open: Tensor  # (B, M) bool, blocks that may commit
-    quota: Tensor  # (B, M) tokens that each block shall commit
-    width: int  # slots of open blocks in the row that has most
-    active: Tensor  # (B,) on the host, 1 for rows that are not finished
-
-
-class _Predict:
-    """What a committer asks the model at one step; see :class:`Predict`."""
-
-    def __init__(self, denoiser: Denoiser, canvas: Canvas, tokens: Tensor, slots: Slots) -> None:
-        self.denoiser, self.canvas, self.tokens, self.slots = denoiser, canvas, tokens, slots
-        self.calls = 0
-        self.vocab_size = denoiser.num_embeddings  # what the logits say is surer
-
-    def __call__(self, tokens: Tensor | None = None, *, leave_one_out: bool = False) -> tuple[Tensor, Tensor]:
-        slots, whole, index = self.slots, self.tokens, self.slots.index
-        if tokens is not None and leave_one_out:
-            raise NapDecodeError("alternatives cannot be predicted with slots left out; ask for one of the two")
-        if tokens is not None:
-            spread = torch.stack([slots.spread(alternative) for alternative in tokens])  # (J, B, L)
-            whole = torch.where(slots.rank >= 0, spread, whole).flatten(0, 1)
-            index = index.repeat(len(tokens), 1)
-        hidden = slots.committed if leave_one_out else None
-        if leave_one_out:  # what only fills a row up has no part in it
-            index = index.where(slots.block < slots.quota.shape[1], -1)
-        logits = self.denoiser(whole, index, self.canvas, hidden=hidden)
-        logits = logits.to(slots.index.device)
-        self.calls += 1
-        self.vocab_size = logits.shape[-1]
-        if tokens is not None:
-            logits = logits.view(*tokens.shape, -1)
-        return logits, self.denoiser.banned(logits.shape[-1], logits.device)
-
-    def edit(self, state: DecodeState, tokens: Tensor) -> DecodeState:
-        """The state with a callback's tokens."""
-        vocab_size = self.vocab_size or int(self.tokens.max()) + 1  # of a function that was not asked
-        banned = self.denoiser.banned(vocab_size, state.tokens.device)
-        return state.edit(tokens, self.denoiser.mask_token_id, banned, vocab_size)
-
-
-def _remaining(partition: Partition, masked: Tensor, unsettled: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``(B, M)`` slots of each block still to decode, and 1 for blocks that are not settled; on the host."""
-    remaining = count_blocks(partition.block, partition.lengths.shape[1], masked)
-    unsettled = torch.zeros_like(remaining) if unsettled is None else unsettled.long()
-    both = torch.stack([remaining, unsettled]).cpu()
-    return both[0], both[1]
+_FORMAT = 2
 
 
 class Sampler:
@@ -101,6 +50,15 @@ class Sampler:
         committer: which positions and tokens; :class:`MicroConfidenceCommitter` at temperature 0 by default.
         template: what follows a prompt; needed unless ``max_new_tokens`` is given with the prompts.
         mask_token_id: see :class:`Denoiser`.
+        close_on: ids that end a block of the canvas, or ``"end"`` for those of the model.  Once such an id and
+            everything before it are committed, the rest of the block is filled with the padding id without being
+            decoded, and its share of the steps goes to the other blocks; with a fixed schedule, fewer steps are
+            taken.
+        compile: ``"kernels"`` puts the model's body and what is done to its logits through ``torch.compile``;
+            ``"graphs"`` captures whole steps as CUDA graphs, a few for each shape of batch, unless a part keeps things
+            from step to step; True does both on CUDA, the first elsewhere.  Off by default: compiling takes a minute,
+            which pays for long runs, and capturing pays for models whose kernels are shorter than their launches.
+            Tokens are the same up to rounding.
 
     Raises:
         NapDecodeError: parts that do not go together.
@@ -122,6 +80,8 @@ class Sampler:
         committer: Committer | None = None,
         template: CanvasTemplate | None = None,
         mask_token_id: int | None = None,
+        close_on: Sequence[int] | str = (),
+        compile: bool | str = False,
     ) -> None:
         if not isinstance(model, Denoiser):
             model = Denoiser(model, tokenizer, mask_token_id=mask_token_id)
@@ -134,7 +94,10 @@ class Sampler:
         self.scheduler = scheduler
         self.committer: Committer = committer or MicroConfidenceCommitter()
         self.template = template
+        self.close_on = self._find_ends(close_on)
+        self.compile = compile
         check_parts(self.scheduler, self.committer)
+        self._set_compiled()
 
     def __call__(
         self,
@@ -258,64 +221,220 @@ class Sampler:
         Raises:
             NapDecodeError: see :meth:`Denoiser.check` and :meth:`BlockScheduler.plan`.
         """
+        started = time.perf_counter()
+        decoding = self._decoding(is_watched=callback is not None)
+        self._check(canvas)
+        seeds = self._seeds(len(canvas.tokens), seed, row_seeds)
+        plan = decoding.add(canvas, range(len(canvas.tokens)), seeds)
+        total_steps = None if self.committer.is_adaptive else int(plan.steps.max())
+
+        def edit(rows: RowState, step: int) -> RowState:
+            assert callback is not None
+            tokens = callback(DecodeState.of(rows, canvas, step, total_steps))
+            if tokens is None:
+                return rows
+            state = DecodeState.of(rows, canvas, step, total_steps)  # whatever the callback did to its own
+            vocab_size = decoding.vocab_size or int(rows.tokens.max()) + 1  # of a function that was not asked
+            banned = self.denoiser.banned(vocab_size, rows.tokens.device)
+            return state.edit(tokens, self.denoiser.mask_token_id, banned, vocab_size).to_rows(rows)
+
+        with torch.no_grad(), _progress_bar(total_steps, progress) as bar:
+            finished = decoding.leave()
+            while decoding.size:
+                decoding.step(None if callback is None else edit)
+                bar.update(1)
+                finished += decoding.leave()
+            return self._output(canvas, Finished.sorted(finished), decoding.forward_passes, started, seeds)
+
+    def stream(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        max_batch: int = 8,
+        max_tokens: int | None = None,
+        max_new_tokens: int | None = None,
+        in_order: bool = True,
+        seed: int | None = None,
+        progress: bool | None = None,
+    ) -> Iterator[SamplerOutput]:
+        """Decode any number of prompts; a row that is finished leaves the batch, and the next prompt takes its place.
+
+        The tokens of a row are those that a call with all prompts at once gives it.
+
+        Args:
+            prompts: prompts, read as they are needed: ``16 * max_batch`` at a time, which are decoded from the
+                longest to the shortest, so that rows of a batch have similar lengths.
+            max_batch: rows of a batch, at most.
+            max_tokens: rows of a batch by tokens of the longest (prompt and canvas), at most: what bounds memory.
+            max_new_tokens: slots to decode, instead of the sampler's template.
+            in_order: whether outputs come in the order of the prompts, or as they are finished.  Outputs that wait
+                for an earlier one are kept.
+            seed: see :meth:`decode`.
+            progress: show a bar on stderr, counting prompts; None shows it in terminals and notebooks only.
+
+        Yields:
+            An output of one row for each prompt, with its ``index``.
+
+        Raises:
+            NapDecodeError: see :meth:`decode`; a prompt that is too long for ``max_tokens``.
+
+        Example:
+            >>> from nap_decode import demo
+            >>> sampler = ParallelForcedSampler(*demo.load(), path_length=11, summary_length=2, tokens_per_step=4)
+            >>> problems = ["6 0 6 4 6 2 1 2 4 7 0 6 =", "1 2 3 4 5 6 7 0 1 2 3 4 =", "5 5 5 5 1 1 1 1 0 0 0 0 ="]
+            >>> [out.summary for out in sampler.stream(problems, max_batch=2)]
+            ['6', '4', '0']
+        """
+        check_integer("max_batch", max_batch, 1)
+        if max_tokens is not None:
+            check_integer("max_tokens", max_tokens, 1)
+        if isinstance(prompts, str | Mapping | Tensor):
+            raise NapDecodeError(f"stream takes a list or an iterator of prompts, not {type(prompts).__name__}")
+        canvas = partial(self._append, max_new_tokens=max_new_tokens)
+        canvas([[]])  # raises, if it cannot be made
+        outputs = self._stream(prompts, canvas, max_batch, max_tokens, self._base_seed(seed), progress)
+        return _in_order(outputs) if in_order else outputs
+
+    def _stream(
+        self,
+        prompts: Iterable[Prompt],
+        canvas_of: Callable[..., Canvas],
+        max_batch: int,
+        max_tokens: int | None,
+        seed: int | None,
+        progress: bool | None,
+    ) -> Iterator[SamplerOutput]:
+        decoding, layout = self._decoding(), canvas_of([[]]).longest
+        waiting = _longest_first(prompts, self.tokenizer, window=16 * max_batch)
+        upcoming = next(waiting, None)
+        admitted: dict[int, tuple[float, list[int]]] = {}
+        total = len(prompts) if isinstance(prompts, Sized) else None
+        with _progress_bar(total, progress, "row") as bar:
+            while upcoming is not None or decoding.size:
+                coming: list[tuple[int, list[int]]] = []
+                while upcoming is not None and (size := decoding.size + len(coming)) < max_batch:
+                    longest = len(upcoming[1]) + layout
+                    if max_tokens is not None and longest > max_tokens:
+                        raise NapDecodeError(
+                            f"prompt {upcoming[0]} and its canvas take {longest} tokens, more than max_tokens="
+                            f"{max_tokens}; raise it, or shorten the prompt"
+                        )
+                    widths = [longest, decoding.width, *(len(ids) + layout for _, ids in coming)]
+                    if max_tokens is not None and (size + 1) * max(widths) > max_tokens:
+                        break
+                    coming.append(upcoming)
+                    upcoming = next(waiting, None)
+                with torch.no_grad():  # around no yield: what the caller does in between is not ours
+                    if coming:
+                        numbers, rows = (list(values) for values in zip(*coming, strict=True))
+                        canvas = canvas_of(rows, numbers=numbers)
+                        self._check(canvas)
+                        decoding.add(canvas, numbers, None if seed is None else seeds_of_rows(seed, numbers))
+                        admitted |= {number: (time.perf_counter(), ids) for number, ids in coming}
+                    else:
+                        decoding.step()
+                    finished = decoding.leave()
+                for row, several in ((row, group) for group in finished for row in range(len(group.numbers))):
+                    one = several.rows(torch.tensor([row]))
+                    started, ids = admitted.pop(one.numbers[0])
+                    seeds = None if seed is None else seeds_of_rows(seed, one.numbers)
+                    canvas = canvas_of([ids], is_single=True)
+                    bar.update(1)
+                    yield self._output(canvas, one, int(one.passes[0]), started, seeds, index=one.numbers[0])
+
+    def _decoding(self, *, is_watched: bool = False) -> Decoding:
+        denoiser, committer = self._compiled
+        return Decoding(
+            denoiser,
+            self.scheduler,
+            committer,
+            close_on=self.close_on,
+            is_watched=is_watched,
+            graphs=self._graphs,
+        )
+
+    def _find_ends(self, close_on: Sequence[int] | str) -> tuple[int, ...]:
+        if isinstance(close_on, str):
+            if close_on != "end" or not self.denoiser.end_token_ids:
+                known = self.denoiser.end_token_ids or "none"
+                raise NapDecodeError(
+                    f'close_on must be token ids, or "end" if the model says which ids end a text (it says {known}), '
+                    f"but is {close_on!r}"
+                )
+            close_on = self.denoiser.end_token_ids
+        size, mask = self.denoiser.num_embeddings, self.denoiser.mask_token_id
+        for token in close_on:
+            check_integer("an id of close_on", token, 0)
+            if token >= (size or token + 1) or token == mask:
+                ids = f"ids from 0 to {size - 1}" if size else "ids"
+                raise NapDecodeError(
+                    f"close_on names id {token}, which the model never emits: it has {ids}, and {mask} is the mask"
+                )
+        return tuple(close_on)
+
+    def _set_compiled(self) -> None:
+        """The parts that the loop runs with, as ``compile`` says."""
+        modes: dict[bool | str, tuple[bool, bool]] = {
+            False: (False, False),
+            "kernels": (True, False),
+            "graphs": (False, True),
+            True: (True, self.denoiser.device.type == "cuda"),
+        }
+        if not isinstance(self.compile, bool | str) or self.compile not in modes:
+            raise NapDecodeError(f'compile must be False, True, "kernels" or "graphs", but is {self.compile!r}')
+        kernels, graphs = modes[self.compile]
+        if graphs and self.committer.remembers:
+            raise NapDecodeError(
+                f"{type(self.committer).__name__} keeps things from step to step, which captured steps cannot; use "
+                'compile="kernels"'
+            )
+        device = self.denoiser.device
+        if graphs and device.type != "cuda":
+            raise NapDecodeError(
+                f'compile="graphs" needs a model on a CUDA device, but it is on {device}; use compile="kernels", or '
+                "leave it out"
+            )
+        if graphs and (self.denoiser.is_split or not self.denoiser.hides_padding):
+            reason = "is split over devices" if self.denoiser.is_split else "does not hide padding"
+            raise NapDecodeError(f'compile="graphs" is not for a model that {reason}; use compile="kernels"')
+        parts = self.denoiser, self.committer
+        self._compiled = (parts[0].compiled(), parts[1].compiled()) if kernels else parts
+        self._graphs = StepGraphs(CudaRecorder(device)) if graphs else None
+
+    def _check(self, canvas: Canvas) -> None:
         self.denoiser.check(canvas)
         if self.committer.leaves_one_out:
             self.denoiser.check_leave_one_out()
-        adaptive, revises, device = self.committer.is_adaptive, self.committer.revises, canvas.tokens.device
-        partition = self.scheduler.partition(canvas)
-        drawn = self._seeds(canvas, seed, row_seeds)
-        plan = self.scheduler.plan(
-            partition.lengths, partition.held, adaptive=adaptive, seeds=None if drawn is None else drawn.cpu()
-        )
-        total_steps = None if adaptive else int(plan.steps.max())
-        seeds = torch.zeros(len(canvas.tokens), dtype=torch.int64, device=device) if drawn is None else drawn
 
-        state = DecodeState.start(canvas, total_steps)
-        remaining = partition.lengths  # (B, M), on the host
-        # What is known of the steps to come: everything, unless the model or a callback has a say.
-        known = None if not adaptive and callback is None else 1
-        pending = self._schedule(plan, remaining, 0, known, device)
-        passes: list[Tensor] = []
-        fewest, stalled = int(remaining.sum()), 0
-        memory: dict[str, Any] = {}
-        started = time.perf_counter()
-        with torch.no_grad(), _progress_bar(total_steps, progress) as bar:
-            while pending:
-                step = pending.popleft()
-                slots = Slots.pack(
-                    canvas,
-                    partition,
-                    state.tokens,
-                    state.masked,
-                    step.is_open,
-                    step.quota,
-                    step.width,
-                    seeds,
-                    step=step.index,
-                    memory=memory,
-                    revises=revises,
-                )
-                predict = _Predict(self.denoiser, canvas, state.tokens, slots)
-                commit = self.committer(slots, predict)
-                passes += [step.active] * predict.calls
-                state = state.after(commit, slots, self.denoiser.mask_token_id)
-                edit = callback(state.copy()) if callback is not None else None
-                if edit is not None:
-                    state = predict.edit(state, edit)
-                if known is not None:
-                    # The one place that waits for the device: only it knows how many slots are left.
-                    remaining, unsettled = _remaining(partition, state.masked, commit.unsettled)
-                    left = int(torch.maximum(remaining, unsettled).sum())
-                    fewest, stalled = min(fewest, left), stalled + 1 if left >= fewest else 0
-                    if stalled > _PATIENCE:
-                        raise NapDecodeError(
-                            f"{stalled} steps in a row came no further; {type(self.committer).__name__}, its parts or "
-                            "the callback must leave fewer slots masked, and blocks settled, some time"
-                        )
-                    pending = self._schedule(plan, remaining, state.step, known, device, unsettled)
-                bar.update(1)
-            trace = self._trace(state, sum(passes, torch.zeros(len(canvas.tokens), dtype=torch.int64)))
-        if bool((trace.confidence.isnan() & (trace.block >= 0) & ~state.edited.cpu()).any()):
+    def _output(
+        self,
+        canvas: Canvas,
+        finished: Finished,
+        forward_passes: int,
+        started: float,
+        seeds: Tensor | None,
+        index: int | None = None,
+    ) -> SamplerOutput:
+        state = DecodeState.of(finished.state, canvas, 0, None)
+
+        def host(tensor: Tensor) -> Tensor:
+            return tensor.to("cpu", copy=True)
+
+        trace = DecodeTrace(
+            tokens=host(state.tokens),
+            block=host(canvas.block),
+            step=host(state.commit_step),
+            confidence=host(state.confidence),
+            forward_passes=finished.passes,
+            block_names=canvas.block_names,
+            mask_token_id=self.denoiser.mask_token_id,
+            end_token_ids=self.denoiser.end_token_ids,
+            closed=host(to_canvas(canvas, finished.state.closed, False)) if self.close_on else None,
+        )
+        expected = (trace.block >= 0) & ~host(state.edited)
+        if trace.closed is not None:
+            expected &= ~trace.closed
+        if bool((trace.confidence.isnan() & expected).any()):
             raise NapDecodeError(
                 "the model's logits, or the confidences made of them, were nan in places, or left no id to emit; the "
                 "tokens committed there mean nothing. Try another precision (bfloat16 instead of float16) or "
@@ -323,17 +442,19 @@ class Sampler:
             )
         if bool(((trace.tokens == self.denoiser.mask_token_id) & (trace.block >= 0)).any()):
             raise NapDecodeError(
-                f"{type(self.committer).__name__} committed the mask token; it must not propose the banned ids that "
-                "predict() returns"
+                f"{type(self.committer).__name__} committed the mask token; it must not propose the banned ids of the "
+                "prediction"
             )
         return SamplerOutput(
             sequences=state.tokens,
             canvas=canvas,
             trace=trace,
-            forward_passes=len(passes),
+            forward_passes=forward_passes,
             wall_time=time.perf_counter() - started,
-            row_seeds=None if drawn is None else drawn.tolist(),
+            row_seeds=None if seeds is None else seeds.tolist(),
             tokenizer=self.tokenizer,
+            steps_saved=finished.steps_saved.tolist() if self.close_on and not self.committer.is_adaptive else None,
+            index=index,
         )
 
     def replace(
@@ -343,6 +464,8 @@ class Sampler:
         scheduler: BlockScheduler | None = None,
         committer: Committer | None = None,
         template: CanvasTemplate | None = None,
+        close_on: Sequence[int] | str | None = None,
+        compile: bool | str | None = None,
     ) -> Sampler:
         """The same sampler with some parts exchanged.
 
@@ -357,6 +480,8 @@ class Sampler:
             scheduler=scheduler or self.scheduler,
             committer=committer or self.committer,
             template=template or self.template,
+            close_on=self.close_on if close_on is None else close_on,
+            compile=self.compile if compile is None else compile,
         )
 
     def describe(self) -> str:
@@ -379,11 +504,13 @@ class Sampler:
         if self.template is not None:
             blocks = (f"{b.name} ({b.length}{', held' if b.held else ''})" for b in self.template.blocks)
             lines.append(f"canvas: {', '.join(blocks)}")
+        if self.close_on:
+            lines.append(f"blocks end with: {', '.join(map(str, self.close_on))}")
         lines += [f"scheduler: {describe(self.scheduler)}", f"committer: {describe(self.committer)}"]
         return "\n".join(lines).replace("\n", "\n  ")
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write to a JSON file how this sampler decodes: its parts, not its model.
+        """Write to a JSON file how this sampler decodes: its parts, not its model, nor how that is compiled.
 
         Raises:
             NapDecodeError: a part that is no dataclass of plain values, or logits processors.
@@ -394,7 +521,7 @@ class Sampler:
                 "it is loaded with"
             )
         parts = {name: to_plain(getattr(self, name)) for name in ("scheduler", "committer", "template")}
-        content = {"format": _FORMAT, "cfg_scale": float(self.denoiser.cfg_scale)} | parts
+        content = {"format": _FORMAT, "cfg_scale": float(self.denoiser.cfg_scale), "close_on": self.close_on} | parts
         Path(path).write_text(json.dumps(content, indent=2) + "\n")
 
     @staticmethod
@@ -422,6 +549,7 @@ class Sampler:
             content = json.loads(Path(path).read_text())
             found, cfg_scale = content["format"], content["cfg_scale"]
             plain = {name: content[name] for name in ("scheduler", "committer", "template")}
+            close_on = content.get("close_on", ())  # since format 2
         except (ValueError, KeyError, TypeError) as error:
             raise NapDecodeError(f"{path} is not a file written by Sampler.save ({error})") from error
         if not isinstance(found, int) or found > _FORMAT:
@@ -430,15 +558,22 @@ class Sampler:
             model = Denoiser(model, tokenizer, mask_token_id=mask_token_id, cfg_scale=cfg_scale)
         elif model.cfg_scale != cfg_scale:
             raise NapDecodeError(f"the file has cfg_scale {cfg_scale}, but the Denoiser has {model.cfg_scale}")
-        return Sampler(model, **{name: from_plain(data, tuple(parts)) for name, data in plain.items()})
+        whole = {name: from_plain(data, tuple(parts)) for name, data in plain.items()}
+        return Sampler(model, **whole, close_on=close_on)
 
     def _append(
-        self, rows: list[list[int]], max_new_tokens: int | None, *, prompt_width: int = 0, is_single: bool = False
+        self,
+        rows: list[list[int]],
+        max_new_tokens: int | None,
+        *,
+        prompt_width: int = 0,
+        is_single: bool = False,
+        numbers: Sequence[int] | None = None,
     ) -> Canvas:
         template = self.template if max_new_tokens is None else CanvasTemplate.plain(max_new_tokens)
         if template is None:
             raise NapDecodeError("say what to decode: give the sampler a template, or pass max_new_tokens=")
-        for row, ids in enumerate(rows):
+        for row, ids in zip(numbers or range(len(rows)), rows, strict=True):
             if self.denoiser.mask_token_id in ids:
                 raise NapDecodeError(f"there is a mask token in prompt {row}; infill(...) decodes masks inside a text")
         return Canvas.from_prompts(
@@ -452,72 +587,55 @@ class Sampler:
             is_single=is_single,
         )
 
-    def _schedule(
-        self,
-        plan: Plan,
-        remaining: Tensor,
-        step: int,
-        known: int | None,
-        device: torch.device,
-        unsettled: Tensor | None = None,
-    ) -> deque[_Step]:
-        """The next ``known`` steps, or all: computed on the host, and copied to the device together."""
-        adaptive = self.committer.is_adaptive
-        steps: list[tuple[int, Tensor, Tensor]] = []
-        # A block that is not settled stays open, as if one of its slots were masked; but it is owed nothing.
-        occupied = remaining if unsettled is None else torch.maximum(remaining, unsettled)
-        while bool((occupied > 0).any()) and len(steps) != known:
-            quota = plan.least(remaining) if adaptive else plan.quota(remaining, step)
-            is_open = plan.open(occupied) if adaptive else quota > 0
-            if bool(is_open.any()):  # after an edit there may be steps of the plan with nothing left to do
-                # A committer that revises looks at all slots of an open block, the others at masked ones.
-                steps.append((step, quota, (plan.lengths if self.committer.revises else remaining) * is_open))
-            remaining = occupied = remaining - quota
-            step += 1
-        if not steps:
-            return deque()
-        indices, quotas, slots = zip(*steps, strict=True)
-        counts = torch.stack(slots)  # (S, B, M) slots of open blocks
-        return deque(
-            _Step(*values)
-            for values in zip(
-                indices,
-                (counts > 0).to(device),
-                torch.stack(quotas).to(device),
-                counts.sum(2).amax(1).tolist(),
-                (counts > 0).any(2).long(),
-                strict=True,
-            )
-        )
-
-    def _seeds(self, canvas: Canvas, seed: int | None, row_seeds: Sequence[int] | None) -> Tensor | None:
-        """``(B,)`` int64; None if nothing is drawn."""
-        num_rows, device = canvas.tokens.shape[0], canvas.tokens.device
+    def _seeds(self, num_rows: int, seed: int | None, row_seeds: Sequence[int] | None) -> Tensor | None:
+        """``(B,)`` int64 on the host; None if nothing is drawn."""
         if row_seeds is not None and (seed is not None or len(row_seeds) != num_rows):
             given = "seed too" if seed is not None else f"{len(row_seeds)} for {num_rows} rows"
             raise NapDecodeError(f"row_seeds must be one seed for every row, and no seed besides; given: {given}")
         given_seeds = None if row_seeds is None else [wrap(s) for s in row_seeds]
-        seed = None if seed is None else wrap(seed)
-        if not (self.committer.is_random or self.scheduler.is_random):
-            return None
+        base = None if given_seeds is not None else self._base_seed(seed)
         if given_seeds is not None:
-            return torch.tensor(given_seeds, dtype=torch.int64, device=device)
-        return seeds_of_rows(int(torch.randint(2**62, ())) if seed is None else seed, num_rows, device)
+            return torch.tensor(given_seeds, dtype=torch.int64) if self._draws else None
+        return None if base is None else seeds_of_rows(base, range(num_rows))
 
-    def _trace(self, state: DecodeState, row_passes: Tensor) -> DecodeTrace:
-        def host(tensor: Tensor) -> Tensor:
-            return tensor.to("cpu", copy=True)
+    @property
+    def _draws(self) -> bool:
+        return self.committer.is_random or self.scheduler.is_random
 
-        return DecodeTrace(
-            tokens=host(state.tokens),
-            block=host(state.canvas.block),
-            step=host(state.commit_step),
-            confidence=host(state.confidence),
-            forward_passes=row_passes,
-            block_names=state.canvas.block_names,
-            mask_token_id=self.denoiser.mask_token_id,
-            end_token_ids=self.denoiser.end_token_ids,
-        )
+    def _base_seed(self, seed: int | None) -> int | None:
+        """The seed that those of rows derive from; None if nothing is drawn."""
+        seed = None if seed is None else wrap(seed)
+        if not self._draws:
+            return None
+        return int(torch.randint(2**62, ())) if seed is None else seed
+
+
+def _longest_first(
+    prompts: Iterable[Prompt], tokenizer: PreTrainedTokenizerBase | None, *, window: int
+) -> Iterator[tuple[int, list[int]]]:
+    """Prompts with their numbers, from the longest to the shortest of each window."""
+    numbered = enumerate(prompts)
+    while some := list(islice(numbered, window)):
+        rows = []
+        for number, prompt in some:
+            if isinstance(prompt, Mapping | Real):
+                raise NapDecodeError(
+                    f"a stream takes many prompts, but number {number} of them is {prompt!r:.80}; put a single one "
+                    "into a list of its own"
+                )
+            rows.append((number, encode_prompts([prompt], tokenizer)[0][0]))
+        yield from sorted(rows, key=lambda row: -len(row[1]))
+
+
+def _in_order(outputs: Iterable[SamplerOutput]) -> Iterator[SamplerOutput]:
+    """Outputs in the order of their prompts; those that come too early are kept."""
+    early: dict[int | None, SamplerOutput] = {}
+    following = 0
+    for output in outputs:
+        early[output.index] = output
+        while following in early:
+            yield early.pop(following)
+            following += 1
 
 
 def _name(model: Model) -> str:
@@ -585,6 +703,8 @@ class ParallelForcedSampler(Sampler):
         confidence: see :class:`MicroConfidenceCommitter`.
         selection: see :class:`MicroConfidenceCommitter`.
         mask_token_id: see :class:`Denoiser`.
+        close_on: see :class:`Sampler`.
+        compile: see :class:`Sampler`.
 
     Example:
         >>> from nap_decode import demo
@@ -618,6 +738,8 @@ class ParallelForcedSampler(Sampler):
         confidence: str | Confidence = "probability",
         selection: Selection | None = None,
         mask_token_id: int | None = None,
+        close_on: Sequence[int] | str = (),
+        compile: bool | str = False,
     ) -> None:
         committer = MicroConfidenceCommitter(
             temperature=temperature,
@@ -649,12 +771,14 @@ class ParallelForcedSampler(Sampler):
                 total_length=total_length,
             ),
             mask_token_id=mask_token_id,
+            close_on=close_on,
+            compile=compile,
         )
 
 
-def _progress_bar(total: int | None, progress: bool | None) -> Any:
+def _progress_bar(total: int | None, progress: bool | None, unit: str = "step") -> Any:
     from transformers.utils import logging  # its bars obey transformers' own switch
 
     if progress is None:
         progress = sys.stderr.isatty() or "ipykernel" in sys.modules
-    return logging.tqdm(total=total, desc="decoding", unit="step", disable=not progress)
+    return logging.tqdm(total=total, desc="decoding", unit=unit, disable=not progress)

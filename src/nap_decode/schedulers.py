@@ -79,7 +79,7 @@ class Plan:
     @property
     def steps(self) -> Tensor:
         """``(B,)`` steps of each row in a fixed schedule."""
-        return self.step_ends[:, -1]
+        return self.step_ends.amax(1)  # plans that were joined have zeros at the end
 
     @cached_property
     def lengths(self) -> Tensor:
@@ -104,7 +104,7 @@ class Plan:
         """``(B, M)`` tokens that each block has when the phase ends that decodes the next token."""
         return self._through.gather(1, self._phase((self.lengths - remaining).sum(1)))[:, 0]
 
-    def quota(self, remaining: Tensor, step: int) -> Tensor:
+    def quota(self, remaining: Tensor, step: Tensor | int) -> Tensor:
         """Tokens that each block commits at a step of a fixed schedule.
 
         If fewer or more tokens than planned were committed (a callback edited the canvas), the quota
@@ -112,19 +112,74 @@ class Plan:
 
         Args:
             remaining: ``(B, M)`` slots of each block that are still masked.
-            step: index of the step.
+            step: index of the step, or ``(B,)`` of each row's.
 
         Returns:
             ``(B, M)`` int64.
         """
         committed = self.lengths - remaining  # (B, M)
-        target = self.targets[:, step]  # (B,)
+        target = self._at(self.targets, step)  # (B,)
         phase = self._phase(target)
         weights = self.phase_tokens.gather(1, phase)[:, 0]
         before = self._through.gather(1, phase)[:, 0] - weights
         inside = (committed - before).clamp(min=0)
         shares = before + fair_share(weights, inside, target - before.sum(1))
         return (shares - committed).clamp(min=0)
+
+    def next(self, remaining: Tensor, step: Tensor, closed: Tensor) -> tuple[Tensor, Tensor]:
+        """The next step of a fixed schedule at which a row has anything to do.
+
+        Where slots were filled without being decoded, because their block came to its end, a row is ahead of the
+        plan.  It keeps the pace of the plan, and each phase begins as soon as the one before is done: a step's budget
+        is shared by what the blocks of the phase still have.
+
+        Args:
+            remaining: see :meth:`quota`.
+            step: ``(B,)`` int64, the first step that may be taken.
+            closed: ``(B, M)`` int64, slots of each block that were filled.
+
+        Returns:
+            ``(B, M)`` int64 quota, and ``(B,)`` int64 step, of each row.
+        """
+        ahead, busy = closed.sum(1) > 0, remaining.sum(1) > 0
+        while True:
+            quota = self.quota(remaining, step)
+            if bool(ahead.any()):
+                phase = self._phase((self.lengths - remaining).sum(1))[:, 0, 0]
+                is_shared = self.step_ends.shape[1] != self.phase_tokens.shape[1]
+                if not is_shared:  # each phase has steps of its own
+                    first = torch.nn.functional.pad(self.step_ends, (1, 0)).gather(1, phase[:, None])[:, 0]
+                    step = torch.where(ahead, torch.maximum(step, first), step)
+                budget, shares = self._at(self._budgets, step), torch.zeros_like(remaining)
+                for _ in range(self.phase_tokens.shape[1] if is_shared else 1):
+                    left = self._left(remaining - shares)
+                    spent = torch.minimum(budget - shares.sum(1), left.sum(1))
+                    shares = shares + fair_share(left, torch.zeros_like(left), spent)
+                quota = torch.where(ahead[:, None], shares, quota)
+            idle = busy & (quota.sum(1) == 0) & (step < self.steps)
+            if not bool(idle.any()):
+                return quota, step
+            step = step + idle
+
+    @cached_property
+    def _budgets(self) -> Tensor:
+        """``(B, S)`` tokens of each step."""
+        return self.targets.diff(dim=1, prepend=torch.zeros_like(self.targets[:, :1])).clamp(min=0)
+
+    def _at(self, values: Tensor, step: Tensor | int) -> Tensor:
+        """``(B, S) -> (B,)``: at a step; at the last one, if that is past."""
+        if isinstance(step, int):
+            return values[:, step]
+        return values.gather(1, torch.minimum(step, self.steps - 1).clamp(min=0)[:, None])[:, 0]
+
+    def _left(self, remaining: Tensor) -> Tensor:
+        """``(B, M)`` tokens that each block still has in the phase that decodes the next token."""
+        return (self._due(remaining) - (self.lengths - remaining)).clamp(min=0)
+
+    @property
+    def busy_steps(self) -> Tensor:
+        """``(B,)`` steps of a fixed schedule at which any token is committed."""
+        return (self._budgets > 0).sum(1)
 
     def open(self, remaining: Tensor) -> Tensor:
         """``(B, M)`` bool: blocks that may commit at a step of an adaptive decoder."""
@@ -136,7 +191,7 @@ class Plan:
 
         ``tokens_per_step`` for each row, or what its phase still has; shared by what each block still has.
         """
-        left = (self._due(remaining) - (self.lengths - remaining)).clamp(min=0)
+        left = self._left(remaining)
         target = left.sum(1).clamp(max=self.tokens_per_step)
         return fair_share(left, torch.zeros_like(left), target)
 

@@ -233,7 +233,7 @@ class StableSelection(Selection):
 
     @override
     def __call__(self, confidence: Tensor, slots: Slots, statistics: tuple[Tensor, ...]) -> Tensor:
-        before = slots.memory.get("stable", torch.zeros_like(slots.rank))  # (B, L) steps without a change
+        before = slots.kept("stable", torch.zeros_like(slots.rank))  # (B, W) steps without a change
         stable = torch.where(statistics[0] < self.max_divergence, before.gather(1, slots.index) + 1, 0)
         slots.memory["stable"] = torch.where(slots.rank >= 0, slots.spread(stable), before)
         ready = (confidence > self.threshold) & (stable >= self.history) & slots.open

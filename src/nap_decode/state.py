@@ -11,7 +11,96 @@ from torch import Tensor
 
 from nap_decode.canvas import Canvas
 from nap_decode.errors import NapDecodeError
+from nap_decode.rows import in_runs, to_canvas, to_rows
 from nap_decode.slots import Commit, Slots
+
+_NOTHING = {"tokens": 0, "masked": False, "commit_step": -1, "confidence": torch.nan, "edited": False}
+"""What a canvas shows to callbacks, and what stands there where nothing was decoded."""
+
+
+@dataclass(frozen=True, eq=False)
+class RowState:
+    """What decoding changes.
+
+    Args:
+        tokens: ``(B, W)`` int64.
+        decodable: ``(B, W)`` bool, slots to decode.
+        masked: ``(B, W)`` bool, slots still to decode.
+        commit_step: ``(B, W)`` int64, index of the step that committed a slot, -1 for none.
+        confidence: ``(B, W)`` float32, confidence when it was committed, nan for none.
+        edited: ``(B, W)`` bool, slots whose token a callback put in.
+        closed: ``(B, W)`` bool, slots behind the end of their block, which were filled without being decoded.
+    """
+
+    tokens: Tensor
+    decodable: Tensor
+    masked: Tensor
+    commit_step: Tensor
+    confidence: Tensor
+    edited: Tensor
+    closed: Tensor
+
+    @classmethod
+    def start(cls, tokens: Tensor, decodable: Tensor) -> RowState:
+        """Nothing is committed yet."""
+        return cls(
+            tokens=tokens,
+            decodable=decodable,
+            masked=decodable,
+            commit_step=torch.full_like(tokens, -1),
+            confidence=torch.full_like(tokens, torch.nan, dtype=torch.float32),
+            edited=torch.zeros_like(decodable),
+            closed=torch.zeros_like(decodable),
+        )
+
+    def after(self, commit: Commit, slots: Slots, mask_token_id: int) -> RowState:
+        """The state one step later."""
+        inside = slots.rank >= 0
+        chosen = slots.spread(commit.chosen) & inside
+        state = replace(
+            self,
+            tokens=torch.where(chosen, slots.spread(commit.tokens), self.tokens),
+            masked=self.masked & ~chosen,
+            commit_step=torch.where(chosen, slots.step[:, None], self.commit_step),
+            confidence=torch.where(chosen, slots.spread(commit.confidence).float(), self.confidence),
+            edited=self.edited & ~chosen,
+        )
+        if commit.remasked is None:
+            return state
+        remasked = slots.spread(commit.remasked) & inside
+        return replace(
+            state,
+            tokens=torch.where(remasked, mask_token_id, state.tokens),
+            masked=state.masked | remasked,
+            commit_step=torch.where(remasked, -1, state.commit_step),
+            confidence=torch.where(remasked, torch.nan, state.confidence),
+            edited=state.edited & ~remasked,
+        )
+
+    def close(self, ends: Tensor, fill: int, order: Tensor, block: Tensor, step: Tensor) -> RowState:
+        """The state after blocks that have come to their end are filled up.
+
+        A block has come to its end when an end token and everything before it is committed.
+
+        Args:
+            ends: ``(N,)`` int64, ids that end a block.
+            fill: id that fills the rest of the block.
+            order: ``(B, W)`` int64, columns sorted by block, stably.
+            block: ``(B, W)`` int64, the sorted blocks.
+            step: ``(B,)`` int64, index of the step.
+        """
+        masked = self.masked.gather(1, order)
+        is_end = torch.isin(self.tokens, ends).gather(1, order) & self.decodable.gather(1, order) & ~masked
+        ended = is_end & (in_runs(masked, block) == 0)
+        rest = masked & (in_runs(ended, block) > 0)
+        closed = torch.zeros_like(rest).scatter_(1, order, rest)
+        return replace(
+            self,
+            tokens=torch.where(closed, fill, self.tokens),
+            masked=self.masked & ~closed,
+            commit_step=torch.where(closed, step[:, None], self.commit_step),
+            closed=self.closed | closed,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,55 +138,24 @@ class DecodeState:
     edited: Tensor
 
     @classmethod
-    def start(cls, canvas: Canvas, total_steps: int | None) -> DecodeState:
-        """Nothing is committed yet."""
-        return cls(
-            canvas=canvas,
-            step=0,
-            total_steps=total_steps,
-            tokens=canvas.tokens,
-            masked=canvas.decodable,
-            commit_step=torch.full_like(canvas.tokens, -1),
-            confidence=torch.full_like(canvas.tokens, torch.nan, dtype=torch.float32),
-            edited=torch.zeros_like(canvas.decodable),
-        )
+    def of(cls, rows: RowState, canvas: Canvas, step: int, total_steps: int | None) -> DecodeState:
+        """The same in the columns of the canvas."""
+        columns = {name: to_canvas(canvas, getattr(rows, name), fill) for name, fill in _NOTHING.items()}
+        columns["tokens"] = torch.where(canvas.attention_mask > 0, columns["tokens"], canvas.tokens)
+        return cls(canvas=canvas, step=step, total_steps=total_steps, **columns)
 
-    def after(self, commit: Commit, slots: Slots, mask_token_id: int) -> DecodeState:
-        """The state one step later."""
-        inside = slots.rank >= 0
-        chosen = slots.spread(commit.chosen) & inside
-        state = replace(
-            self,
-            step=slots.step + 1,
-            tokens=torch.where(chosen, slots.spread(commit.tokens), self.tokens),
-            masked=self.masked & ~chosen,
-            commit_step=torch.where(chosen, slots.step, self.commit_step),
-            confidence=torch.where(chosen, slots.spread(commit.confidence).float(), self.confidence),
-            edited=self.edited & ~chosen,
-        )
-        if commit.remasked is None:
-            return state
-        remasked = slots.spread(commit.remasked) & inside
-        return replace(
-            state,
-            tokens=torch.where(remasked, mask_token_id, state.tokens),
-            masked=state.masked | remasked,
-            commit_step=torch.where(remasked, -1, state.commit_step),
-            confidence=torch.where(remasked, torch.nan, state.confidence),
-            edited=state.edited & ~remasked,
-        )
-
-    def copy(self) -> DecodeState:
-        """With tensors of its own, so that what a callback does to them in place changes nothing here."""
-        names = ("tokens", "masked", "commit_step", "confidence", "edited")
-        return replace(self, **{name: getattr(self, name).clone() for name in names})
+    def to_rows(self, rows: RowState) -> RowState:
+        """The state of the rows, with what was edited here."""
+        columns = {name: to_rows(self.canvas, getattr(self, name), fill) for name, fill in _NOTHING.items()}
+        tokens = torch.where(rows.decodable, columns.pop("tokens"), rows.tokens)
+        return replace(rows, tokens=tokens, closed=rows.closed & ~columns["masked"] & ~columns["edited"], **columns)
 
     def edit(self, tokens: Tensor, mask_token_id: int, banned: Tensor, vocab_size: int) -> DecodeState:
         """The state after a callback replaced tokens.  Edited slots count as committed by the last step.
 
         Raises:
             NapDecodeError: not tokens of this shape; an id that must not be emitted; a clamped token was
-                changed; a slot was masked after the last step of a fixed schedule.
+                changed.
         """
         if not isinstance(tokens, Tensor) or tokens.shape != self.tokens.shape or tokens.is_floating_point():
             got = f"{tokens.dtype} of {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else repr(tokens)
@@ -113,11 +171,6 @@ class DecodeState:
         if bool(wrong.any()):
             raise NapDecodeError(
                 f"a callback put in token ids that the tokenizer does not have: {tokens[wrong].tolist()}"
-            )
-        if self.step == self.total_steps and bool(masked.any()):
-            raise NapDecodeError(
-                f"a callback masked slots after step {self.step}, the last one; mask them earlier, or decode with an "
-                "adaptive selection, which has no last step"
             )
         return replace(
             self,

@@ -33,6 +33,8 @@ class DecodeTrace:
         block_names: names of the blocks.
         mask_token_id: the mask id.
         end_token_ids: ids that end a block; what follows them in the block is padding.
+        closed: ``(B, L)`` bool, slots behind the end of their block that were filled without being decoded, at
+            the step in ``step``; None if blocks were not closed.
 
     Example:
         >>> trace = DecodeTrace(
@@ -51,6 +53,7 @@ class DecodeTrace:
     block_names: tuple[str, ...]
     mask_token_id: int
     end_token_ids: tuple[int, ...] = ()
+    closed: Tensor | None = None
 
     def canvas_at(self, steps: int) -> Tensor:
         """``(B, L)``: the canvas after this many steps.
@@ -68,7 +71,8 @@ class DecodeTrace:
     def save(self, path: str | PathLike[str]) -> None:
         """Write to one ``.npz`` file, which numpy can read without unpickling."""
         header = json.dumps({"format": _FORMAT} | {name: getattr(self, name) for name in _FACTS})
-        arrays = {name: getattr(self, name).cpu().numpy() for name in _TENSORS}
+        names = [*_TENSORS, *["closed"] * (self.closed is not None)]
+        arrays = {name: getattr(self, name).cpu().numpy() for name in names}
         with open(path, "wb") as file:  # an open file, because numpy would add .npz to a bare name
             np.savez_compressed(file, header=np.array(header), **arrays)
 
@@ -87,7 +91,8 @@ class DecodeTrace:
                         f"{path} has trace format {header['format']}, but this version reads {_FORMAT}; update it"
                     )
                 facts = {name: header[name] for name in _FACTS}
-                tensors = {name: torch.from_numpy(arrays[name]) for name in _TENSORS}
+                names = [*_TENSORS, *["closed"] * ("closed" in arrays)]
+                tensors = {name: torch.from_numpy(arrays[name]) for name in names}
         except NapDecodeError:
             raise
         except (KeyError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from models import MASK, TableModel
 
-from nap_decode import Block, CanvasTemplate, Denoiser, NapDecodeError, Sampler, presets
+from nap_decode import Block, CanvasTemplate, Denoiser, NapDecodeError, Sampler, Slots, presets
 from nap_decode.confidence import Candidates
+from nap_decode.distribution import Distribution
 from nap_decode.integrations.llada import EOS_TOKEN_ID, EOT_TOKEN_ID, ProbabilityWithout, generate
 from nap_decode.randomness import CONFIDENCE_STREAM, row_seeds, uniform
 
@@ -85,7 +86,7 @@ def test_it_makes_the_published_tokens(tiny, logits_of, length, blocks, steps, c
 def test_random_remasking_with_the_same_draws(tiny, logits_of, length, blocks, steps):
     options = {"steps": steps, "gen_length": length, "block_length": length // blocks}
     torch.manual_seed(5)
-    seeds = row_seeds(int(torch.randint(2**62, ())), len(PROMPTS), torch.device("cpu"))
+    seeds = row_seeds(int(torch.randint(2**62, ())), range(len(PROMPTS)))
 
     def draws(row, step, position):
         place = torch.tensor([[position]])
@@ -136,9 +137,8 @@ def test_flags(tiny, eos, ends_last):
 
 
 def candidates(logits, tokens):
-    rows = torch.zeros(len(tokens), dtype=torch.int64)
-    best = logits.amax(1)
-    return Candidates(logits, best, torch.tensor(tokens), rows, rows, rows, rows, rows, rows, 0)
+    slots = Slots.of(torch.zeros(1, len(tokens), dtype=torch.int64), torch.tensor([[1]]))
+    return Candidates(Distribution(logits), torch.tensor(tokens), slots, slots.places)
 
 
 def test_probability_without():

@@ -13,6 +13,8 @@ from nap_decode.canvas import Canvas
 from nap_decode.committers import Committer, Predict
 from nap_decode.denoiser import Denoiser
 from nap_decode.errors import NapDecodeError
+from nap_decode.prediction import Prediction
+from nap_decode.rows import Rows, to_canvas
 from nap_decode.sampler import Sampler
 from nap_decode.slots import Commit, Slots
 from nap_decode.state import Callback
@@ -32,7 +34,7 @@ def with_hooks(
     denoiser = _HookedDenoiser(sampler.denoiser, logits_hook)
     hooked = sampler.replace(denoiser=denoiser, committer=_StepTeller(sampler.committer, denoiser))
     if tokens_hook is None:
-        return hooked, None
+        return hooked, lambda state: None  # while a callback looks on, no row leaves the batch
     return hooked, lambda state: edit_tokens(tokens_hook, state.step - 1, state.tokens, denoiser.seen)
 
 
@@ -51,26 +53,45 @@ class _HookedDenoiser(Denoiser):
 
     def __init__(self, denoiser: Denoiser, hook: LogitsHook | None) -> None:
         vars(self).update(vars(denoiser))  # one that is set up already: nothing is probed again
-        self.hook, self.step = hook, 0
+        self.denoiser, self.hook, self.step = denoiser, hook, 0
+        self.canvas: Canvas | None = None
         self.seen: Tensor | None = None
 
     @override
-    def __call__(self, tokens: Tensor, wanted: Tensor, canvas: Canvas, *, hidden: Tensor | None = None) -> Tensor:
-        if hidden is not None or len(tokens) != len(canvas.tokens):
+    def check(self, canvas: Canvas) -> None:
+        super().check(canvas)
+        self.canvas = canvas
+
+    @override
+    def predict(
+        self,
+        rows: Rows,
+        tokens: Tensor,
+        wanted: Tensor,
+        places: Tensor,
+        *,
+        hidden: Tensor | None = None,
+        alternatives: int | None = None,
+    ) -> Prediction:
+        canvas = self.canvas
+        if hidden is not None or alternatives is not None or canvas is None:
             raise NapDecodeError(
                 "a sampler that looks at other canvases besides its own cannot show its logits to hooks"
             )
-        columns = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        logits = super().__call__(tokens, columns, canvas)  # (B, L, V)
+        whole = torch.where(canvas.attention_mask > 0, to_canvas(canvas, tokens, 0), canvas.tokens)
+        columns = torch.arange(whole.shape[1], device=whole.device).expand_as(whole)
+        logits = self.denoiser(whole, columns, canvas)  # (B, L, V)
         if self.hook is not None:
-            changed = self.hook(self.step, tokens.clone(), logits)
+            changed = self.hook(self.step, whole.clone(), logits)
             if not isinstance(changed, Tensor) or changed.shape != logits.shape:
                 raise NapDecodeError(
                     f"generation_logits_hook_func must return logits {tuple(logits.shape)}, not {changed!r:.80}"
                 )
             logits = changed
         self.seen = logits
-        return logits.take_along_dim(wanted.clamp(min=0).to(logits.device)[:, :, None], dim=1)
+        columns = (wanted.clamp(min=0) + canvas.padding).to(logits.device)
+        chosen = logits.take_along_dim(columns[:, :, None], dim=1)  # (B, K, V)
+        return Prediction.of(chosen, banned=self.banned(logits.shape[-1], tokens.device), places=places)
 
 
 class _StepTeller(Committer):
@@ -101,5 +122,5 @@ class _StepTeller(Committer):
 
     @override
     def __call__(self, slots: Slots, predict: Predict) -> Commit:
-        self.denoiser.step = slots.step
+        self.denoiser.step = int(slots.step.max())
         return self.committer(slots, predict)

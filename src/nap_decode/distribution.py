@@ -1,0 +1,210 @@
+"""What rows of logits say: the largest, the normaliser, a draw, each found in as few passes over them as can be.
+
+The vocabulary is long, and everything that a decoder does with logits is bound by reading them.  So nothing is
+computed that is not asked for, ids that must not be emitted are taken out in place, and what is looked for is looked
+for in two stages: first the largest (or the sum) of every 256 ids, which one vectorised pass finds, then inside the
+256 that count.  That is four to eight times as fast as ``torch.max`` with indices, ``topk`` or ``cumsum`` over all
+ids on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from nap_decode.lazy import lazy
+
+_STRETCH = 256
+
+
+class Distribution:
+    """The distributions of R rows of logits, and their restriction to ids that may be emitted.
+
+    Softmax and draws are in float32, or in float64 if the logits are.
+
+    Args:
+        logits: ``(R, V)`` floating point; overwritten, if it is in that precision.
+        banned: ``(N,)`` int64, ids that must not be emitted; none by default.
+
+    Example:
+        >>> distribution = Distribution(torch.tensor([[0.0, 3.0, 2.0, 1.0]]), banned=torch.tensor([1]))
+        >>> distribution.best.tolist(), distribution.mode.tolist(), distribution.second.tolist()
+        ([2.0], [2], [3.0])
+        >>> distribution.logits.tolist()
+        [[0.0, 3.0, 2.0, 1.0]]
+    """
+
+    def __init__(self, logits: Tensor, banned: Tensor | None = None) -> None:
+        self._given = logits
+        self.banned = banned if banned is not None and len(banned) else None
+        self.dtype = torch.promote_types(logits.dtype, torch.float32)
+        self.vocab_size = logits.shape[1]
+        self._is_spent = False
+
+    @lazy
+    def _banned_logits(self) -> Tensor | None:
+        """``(R, N)``, taken before they are overwritten."""
+        return None if self.banned is None else self._given.index_select(1, self.banned).to(self.dtype)
+
+    @lazy
+    def allowed(self) -> Tensor:
+        """``(R, V)``: the logits, ``-inf`` for banned ids."""
+        if self._banned_logits is None or self.banned is None:
+            return self._given.to(self.dtype)
+        return self._given.to(self.dtype).index_fill_(1, self.banned, -torch.inf)
+
+    @lazy
+    def logits(self) -> Tensor:
+        """``(R, V)``: the logits of all ids; a copy if any is banned."""
+        if self._banned_logits is None or self.banned is None:
+            return self.allowed
+        return self.allowed.index_copy(1, self.banned, self._banned_logits)
+
+    def logit(self, ids: Tensor) -> Tensor:
+        """``(R,)``: the logits of one id for each row, none of them banned."""
+        return self._given.gather(1, ids[:, None])[:, 0].to(self.dtype)
+
+    def spend(self, names: Iterable[str]) -> None:
+        """Find the named properties, and the mode, and give the logits up, in whose place the weights are computed.
+
+        That is a third faster.  Nothing else may be asked for afterwards.
+        """
+        for name in ("mode", *sorted(names, key=lambda name: name == "log_normalizer")):
+            self._is_spent = name == "log_normalizer"
+            getattr(self, name)
+
+    def know(self, names: Sequence[str], values: Sequence[Tensor]) -> None:
+        """Take properties from a :class:`Reduce` of these logits, instead of computing them."""
+        for name, value in zip(names, values, strict=True):
+            setattr(self, f"_lazy_{name}", value)
+
+    # ---------------------------------------------------------------------------------------- the largest
+
+    @lazy
+    def _maxima(self) -> Tensor:
+        """``(R, n)``: the largest allowed logit of every stretch of ids."""
+        return _by_stretch(self.allowed, "amax")
+
+    @lazy
+    def _best_stretch(self) -> tuple[Tensor, Tensor]:
+        """``(R, 256)`` ids and allowed logits of the stretch that has the largest; the first of equals."""
+        return self._stretch(self._maxima.argmax(1), self.allowed, -torch.inf)
+
+    def _stretch(self, which: Tensor, values: Tensor, fill: float) -> tuple[Tensor, Tensor]:
+        ids = which[:, None] * _STRETCH + torch.arange(_STRETCH, device=which.device)
+        size = values.shape[1]
+        inside = values.gather(1, ids.clamp(max=size - 1))
+        return ids, inside if size % _STRETCH == 0 else inside.masked_fill(ids >= size, fill)
+
+    @lazy
+    def best(self) -> Tensor:
+        """``(R,)``: the largest logit of an id that may be emitted."""
+        return self._maxima.amax(1)
+
+    @lazy
+    def mode(self) -> Tensor:
+        """``(R,)`` int64: the id that has it; the lowest of several."""
+        ids, inside = self._best_stretch
+        return ids.gather(1, inside.argmax(1, keepdim=True))[:, 0]
+
+    @lazy
+    def second(self) -> Tensor:
+        """``(R,)``: the largest logit of any other id, banned ones included."""
+        inside = self._best_stretch[1].topk(2, dim=1).values[:, 1]
+        if self._maxima.shape[1] > 1:
+            inside = torch.maximum(inside, self._maxima.topk(2, dim=1).values[:, 1])
+        return inside if self._banned_logits is None else torch.maximum(inside, self._banned_logits.amax(1))
+
+    # ---------------------------------------------------------------------------------------- sums
+
+    @lazy
+    def _weights(self) -> Tensor:
+        """``(R, V)``: probabilities of the allowed ids by that of the best."""
+        shift = self._shift[:, None]
+        return (self.allowed.sub_(shift) if self._is_spent else self.allowed - shift).exp_()
+
+    @lazy
+    def _shift(self) -> Tensor:
+        """``(R,)``: the largest allowed logit, or the lowest number if no id is left."""
+        return self.best.clamp(min=torch.finfo(self.best.dtype).min)
+
+    @lazy
+    def _masses(self) -> Tensor:
+        """``(R, n)``: sums of the weights of every stretch of ids."""
+        return _by_stretch(self._weights, "sum")
+
+    @lazy
+    def log_normalizer(self) -> Tensor:
+        """``(R,)``: log of the sum of exp(logits) over all ids, banned ones included."""
+        allowed = self._shift + self._masses.sum(1).log()
+        return allowed if self._banned_logits is None else allowed.logaddexp(self._banned_logits.logsumexp(1))
+
+    @lazy
+    def negative_entropy(self) -> Tensor:
+        """``(R,)``: sum of p log p over all ids."""
+        total = torch.zeros_like(self.best)
+        for logits in (self.allowed, self._banned_logits):
+            if logits is not None:
+                log_p = logits - self.log_normalizer[:, None]
+                # An id of logit -inf adds nothing; without the clamp it adds 0 * -inf = nan.
+                total = total + (log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(1)
+        return total
+
+    def draw(self, uniform: Tensor) -> Tensor:
+        """One allowed id per row: where the distribution function exceeds the draw, ``(R,) on [0, 1) -> (R,)``."""
+        sums = self._masses.cumsum(1)
+        target = uniform.to(sums.dtype)[:, None] * sums[:, -1:]
+        which = torch.searchsorted(sums, target, right=True).clamp(max=sums.shape[1] - 1)  # (R, 1)
+        ids, weights = self._stretch(which[:, 0], self._weights, 0)
+        inside = weights.cumsum(1)
+        before = sums.gather(1, which) - self._masses.gather(1, which)
+        # Rounding must carry the draw neither in front of the first id that has any weight, nor past the last.
+        last = inside[:, -1:] * (1 - torch.finfo(inside.dtype).eps)
+        within = torch.minimum(target - before, last).clamp(min=0)
+        place = torch.searchsorted(inside, within, right=True).clamp(max=_STRETCH - 1)
+        drawn, weight = ids.gather(1, place)[:, 0], weights.gather(1, place)[:, 0]
+        # Without numbers, or without a possible id, nothing has a weight; and what adds up in parallel, as accelerators
+        # do, may step on an id that has none.
+        return drawn.where(weight > 0, self.mode)
+
+
+def _by_stretch(values: Tensor, reduction: str) -> Tensor:
+    """``(R, V) -> (R, n)``: the ``"amax"`` or ``"sum"`` of every 256 columns, the last ones possibly fewer."""
+    whole = values.shape[1] // _STRETCH * _STRETCH
+    parts = []
+    if whole:
+        parts.append(getattr(values[:, :whole].reshape(-1, whole // _STRETCH, _STRETCH), reduction)(2))
+    if whole < values.shape[1]:
+        parts.append(getattr(values[:, whole:], reduction)(1, keepdim=True))
+    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+
+class Reduce(Protocol):
+    """:func:`reduce`, or what ``torch.compile`` makes of it."""
+
+    def __call__(
+        self, logits: Tensor, banned: Tensor | None, names: tuple[str, ...], uniform: Tensor | None
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """See :func:`reduce`."""
+
+
+def reduce(
+    logits: Tensor, banned: Tensor | None, names: tuple[str, ...], uniform: Tensor | None
+) -> tuple[list[Tensor], Tensor | None]:
+    """What there is to know of a :class:`Distribution`, all at once: compiled, it takes a pass or two.
+
+    Args:
+        logits: ``(R, V)``; not changed.
+        banned: see :class:`Distribution`.
+        names: of its properties.
+        uniform: see :meth:`Distribution.draw`; None for no draw.
+
+    Returns:
+        The properties ``(R,)``, and the draw.
+    """
+    distribution = Distribution(logits.clone(), banned)  # compiled code copies nothing
+    drawn = None if uniform is None else distribution.draw(uniform)
+    return [getattr(distribution, name) for name in names], drawn

@@ -1,0 +1,73 @@
+"""What only a GPU can show."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import Words, needs_transformers_5, tiny_model
+from test_presets import NAMES, PROMPTS, make
+
+from nap_decode import Denoiser, MicroConfidenceCommitter
+from nap_decode.decoding import Decoding
+from nap_decode.randomness import row_seeds
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+    needs_transformers_5,
+]
+
+
+@pytest.fixture(scope="module")
+def denoiser():
+    return Denoiser(tiny_model().cuda(), Words())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1], [PROMPTS[0]] * 3], ids=["ragged", "one", "equal"])
+def test_the_fixed_step_loop_never_waits(denoiser, prompts, temperature):
+    sampler = make(denoiser, "parallel_forced").replace(committer=MicroConfidenceCommitter(temperature=temperature))
+    sampler(prompts)  # the model is probed, and constants are brought to the device
+    canvas = sampler._append([list(prompt) for prompt in prompts], None)
+    denoiser.check(canvas)
+    decoding = Decoding(denoiser, sampler.scheduler, sampler.committer)
+    decoding.add(canvas, range(len(prompts)), row_seeds(0, range(len(prompts))))
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.no_grad():
+            while decoding.size:
+                decoding.step()
+                decoding.leave()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_presets_decode_as_on_the_cpu(denoiser, name):
+    on_cpu = make(Denoiser(tiny_model(), Words()), name)
+    out, expected = make(denoiser, name)(PROMPTS, seed=1), on_cpu(PROMPTS, seed=1)
+    assert torch.equal(out.sequences.cpu(), expected.sequences)
+    assert torch.equal(out.trace.step, expected.trace.step)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_captured_steps_decode_the_same(denoiser, name):
+    plain = make(denoiser, name)
+    if plain.committer.remembers:
+        pytest.skip("keeps things from step to step")
+    graphs = plain.replace(compile="graphs")
+    for prompts in (PROMPTS, PROMPTS[:1], PROMPTS):
+        out, expected = graphs(prompts, seed=1), plain(prompts, seed=1)
+        assert torch.equal(out.sequences, expected.sequences)
+        assert torch.equal(out.trace.step, expected.trace.step)
+    prompts = [*PROMPTS, [9, 5, 9, 5, 9, 5, 9], [10], PROMPTS[0]]
+    for out, expected in zip(graphs.stream(prompts, max_batch=2), plain.stream(prompts, max_batch=2), strict=True):
+        assert torch.equal(out.sequences, expected.sequences)
+
+
+@pytest.mark.parametrize("mode", ["kernels", True])
+def test_compiled_kernels_decode_the_same(denoiser, mode):
+    plain = make(denoiser, "parallel_forced", tokens_per_step=2)
+    compiled = plain.replace(compile=mode)
+    for prompts in (PROMPTS, PROMPTS[:1]):
+        assert torch.equal(compiled(prompts).sequences, plain(prompts).sequences)
