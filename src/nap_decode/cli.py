@@ -10,11 +10,12 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
-from nap_decode import __version__, presets
+from nap_decode import __version__, bench, presets
 from nap_decode.arness import ARnessMeter
 from nap_decode.canvas import CanvasTemplate
 from nap_decode.committers import MicroConfidenceCommitter
@@ -94,10 +95,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--threshold", type=float, help="commit every token with this confidence, and at least --tokens-per-step")
     add = generate.add_argument_group("how: in any case").add_argument
     add("--cfg-scale", type=float, default=0.0, help="classifier-free guidance")
+    add("--close-on-end", action="store_true", help="fill a block behind the model's end token instead of decoding it")
+    add("--compile", choices=("kernels", "graphs"), help="compile the model's body, or capture steps as CUDA graphs")
     add("--seed", type=int, default=0)
     add = generate.add_argument_group("output").add_argument
     add("--trace", help="write what happened when to this file")
     add("--summary-only", action="store_true", help="print summaries instead of whole canvases")
+
+    measure = commands.add_parser("bench", help="what a decode costs, beside bare forwards and the textbook loop")
+    bench.add_arguments(measure)
+    measure.set_defaults(run=partial(bench.run, load=_load))
 
     arness = commands.add_parser("arness", help="how autoregressive was a decode?")
     arness.set_defaults(run=_arness)
@@ -133,6 +140,8 @@ def _generate(args: argparse.Namespace) -> None:
         scheduler=composition.scheduler,
         committer=composition.committer,
         template=template,
+        close_on="end" if args.close_on_end else composition.close_on,
+        compile=args.compile or False,
     )
     prompts: list[Any] = [[{"role": "user", "content": p}] for p in args.prompt] if args.chat else args.prompt
     output = sampler.infill(prompts, seed=args.seed) if args.infill else sampler(prompts, seed=args.seed)
