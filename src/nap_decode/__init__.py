@@ -37,7 +37,7 @@ from nap_decode.slots import Commit, Slots
 from nap_decode.state import DecodeState
 from nap_decode.trace import DecodeTrace
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "ARness",
