@@ -236,8 +236,17 @@ class MicroConfidenceCommitter(Committer):
         """
         previous = _Previous(slots, prediction) if self.selection.compares_steps else None
         ledger = Ledger(self.credit, slots) if self.credit is not None else None
+        draws = slots.uniform(TOKEN_STREAM).flatten()[prediction.places] if self.temperature > 0 else None  # (T,)
         scored = [
-            self._score(logits, prediction.banned, slots, prediction.places[part], previous, ledger)
+            self._score(
+                logits,
+                prediction.banned,
+                slots,
+                prediction.places[part],
+                None if draws is None else draws[part],
+                previous,
+                ledger,
+            )
             for part, logits in prediction.chunks()
         ]
         if previous is not None:
@@ -253,6 +262,7 @@ class MicroConfidenceCommitter(Committer):
         banned: Tensor,
         slots: Slots,
         places: Tensor,
+        uniform: Tensor | None,
         previous: _Previous | None,
         ledger: Ledger | None,
     ) -> tuple[Tensor, ...]:
@@ -261,7 +271,6 @@ class MicroConfidenceCommitter(Committer):
         if ledger is not None:
             logits = ledger.add(logits.to(wide), places)
         before = None if previous is None else previous.logits(places, wide)
-        uniform = slots.uniform(TOKEN_STREAM).flatten()[places] if self.temperature > 0 else None
         names, is_all = looked_at(self._asked)
         own, tokens = self._read(logits, banned, ("best", "mode", *names), uniform if self._draws_as_is else None)
         possible = own.best > -torch.inf
