@@ -260,6 +260,30 @@ def test_spent_logits_gave_the_same_answers(case, names):
 
 
 @settings(max_examples=200)
+@given(cases, properties, st.integers(1, 3), st.booleans())
+def test_spent_parts_joined_are_the_whole(case, names, rows, is_known):
+    """Whether the parts looked for the properties themselves, or were told."""
+    logits, banned = make(case)
+    whole, parts = Distribution(logits.clone(), banned), []
+    for some in logits.clone().split(rows):
+        part = Distribution(some, banned)
+        if is_known:
+            part.know(names, reduce(some, banned, tuple(names), None)[0])
+        part.spend(names)
+        parts.append(part)
+    joined = Distribution.joined(parts)
+    for name in {"mode", "best", *names}:
+        assert torch.equal(getattr(joined, name), getattr(whole, name))
+
+
+def test_spent_logits_are_gone():
+    spent = Distribution(torch.randn(2, 300))
+    spent.spend(["log_normalizer"])
+    with pytest.raises(AttributeError, match="_given"):
+        _ = spent.logits
+
+
+@settings(max_examples=200)
 @given(cases, properties, st.booleans())
 def test_all_at_once(case, names, draws):
     logits, banned = make(case)

@@ -16,6 +16,7 @@ from nap_decode.confidence import STATISTICS, Candidates, Confidence, find_confi
 from nap_decode.credit import Credit, Ledger
 from nap_decode.distribution import Distribution, Reduce, reduce
 from nap_decode.errors import NapDecodeError, check_between, check_integer
+from nap_decode.lazy import lazy
 from nap_decode.prediction import Prediction
 from nap_decode.randomness import TOKEN_STREAM
 from nap_decode.revisers import Reviser
@@ -183,11 +184,15 @@ class MicroConfidenceCommitter(Committer):
         parts_draw = self.selection.is_random or (self.reviser is not None and self.reviser.is_random)
         return self.temperature > 0 or parts_draw or any(map(_may_draw, self._asked))
 
-    @property
+    @lazy
     def _asked(self) -> tuple[Confidence, ...]:
         """The functions whose values are needed: the confidence, then the statistics of selection and reviser."""
         reviser = () if self.reviser is None else self.reviser.statistics
         return (find_confidence(self.confidence), *self.selection.statistics, *reviser)
+
+    @lazy
+    def _looked_at(self) -> tuple[tuple[str, ...], bool]:
+        return looked_at(self._asked)
 
     @property
     @override
@@ -237,18 +242,24 @@ class MicroConfidenceCommitter(Committer):
         previous = _Previous(slots, prediction) if self.selection.compares_steps else None
         ledger = Ledger(self.credit, slots) if self.credit is not None else None
         draws = slots.uniform(TOKEN_STREAM).flatten()[prediction.places] if self.temperature > 0 else None  # (T,)
-        scored = [
-            self._score(
-                logits,
-                prediction.banned,
-                slots,
-                prediction.places[part],
-                None if draws is None else draws[part],
-                previous,
-                ledger,
-            )
-            for part, logits in prediction.chunks()
-        ]
+        names, is_all = self._looked_at
+        # The most likely token, and what is known of it: then the logits of a chunk need not outlive it.
+        is_plain = is_all and draws is None and not self.scores_proposal
+        scored, spent = list[tuple[Tensor, ...]](), list[Distribution]()
+        for part, logits in prediction.chunks():
+            places = prediction.places[part]
+            if ledger is not None:
+                logits = ledger.add(logits.to(torch.promote_types(logits.dtype, torch.float32)), places)
+            if is_plain:
+                own, _ = self._read(logits, prediction.banned, ("best", "mode", *names), None)
+                own.spend(names)
+                spent.append(own)
+            else:
+                draw = None if draws is None else draws[part]
+                scored.append(self._score(logits, prediction.banned, slots, places, draw, previous))
+        if spent:
+            own = Distribution.joined(spent)
+            scored.append(self._ask(own, Candidates(own, own.mode, slots, prediction.places)))
         if previous is not None:
             previous.remember()
         if ledger is not None:
@@ -264,30 +275,28 @@ class MicroConfidenceCommitter(Committer):
         places: Tensor,
         uniform: Tensor | None,
         previous: _Previous | None,
-        ledger: Ledger | None,
     ) -> tuple[Tensor, ...]:
         """Tokens, and what each asked function says of them, for logits ``(R, V)`` of the slots at ``places``."""
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        if ledger is not None:
-            logits = ledger.add(logits.to(wide), places)
-        before = None if previous is None else previous.logits(places, wide)
-        names, is_all = looked_at(self._asked)
+        before = None if previous is None else previous.logits(places, torch.promote_types(logits.dtype, torch.float32))
+        names, _ = self._looked_at
         own, tokens = self._read(logits, banned, ("best", "mode", *names), uniform if self._draws_as_is else None)
-        possible = own.best > -torch.inf
+        whole = own
         if tokens is None and uniform is not None:
             _, tokens = self._read(self._warp(own.allowed), None, (), uniform)
         tokens = own.mode if tokens is None else tokens
         if self.scores_proposal:
             own, _ = self._read(self._warp(own.logits), banned, ("best", *names), None)
             before = None if before is None else self._warp(before)
-        if is_all and tokens is own.mode and not self.scores_proposal:
-            own.spend(names)
-        candidates = Candidates(own, tokens, slots, places, before)
+        return self._ask(whole, Candidates(own, tokens, slots, places, before))
+
+    def _ask(self, whole: Distribution, candidates: Candidates) -> tuple[Tensor, ...]:
+        """The candidates' tokens, and what each asked function says of them; nan where no id is possible."""
+        possible = whole.best > -torch.inf
         scores: dict[int, Tensor] = {}
         for function in self._asked:
             if id(function) not in scores:  # each is computed once
                 scores[id(function)] = function(candidates).where(possible, torch.nan)
-        return tokens, *(scores[id(function)] for function in self._asked)
+        return candidates.tokens, *(scores[id(function)] for function in self._asked)
 
     def _read(
         self, logits: Tensor, banned: Tensor | None, names: tuple[str, ...], uniform: Tensor | None

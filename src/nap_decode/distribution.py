@@ -9,6 +9,7 @@ ids on a CPU.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
@@ -18,6 +19,8 @@ from torch import Tensor
 from nap_decode.lazy import lazy
 
 _STRETCH = 256
+_FOUND_IN = {"best": "_maxima", "mode": "_best_stretch", "second": "_best_stretch", "log_normalizer": "_mass"}
+"""What of the logits a property is found in, if that is not the property itself."""
 
 
 class Distribution:
@@ -68,13 +71,31 @@ class Distribution:
         return self._given.gather(1, ids[:, None])[:, 0].to(self.dtype)
 
     def spend(self, names: Iterable[str]) -> None:
-        """Find the named properties, and the mode, and give the logits up, in whose place the weights are computed.
+        """Give the logits up for what ``best``, ``mode`` and the named properties need of them.
 
-        That is a third faster.  Nothing else may be asked for afterwards.
+        The weights are then computed in the logits' place, which is a third faster, and what is left is small: see
+        :meth:`joined`.  Nothing else may be asked for afterwards.
         """
-        for name in ("mode", *sorted(names, key=lambda name: name == "log_normalizer")):
+        for name in ("best", "mode", *sorted(names, key=lambda name: name == "log_normalizer")):
             self._is_spent = name == "log_normalizer"
-            getattr(self, name)
+            if not hasattr(self, f"_lazy_{name}"):
+                getattr(self, _FOUND_IN.get(name, name))
+        for name in ("allowed", "logits", "_weights", "_masses"):
+            self.__dict__.pop(f"_lazy_{name}", None)
+        del self._given
+
+    @classmethod
+    def joined(cls, parts: Sequence[Distribution]) -> Distribution:
+        """All rows of distributions that were spent on the same names.
+
+        Few and large operations then find for all what would take many small ones for each.
+        """
+        whole = copy.copy(parts[0])
+        if len(parts) > 1:
+            for name, value in vars(parts[0]).items():
+                if name.startswith("_lazy_") and isinstance(value, Tensor):
+                    setattr(whole, name, torch.cat([getattr(part, name) for part in parts]))
+        return whole
 
     def know(self, names: Sequence[str], values: Sequence[Tensor]) -> None:
         """Take properties from a :class:`Reduce` of these logits, instead of computing them."""
@@ -89,15 +110,17 @@ class Distribution:
         return _by_stretch(self.allowed, "amax")
 
     @lazy
-    def _best_stretch(self) -> tuple[Tensor, Tensor]:
-        """``(R, 256)`` ids and allowed logits of the stretch that has the largest; the first of equals."""
-        return self._stretch(self._maxima.argmax(1), self.allowed, -torch.inf)
+    def _best_stretch(self) -> Tensor:
+        """``(R, 256)``: the allowed logits of the stretch that has the largest; the first of equals."""
+        return self._stretch(self._maxima.argmax(1), self.allowed, -torch.inf)[1]
 
     def _stretch(self, which: Tensor, values: Tensor, fill: float) -> tuple[Tensor, Tensor]:
-        ids = which[:, None] * _STRETCH + torch.arange(_STRETCH, device=which.device)
+        """``(R, 256)`` ids of the stretches ``(R,)``, and their values."""
+        ids = torch.add(torch.arange(_STRETCH, device=which.device), which[:, None], alpha=_STRETCH)
         size = values.shape[1]
-        inside = values.gather(1, ids.clamp(max=size - 1))
-        return ids, inside if size % _STRETCH == 0 else inside.masked_fill(ids >= size, fill)
+        if size % _STRETCH == 0:
+            return ids, values.gather(1, ids)
+        return ids, values.gather(1, ids.clamp(max=size - 1)).masked_fill(ids >= size, fill)
 
     @lazy
     def best(self) -> Tensor:
@@ -107,13 +130,12 @@ class Distribution:
     @lazy
     def mode(self) -> Tensor:
         """``(R,)`` int64: the id that has it; the lowest of several."""
-        ids, inside = self._best_stretch
-        return ids.gather(1, inside.argmax(1, keepdim=True))[:, 0]
+        return torch.add(self._best_stretch.argmax(1), self._maxima.argmax(1), alpha=_STRETCH)
 
     @lazy
     def second(self) -> Tensor:
         """``(R,)``: the largest logit of any other id, banned ones included."""
-        inside = self._best_stretch[1].topk(2, dim=1).values[:, 1]
+        inside = self._best_stretch.topk(2, dim=1).values[:, 1]
         if self._maxima.shape[1] > 1:
             inside = torch.maximum(inside, self._maxima.topk(2, dim=1).values[:, 1])
         return inside if self._banned_logits is None else torch.maximum(inside, self._banned_logits.amax(1))
@@ -137,9 +159,14 @@ class Distribution:
         return _by_stretch(self._weights, "sum")
 
     @lazy
+    def _mass(self) -> Tensor:
+        """``(R,)``: the sum of all weights."""
+        return self._masses.sum(1)
+
+    @lazy
     def log_normalizer(self) -> Tensor:
         """``(R,)``: log of the sum of exp(logits) over all ids, banned ones included."""
-        allowed = self._shift + self._masses.sum(1).log()
+        allowed = self._shift + self._mass.log()
         return allowed if self._banned_logits is None else allowed.logaddexp(self._banned_logits.logsumexp(1))
 
     @lazy

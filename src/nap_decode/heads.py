@@ -188,7 +188,10 @@ def _is_plain(layer: nn.Linear) -> bool:
 
 def take(rows: Tensor, wanted: Tensor) -> Tensor:
     """``(N, W, H), (N, K) -> (N, K, H)``."""
-    return rows.take_along_dim(wanted.to(rows.device)[:, :, None], dim=1)
+    # Whole rows at a time: gathering them would look at an index for each of the H numbers.
+    first = torch.arange(0, rows.shape[0] * rows.shape[1], rows.shape[1], device=rows.device)[:, None]
+    flat = rows.flatten(0, 1).index_select(0, (wanted.to(rows.device) + first).flatten())
+    return flat.view(*wanted.shape, rows.shape[2])
 
 
 def _nothing(rows: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ __all__ = ["Prediction"]
 
 # On the CPU the output layer takes many rows at a time, because every product reads all of its weights; statistics take
 # few, which stay in the cache.
-_HEAD_ROWS, _HEAD_NUMBERS, _CACHED_NUMBERS = 192, 2**23, 2**19
+_HEAD_ROWS, _HEAD_NUMBERS, _CACHED_NUMBERS = 384, 2**23, 2**20
 # An accelerator wants few large kernels.
 _ACCELERATOR_NUMBERS = 2**25
 
