@@ -26,6 +26,7 @@ LAYERS = [
     {"committers"},
     {"decoding", "lookahead"},
     {"output", "saving"},
+    {"live"},
     {"sampler"},
     {"bench", "demo", "presets"},
     {"integrations"},

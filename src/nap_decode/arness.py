@@ -130,7 +130,8 @@ class ARnessMeter:
 
     def update(self, trace: DecodeTrace) -> None:
         """Add the sequences of a trace."""
-        before_end, block = trace.before_end().numpy(), trace.block.numpy()
+        before_end = trace.before_end().numpy()
+        block = np.where(trace.step.numpy() < 0, -1, trace.block.numpy())  # what an interruption left masked
         if trace.closed is not None:  # what was filled without being decoded has no place in the order
             block = np.where(trace.closed.numpy(), -1, block)
         scopes = {False: block >= 0} | ({True: before_end} if trace.end_token_ids else {})

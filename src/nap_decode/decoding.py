@@ -230,21 +230,30 @@ class Decoding:
         if self._batch is None or self._taken < self._next_leave:
             return []
         batch = self._settled(self._batch)
-        busy = batch.timetable.slots.sum(1) > 0
+        return [self._let_go(batch, batch.timetable.slots.sum(1) > 0)]
+
+    def stop(self) -> list[Finished]:
+        """Let all rows go as they are."""
+        if self._batch is None:
+            return []
+        batch = self._settled(self._batch)
+        return [self._let_go(batch, torch.zeros_like(batch.progress.number, dtype=torch.bool))]
+
+    def _let_go(self, batch: _Batch, busy: Tensor) -> Finished:
+        """All rows but the busy ones, ``(B,)`` bool, which stay."""
         gone = batch.rows(~busy & (batch.progress.number >= 0))
-        finished = Finished(
-            numbers=gone.progress.number.tolist(),
-            state=gone.state,
-            passes=gone.progress.passes,
-            steps_saved=gone.plan.busy_steps - gone.progress.steps,
-        )
         number = torch.where(busy, batch.progress.number, -1)
         batch = replace(batch, progress=replace(batch.progress, number=number))
         if bool(busy.any()):
             self._set(self._without_idle(batch))
         else:
             self._batch = None
-        return [finished]
+        return Finished(
+            numbers=gone.progress.number.tolist(),
+            state=gone.state,
+            passes=gone.progress.passes,
+            steps_saved=gone.plan.busy_steps - gone.progress.steps,
+        )
 
     def _without_idle(self, batch: _Batch, room: int = 0) -> _Batch:
         """Without the rows that were handed out already; ``room`` others are about to come.

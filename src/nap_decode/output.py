@@ -11,10 +11,14 @@ from torch import Tensor
 
 from nap_decode.canvas import Canvas
 from nap_decode.errors import NapDecodeError
-from nap_decode.trace import DecodeTrace
+from nap_decode.html import render
+from nap_decode.trace import DecodeTrace, ends_before
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from transformers import PreTrainedTokenizerBase
+
+    from nap_decode.viz import CanvasAnimation
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -59,16 +63,44 @@ class SamplerOutput:
         rows = f"{len(self.sequences)} row{'s' if len(self.sequences) > 1 else ''}"
         return f"SamplerOutput({rows}, {self.forward_passes} forward passes, {self.wall_time:.3g} s)"
 
+    def _repr_html_(self) -> str:
+        return render(self.trace, canvas=self.canvas, tokenizer=self.tokenizer, heading=repr(self))
+
+    def plot(self, row: int = 0, *, ax: Axes | None = None, color_by: str = "block") -> Axes:
+        """Draw the step of every commit against its position; see :func:`nap_decode.viz.plot_order`."""
+        return self.trace.plot(row, ax=ax, color_by=color_by)
+
+    def animate(self, row: int = 0, *, seconds_per_step: float = 0.4) -> CanvasAnimation:
+        """The canvas filling up, to play in a notebook or to save; see :func:`nap_decode.viz.animate`."""
+        from nap_decode.viz import animate
+
+        return animate(self, row, seconds_per_step=seconds_per_step)
+
     @cached_property
     def _before_end(self) -> Tensor:
         return self.trace.before_end()
 
+    @cached_property
+    def _gaps(self) -> Tensor:
+        """``(B, L)`` bool: masks that an interruption left before the end of their block."""
+        trace = self.trace
+        return trace.masked() & (ends_before(trace.tokens, trace.block, trace.end_token_ids) == 0)
+
     @property
     def finish_reason(self) -> list[str]:
-        """For each row ``"end"`` if its last block holds an end token, else ``"length"``."""
-        block = self.trace.block
+        """For each row ``"end"`` if its last block holds an end token, else ``"length"``.
+
+        ``"interrupted"`` if slots of the row are still masked.
+        """
+        block, masked = self.trace.block, self.trace.masked()
         cut = (block == block.amax(1, keepdim=True)) & (block >= 0) & ~self._before_end
-        return ["end" if ended else "length" for ended in cut.any(1).tolist()]
+        reasons = zip(cut.any(1).tolist(), masked.any(1).tolist(), strict=True)
+        return ["interrupted" if broken_off else "end" if ended else "length" for ended, broken_off in reasons]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether everything was decoded; if not, there are mask tokens in ``sequences``, and texts have gaps."""
+        return not bool(self.trace.masked().any())
 
     @property
     def tokens_per_forward(self) -> list[float]:
@@ -119,8 +151,11 @@ class SamplerOutput:
         return rows[0] if self.canvas.is_single else rows
 
     def _block_text(self, row: int, block: int) -> str:
-        kept = (self.trace.block[row] == block) & self._before_end[row]
-        return self._decode(self.trace.tokens[row][kept].tolist(), skip_special_tokens=True)
+        inside = (self.trace.block[row] == block) & (self._before_end[row] | self._gaps[row])
+        slots = zip(self.trace.tokens[row][inside].tolist(), self._gaps[row][inside].tolist(), strict=True)
+        runs = [([token for token, _ in run], is_gap) for is_gap, run in groupby(slots, key=lambda slot: slot[1])]
+        pieces = ["[...]" if is_gap else self._decode(ids, skip_special_tokens=True) for ids, is_gap in runs]
+        return "".join(pieces)
 
     def _row_text(self, row: int) -> str:
         tokens, block = self.trace.tokens[row].tolist(), self.trace.block[row].tolist()

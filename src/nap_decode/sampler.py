@@ -23,6 +23,7 @@ from nap_decode.confidence import Confidence
 from nap_decode.decoding import Decoding, Finished
 from nap_decode.denoiser import Denoiser, Model
 from nap_decode.errors import NapDecodeError, check_integer
+from nap_decode.live import Streams, interrupts
 from nap_decode.output import SamplerOutput
 from nap_decode.randomness import row_seeds as seeds_of_rows
 from nap_decode.randomness import wrap
@@ -107,6 +108,8 @@ class Sampler:
         seed: int | None = None,
         row_seeds: Sequence[int] | None = None,
         callback: Callback | None = None,
+        streamer: Any = None,
+        interruptible: bool = False,
         progress: bool | None = None,
     ) -> SamplerOutput:
         """Decode the template (or ``max_new_tokens`` slots) after one prompt or a batch.
@@ -117,11 +120,21 @@ class Sampler:
             seed: see :meth:`decode`.
             row_seeds: see :meth:`decode`.
             callback: see :meth:`decode`.
+            streamer: see :meth:`decode`.
+            interruptible: see :meth:`decode`.
             progress: see :meth:`decode`.
         """
         rows, is_single = encode_prompts(prompts, self.tokenizer)
         canvas = self._append(rows, max_new_tokens, is_single=is_single)
-        return self.decode(canvas, seed=seed, row_seeds=row_seeds, callback=callback, progress=progress)
+        return self.decode(
+            canvas,
+            seed=seed,
+            row_seeds=row_seeds,
+            callback=callback,
+            streamer=streamer,
+            interruptible=interruptible,
+            progress=progress,
+        )
 
     def generate(
         self,
@@ -132,6 +145,8 @@ class Sampler:
         seed: int | None = None,
         row_seeds: Sequence[int] | None = None,
         callback: Callback | None = None,
+        streamer: Any = None,
+        interruptible: bool = False,
         progress: bool | None = None,
         return_dict_in_generate: bool = False,
     ) -> Tensor | SamplerOutput:
@@ -144,6 +159,8 @@ class Sampler:
             seed: see :meth:`decode`.
             row_seeds: see :meth:`decode`.
             callback: see :meth:`decode`.
+            streamer: see :meth:`decode`.
+            interruptible: see :meth:`decode`.
             progress: see :meth:`decode`.
             return_dict_in_generate: return a :class:`SamplerOutput`.
 
@@ -155,7 +172,15 @@ class Sampler:
             raise NapDecodeError(f"input_ids must be a tensor (B, P), but are {got}; lists go to sampler(...)")
         rows, _ = encode_prompts(input_ids, self.tokenizer, attention_mask)
         canvas = self._append(rows, max_new_tokens, prompt_width=input_ids.shape[1])
-        output = self.decode(canvas, seed=seed, row_seeds=row_seeds, callback=callback, progress=progress)
+        output = self.decode(
+            canvas,
+            seed=seed,
+            row_seeds=row_seeds,
+            callback=callback,
+            streamer=streamer,
+            interruptible=interruptible,
+            progress=progress,
+        )
         return output if return_dict_in_generate else output.sequences.to(input_ids.device)
 
     def infill(
@@ -165,6 +190,8 @@ class Sampler:
         seed: int | None = None,
         row_seeds: Sequence[int] | None = None,
         callback: Callback | None = None,
+        streamer: Any = None,
+        interruptible: bool = False,
         progress: bool | None = None,
     ) -> SamplerOutput:
         """Decode the mask tokens in texts; every run of masks is a block of its own.
@@ -174,6 +201,8 @@ class Sampler:
             seed: see :meth:`decode`.
             row_seeds: see :meth:`decode`.
             callback: see :meth:`decode`.
+            streamer: see :meth:`decode`.
+            interruptible: see :meth:`decode`.
             progress: see :meth:`decode`.
         """
         rows, is_single = encode_prompts(texts, self.tokenizer)
@@ -184,7 +213,15 @@ class Sampler:
             device=self.denoiser.device,
             is_single=is_single,
         )
-        return self.decode(canvas, seed=seed, row_seeds=row_seeds, callback=callback, progress=progress)
+        return self.decode(
+            canvas,
+            seed=seed,
+            row_seeds=row_seeds,
+            callback=callback,
+            streamer=streamer,
+            interruptible=interruptible,
+            progress=progress,
+        )
 
     @property
     def custom_generate(self) -> Callable[..., Tensor | SamplerOutput]:
@@ -203,6 +240,8 @@ class Sampler:
         seed: int | None = None,
         row_seeds: Sequence[int] | None = None,
         callback: Callback | None = None,
+        streamer: Any = None,
+        interruptible: bool = False,
         progress: bool | None = None,
     ) -> SamplerOutput:
         """Decode a canvas.
@@ -216,35 +255,57 @@ class Sampler:
             callback: called with the :class:`DecodeState` after every step of the batch; may edit the canvas.  Rows
                 that are finished are in it too; one that edits these, or goes by the number of the step, makes a
                 row's result depend on its batch.
+            streamer: shows rows while they are decoded: a ``transformers.TextStreamer``, ``TextIteratorStreamer`` or
+                the like for a single row, or a list with one for each row (None for rows that nobody looks at).  It
+                gets the prompt, then what is decoded without a gap, and ``end()`` when its row is finished; one that
+                has ``put_draft`` also gets what is behind the gap, after every step.
+            interruptible: whether Ctrl-C ends the decode after the step it is at, and what was decoded so far is
+                returned: see :attr:`SamplerOutput.is_complete`.  Otherwise it raises ``KeyboardInterrupt`` as ever;
+                so does a second Ctrl-C.
             progress: show a bar on stderr; None shows it in terminals and notebooks only.
 
         Raises:
             NapDecodeError: see :meth:`Denoiser.check` and :meth:`BlockScheduler.plan`.
         """
         started = time.perf_counter()
-        decoding = self._decoding(is_watched=callback is not None)
+        decoding = self._decoding(is_watched=callback is not None or streamer is not None)
         self._check(canvas)
+        streams = None
+        if streamer is not None:
+            is_final = callback is None and not self.committer.revises
+            streams = Streams.of(streamer, canvas, ends=self.denoiser.end_token_ids, is_final=is_final)
         seeds = self._seeds(len(canvas.tokens), seed, row_seeds)
         plan = decoding.add(canvas, range(len(canvas.tokens)), seeds)
         total_steps = None if self.committer.is_adaptive else int(plan.steps.max())
 
-        def edit(rows: RowState, step: int) -> RowState:
-            assert callback is not None
-            tokens = callback(DecodeState.of(rows, canvas, step, total_steps))
-            if tokens is None:
-                return rows
-            state = DecodeState.of(rows, canvas, step, total_steps)  # whatever the callback did to its own
-            vocab_size = decoding.vocab_size or int(rows.tokens.max()) + 1  # of a function that was not asked
-            banned = self.denoiser.banned(vocab_size, rows.tokens.device)
-            return state.edit(tokens, self.denoiser.mask_token_id, banned, vocab_size).to_rows(rows)
+        def watch(rows: RowState, step: int) -> RowState:
+            state = DecodeState.of(rows, canvas, step, total_steps)
+            tokens = None if callback is None else callback(state)
+            if tokens is not None:
+                state = DecodeState.of(rows, canvas, step, total_steps)  # whatever the callback did to its own
+                vocab_size = decoding.vocab_size or int(rows.tokens.max()) + 1  # of a function that was not asked
+                banned = self.denoiser.banned(vocab_size, rows.tokens.device)
+                state = state.edit(tokens, self.denoiser.mask_token_id, banned, vocab_size)
+                rows = state.to_rows(rows)
+            if streams is not None:
+                streams(state)
+            return rows
 
-        with torch.no_grad(), _progress_bar(total_steps, progress) as bar:
+        with (
+            torch.no_grad(),
+            _progress_bar(total_steps, progress) as bar,
+            interrupts(caught=interruptible) as interrupted,
+        ):
             finished = decoding.leave()
-            while decoding.size:
-                decoding.step(None if callback is None else edit)
+            while decoding.size and not interrupted():
+                decoding.step(watch if decoding.is_watched else None)
                 bar.update(1)
                 finished += decoding.leave()
-            return self._output(canvas, Finished.sorted(finished), decoding.forward_passes, started, seeds)
+            finished += decoding.stop()
+            output = self._output(canvas, Finished.sorted(finished), decoding.forward_passes, started, seeds)
+        if streams is not None:
+            streams.end(output.trace.tokens, output.trace.block, output.trace.step >= 0)
+        return output
 
     def stream(
         self,
@@ -431,7 +492,8 @@ class Sampler:
             end_token_ids=self.denoiser.end_token_ids,
             closed=host(to_canvas(canvas, finished.state.closed, False)) if self.close_on else None,
         )
-        expected = (trace.block >= 0) & ~host(state.edited)
+        is_masked = host(state.masked)  # after an interruption
+        expected = (trace.block >= 0) & ~host(state.edited) & ~is_masked
         if trace.closed is not None:
             expected &= ~trace.closed
         if bool((trace.confidence.isnan() & expected).any()):
@@ -440,11 +502,12 @@ class Sampler:
                 "tokens committed there mean nothing. Try another precision (bfloat16 instead of float16) or "
                 "attention implementation, and look at the logits processors"
             )
-        if bool(((trace.tokens == self.denoiser.mask_token_id) & (trace.block >= 0)).any()):
+        if bool(((trace.tokens == self.denoiser.mask_token_id) & (trace.block >= 0) & ~is_masked).any()):
             raise NapDecodeError(
                 f"{type(self.committer).__name__} committed the mask token; it must not propose the banned ids of the "
                 "prediction"
             )
+        saves = self.close_on and not self.committer.is_adaptive and not bool(is_masked.any())
         return SamplerOutput(
             sequences=state.tokens,
             canvas=canvas,
@@ -453,7 +516,7 @@ class Sampler:
             wall_time=time.perf_counter() - started,
             row_seeds=None if seeds is None else seeds.tolist(),
             tokenizer=self.tokenizer,
-            steps_saved=finished.steps_saved.tolist() if self.close_on and not self.committer.is_adaptive else None,
+            steps_saved=finished.steps_saved.tolist() if saves else None,
             index=index,
         )
 

@@ -175,8 +175,16 @@ class TestStream:
             generate(self.IDS, attention_mask=PRESENT[:1], stream_to=streamer)
             assert f"{MASK} {MASK}" in capsys.readouterr().out
 
+    def test_one_for_every_row(self, generate):
+        streamers = [Recorder(), None, Recorder()]
+        got = generate(stream_to=streamers)
+        for row in (0, 2):
+            puts = [tokens for kind, tokens in streamers[row].calls if kind == "put"]
+            assert list(itertools.chain(*puts)) == got[row].tolist()
+            assert streamers[row].calls[-1] == ("end", None)
+
     def test_refusals(self, generate):
-        with pytest.raises(NapDecodeError, match="a streamer shows one row, but there are 3"):
+        with pytest.raises(NapDecodeError, match=r"one streamer for every row, .* there are 1 for 3 rows"):
             generate(stream_to=Recorder())
         streamer = Recorder(drafts=True)
         streamer._takes_logits = True

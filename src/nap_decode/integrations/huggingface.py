@@ -11,9 +11,9 @@ from torch import Tensor
 
 from nap_decode.errors import NapDecodeError
 from nap_decode.integrations._shared import bind, refuse
+from nap_decode.live import Streams
 from nap_decode.output import SamplerOutput
 from nap_decode.sampler import Sampler
-from nap_decode.state import DecodeState
 from nap_decode.trace import ends_before
 
 # What generate(...) makes for its own loops, or leaves to the logits processors, which are looked at one by one.
@@ -60,8 +60,7 @@ def custom_generate(
         generation_config: prepared by ``generate``.
         seed: see :meth:`Sampler.decode`.
         row_seeds: see :meth:`Sampler.decode`.
-        stream_to: a transformers streamer, for one row.  It gets the prompt, then the completion as far as it is
-            decoded without a gap, and, if it has ``put_draft``, what is behind that after every step.
+        stream_to: a transformers streamer, or a list of them, one for each row; see :meth:`Sampler.decode`.
             (``generate``'s own ``streamer=`` is not passed on to custom functions.)
         model_kwargs: the attention mask, and what ``generate`` prepares for its own loops.
 
@@ -89,14 +88,22 @@ def custom_generate(
         end_token_ids=[ends] if isinstance(ends, int) else ends,
     )
     bound = sampler.replace(denoiser=denoiser)
-    stream = None if stream_to is None else _Stream(stream_to, input_ids, bound, ends is not None)
+    streams = None
+    if stream_to is not None:
+        streams = Streams(
+            stream_to,
+            list(input_ids[:, None]),
+            [prompt] * len(input_ids),
+            ends=() if ends is None else bound.denoiser.end_token_ids,
+            is_final=not bound.committer.revises,
+        )
     output = bound.generate(
         input_ids,
         attention_mask,
         max_new_tokens=_slots(bound, prompt, generation_config, model),
         seed=seed,
         row_seeds=row_seeds,
-        callback=stream,
+        callback=streams,
         return_dict_in_generate=True,
     )
     assert isinstance(output, SamplerOutput)
@@ -104,8 +111,8 @@ def custom_generate(
     if ends is not None:
         behind = ends_before(sequences, output.canvas.block.to(sequences.device), denoiser.end_token_ids) > 0
         sequences = sequences.masked_fill(behind, denoiser.end_token_ids[0] if pad is None else pad)
-    if stream is not None:
-        stream.end(output.sequences)
+    if streams is not None:
+        streams.end(output.sequences, output.canvas.block)
     return replace(output, sequences=sequences) if generation_config.return_dict_in_generate else sequences
 
 
@@ -174,41 +181,3 @@ def _slots(sampler: Sampler, prompt: int, config: Any, model: Any) -> int | None
             f"the prompt and the sampler's template take {needed} tokens, more than max_length={config.max_length}"
         )
     return None
-
-
-class _Stream:
-    """A callback that shows a transformers streamer one row as it is decoded."""
-
-    def __init__(self, streamer: Any, input_ids: Tensor, sampler: Sampler, stops: bool) -> None:
-        if len(input_ids) != 1:
-            raise NapDecodeError(f"a streamer shows one row, but there are {len(input_ids)}")
-        if getattr(streamer, "_takes_logits", False):
-            raise NapDecodeError(f"{type(streamer).__name__} wants logits, which samplers do not keep; use another")
-        self.streamer, self.shown, self.block = streamer, input_ids.shape[1], torch.empty(0)
-        self.ends = sampler.denoiser.end_token_ids if stops else ()
-        self.revises = sampler.committer.revises
-        streamer.put(input_ids.cpu())
-
-    def __call__(self, state: DecodeState) -> None:
-        masked, self.block = state.masked[0], state.canvas.block
-        gap = int(masked.long().argmax()) if bool(masked.any()) else len(masked)
-        # What a reviser may still change is not final before the end.
-        self._put(state.tokens, self.shown if self.revises else gap)
-        draft = self._between(state.tokens, self.shown, len(masked))
-        if hasattr(self.streamer, "put_draft") and len(draft):
-            self.streamer.put_draft(draft)
-
-    def end(self, tokens: Tensor) -> None:
-        """Show the rest."""
-        self._put(tokens, tokens.shape[1])
-        self.streamer.end()
-
-    def _put(self, tokens: Tensor, stop: int) -> None:
-        new = self._between(tokens, self.shown, stop)
-        if len(new):
-            self.streamer.put(new)
-        self.shown = stop
-
-    def _between(self, tokens: Tensor, start: int, stop: int) -> Tensor:
-        kept = ends_before(tokens, self.block, self.ends)[0] == 0
-        return tokens[0, start:stop][kept[start:stop]].cpu()
