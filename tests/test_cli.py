@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -9,6 +11,7 @@ from models import needs_transformers_5
 
 from nap_decode import CanvasTemplate, DecodeTrace, demo, presets
 from nap_decode.cli import main
+from nap_decode.decoding import Decoding
 
 pytestmark = needs_transformers_5
 MODEL = ["--model", str(demo.CHECKPOINT)]
@@ -166,6 +169,36 @@ def test_unknown_options(capsys):
     assert "probability" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([])
+
+
+def test_streaming(capsys):
+    status, out, _ = run(capsys, "generate", *MODEL, *PROMPT, *PLACES, "--stream")
+    assert status == 0
+    assert out.splitlines()[0] == "# 6 0 6 4 6 2 1 2 4 7 0 6 ="
+    assert out.splitlines()[1].startswith("<think 1> 6 0 4 2")
+    assert out.count("<think 1>") == 1
+    for wrong in (PROMPT, ["--summary-only"]):
+        status, _, err = run(capsys, "generate", *MODEL, *PROMPT, *PLACES, "--stream", *wrong)
+        assert status == 2
+        assert "--stream shows the whole text of one prompt" in err
+
+
+def test_ctrl_c_prints_what_there_is(capsys, monkeypatch):
+    steps = []
+    take_step = Decoding.take_step
+
+    def pressing(self, *args):
+        steps.append(1)
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return take_step(self, *args)
+
+    monkeypatch.setattr(Decoding, "take_step", pressing)
+    status, out, err = run(capsys, "generate", *MODEL, *PROMPT, *PLACES)
+    assert status == 130
+    assert "[...]" in out
+    assert "# 3 forward passes" in out
+    assert err.splitlines()[-1] == "nap-decode: interrupted"
 
 
 def test_a_reader_that_goes_away_is_no_error():

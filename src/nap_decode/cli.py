@@ -34,11 +34,14 @@ from nap_decode.trace import DecodeTrace
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, or 2 for bad input."""
+    """Run the command; returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
     args = _parser().parse_args(arguments)
     try:
         args.run(args)
         sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("nap-decode: interrupted", file=sys.stderr)
+        return 130  # as shells say it
     except BrokenPipeError:  # nobody reads on; the interpreter must not try to flush again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -100,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0)
     add = generate.add_argument_group("output").add_argument
     add("--trace", help="write what happened when to this file")
+    add("--stream", action="store_true", help="print what is decoded without a gap while it is decoded; for one prompt")
     add("--summary-only", action="store_true", help="print summaries instead of whole canvases")
 
     measure = commands.add_parser("bench", help="what a decode costs, beside bare forwards and the textbook loop")
@@ -133,6 +137,11 @@ def _generate(args: argparse.Namespace) -> None:
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise NapDecodeError(f"--device {args.device}: this torch sees no CUDA device")
 
+    if args.stream and (len(args.prompt) > 1 or args.summary_only):
+        given = "--summary-only is given" if args.summary_only else f"{len(args.prompt)} are given"
+        raise NapDecodeError(f"--stream shows the whole text of one prompt, but {given}")
+    from transformers import TextStreamer
+
     model, tokenizer = _load(args)
     denoiser = Denoiser(model, tokenizer, mask_token_id=args.mask_token_id, cfg_scale=composition.denoiser.cfg_scale)
     sampler = Sampler(
@@ -144,13 +153,21 @@ def _generate(args: argparse.Namespace) -> None:
         compile=args.compile or False,
     )
     prompts: list[Any] = [[{"role": "user", "content": p}] for p in args.prompt] if args.chat else args.prompt
-    output = sampler.infill(prompts, seed=args.seed) if args.infill else sampler(prompts, seed=args.seed)
+    decode = sampler.infill if args.infill else sampler
+    streamer = None
+    if args.stream:
+        print(f"# {args.prompt[0]}")
+        streamer = [TextStreamer(tokenizer, skip_prompt=not args.infill)]
+    output = decode(prompts, seed=args.seed, streamer=streamer, interruptible=True)
     if args.trace:
         output.trace.save(args.trace)
     texts = output.summary if args.summary_only else output.text
     for prompt, text, tpf in zip(args.prompt, texts, output.tokens_per_forward, strict=True):
-        print(f"# {prompt}\n{text}")
+        if not args.stream:
+            print(f"# {prompt}\n{text}")
         print(f"# {output.forward_passes} forward passes, {tpf:.2f} tokens per forward pass\n")
+    if not output.is_complete:
+        raise KeyboardInterrupt  # what was decoded so far is printed, with gaps
 
 
 def _composition(args: argparse.Namespace) -> Sampler:
