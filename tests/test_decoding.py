@@ -246,6 +246,31 @@ class TestStream:
         for one, other in zip(sampler.stream(self.PROMPTS), sampler.stream(self.PROMPTS), strict=True):
             assert torch.equal(one.sequences, other.sequences)
 
+    def test_row_seeds(self, tiny):
+        """A row's draws are its own, wherever it stands."""
+        drawing = MicroConfidenceCommitter(temperature=2.0)
+        sampler = Sampler(
+            Denoiser(tiny, mask_token_id=MASK), scheduler=MacroParallelScheduler(tokens_per_step=2), committer=drawing
+        )
+        options = {"max_new_tokens": 6}
+        seeds = [2**70 + 7 * n for n in range(len(self.PROMPTS))]
+        want = sampler(self.PROMPTS, row_seeds=seeds, **options)
+        outs = list(sampler.stream(self.PROMPTS, row_seeds=iter(seeds), max_batch=2, **options))
+        back = list(sampler.stream(self.PROMPTS[::-1], row_seeds=seeds[::-1], max_batch=3, **options))[::-1]
+        for row, (out, other) in enumerate(zip(outs, back, strict=True)):
+            assert out.trace.tokens[0][-6:].tolist() == want.trace.tokens[row][-6:].tolist()
+            assert torch.equal(out.sequences, other.sequences)
+            assert out.row_seeds == want.row_seeds[row : row + 1]
+        assert len({tuple(out.sequences[0].tolist()[-6:]) for out in outs}) > 1
+
+    def test_bad_row_seeds(self, sampler, tiny):
+        with pytest.raises(NapDecodeError, match="leave out seed"):
+            sampler.stream(self.PROMPTS, seed=1, row_seeds=[1])
+        with pytest.raises(NapDecodeError, match="there are 2, and more prompts"):
+            list(sampler.stream(self.PROMPTS, row_seeds=[1, 2]))
+        with pytest.raises(NapDecodeError, match="there are more than 1 prompts"):
+            list(sampler.stream([[5]], row_seeds=[1, 2]))
+
     @pytest.mark.parametrize("prompts", ["5 6", torch.tensor([[5]]), {"input_ids": [[5]]}])
     def test_not_a_list(self, sampler, prompts):
         with pytest.raises(NapDecodeError, match="stream takes a list or an iterator of prompts"):

@@ -11,7 +11,7 @@ from itertools import islice
 from numbers import Real
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -316,6 +316,7 @@ class Sampler:
         max_new_tokens: int | None = None,
         in_order: bool = True,
         seed: int | None = None,
+        row_seeds: Iterable[int] | None = None,
         progress: bool | None = None,
     ) -> Iterator[SamplerOutput]:
         """Decode any number of prompts; a row that is finished leaves the batch, and the next prompt takes its place.
@@ -331,13 +332,15 @@ class Sampler:
             in_order: whether outputs come in the order of the prompts, or as they are finished.  Outputs that wait
                 for an earlier one are kept.
             seed: see :meth:`decode`.
+            row_seeds: a seed for every prompt instead, read along with them.
             progress: show a bar on stderr, counting prompts; None shows it in terminals and notebooks only.
 
         Yields:
             An output of one row for each prompt, with its ``index``.
 
         Raises:
-            NapDecodeError: see :meth:`decode`; a prompt that is too long for ``max_tokens``.
+            NapDecodeError: see :meth:`decode`; a prompt that is too long for ``max_tokens``; more prompts than seeds,
+                or more seeds.
 
         Example:
             >>> from nap_decode import demo
@@ -353,26 +356,31 @@ class Sampler:
             raise NapDecodeError(f"stream takes a list or an iterator of prompts, not {type(prompts).__name__}")
         canvas = partial(self._append, max_new_tokens=max_new_tokens)
         canvas([[]])  # raises, if it cannot be made
-        outputs = self._stream(prompts, canvas, max_batch, max_tokens, self._base_seed(seed), progress)
+        if row_seeds is not None and seed is not None:
+            raise NapDecodeError("row_seeds are seeds of their own for every prompt; leave out seed")
+        base = None if row_seeds is not None else self._base_seed(seed)
+        total = len(prompts) if isinstance(prompts, Sized) else None
+        seeded = ((prompt, None) for prompt in prompts) if row_seeds is None else _with_seeds(prompts, row_seeds)
+        waiting = _longest_first(seeded, self.tokenizer, window=16 * max_batch)
+        outputs = self._stream(waiting, canvas, max_batch, max_tokens, base, total, progress)
         return _in_order(outputs) if in_order else outputs
 
     def _stream(
         self,
-        prompts: Iterable[Prompt],
+        waiting: Iterator[_Waiting],
         canvas_of: Callable[..., Canvas],
         max_batch: int,
         max_tokens: int | None,
         seed: int | None,
+        total: int | None,
         progress: bool | None,
     ) -> Iterator[SamplerOutput]:
         decoding, layout = self._decoding(), canvas_of([[]]).longest
-        waiting = _longest_first(prompts, self.tokenizer, window=16 * max_batch)
         upcoming = next(waiting, None)
-        admitted: dict[int, tuple[float, list[int]]] = {}
-        total = len(prompts) if isinstance(prompts, Sized) else None
+        admitted: dict[int, tuple[float, list[int], Tensor | None]] = {}
         with _progress_bar(total, progress, "row") as bar:
             while upcoming is not None or decoding.size:
-                coming: list[tuple[int, list[int]]] = []
+                coming: list[_Waiting] = []
                 while upcoming is not None and (size := decoding.size + len(coming)) < max_batch:
                     longest = len(upcoming[1]) + layout
                     if max_tokens is not None and longest > max_tokens:
@@ -380,25 +388,26 @@ class Sampler:
                             f"prompt {upcoming[0]} and its canvas take {longest} tokens, more than max_tokens="
                             f"{max_tokens}; raise it, or shorten the prompt"
                         )
-                    widths = [longest, decoding.width, *(len(ids) + layout for _, ids in coming)]
+                    widths = [longest, decoding.width, *(len(ids) + layout for _, ids, _ in coming)]
                     if max_tokens is not None and (size + 1) * max(widths) > max_tokens:
                         break
                     coming.append(upcoming)
                     upcoming = next(waiting, None)
                 with torch.no_grad():  # around no yield: what the caller does in between is not ours
                     if coming:
-                        numbers, rows = (list(values) for values in zip(*coming, strict=True))
+                        numbers, rows, own = (list(values) for values in zip(*coming, strict=True))
                         canvas = canvas_of(rows, numbers=numbers)
                         self._check(canvas)
-                        decoding.add(canvas, numbers, None if seed is None else seeds_of_rows(seed, numbers))
-                        admitted |= {number: (time.perf_counter(), ids) for number, ids in coming}
+                        seeds = self._seeds_in_stream(seed, numbers, own)
+                        decoding.add(canvas, numbers, seeds)
+                        for i, (number, ids, _) in enumerate(coming):
+                            admitted[number] = time.perf_counter(), ids, None if seeds is None else seeds[i : i + 1]
                     else:
                         decoding.step()
                     finished = decoding.leave()
                 for row, several in ((row, group) for group in finished for row in range(len(group.numbers))):
                     one = several.rows(torch.tensor([row]))
-                    started, ids = admitted.pop(one.numbers[0])
-                    seeds = None if seed is None else seeds_of_rows(seed, one.numbers)
+                    started, ids, seeds = admitted.pop(one.numbers[0])
                     canvas = canvas_of([ids], is_single=True)
                     bar.update(1)
                     yield self._output(canvas, one, int(one.passes[0]), started, seeds, index=one.numbers[0])
@@ -661,6 +670,14 @@ class Sampler:
             return torch.tensor(given_seeds, dtype=torch.int64) if self._draws else None
         return None if base is None else seeds_of_rows(base, range(num_rows))
 
+    def _seeds_in_stream(self, seed: int | None, numbers: list[int], own: list[int | None]) -> Tensor | None:
+        """``(B,)`` int64 on the host: the rows' own, or those that derive from the seed; None if nothing is drawn."""
+        if not self._draws:
+            return None
+        if seed is not None:
+            return seeds_of_rows(seed, numbers)
+        return torch.tensor([wrap(row_seed) for row_seed in own if row_seed is not None], dtype=torch.int64)
+
     @property
     def _draws(self) -> bool:
         return self.committer.is_random or self.scheduler.is_random
@@ -673,20 +690,36 @@ class Sampler:
         return int(torch.randint(2**62, ())) if seed is None else seed
 
 
+_Waiting: TypeAlias = "tuple[int, list[int], int | None]"
+"""Number, ids and, if it has one of its own, seed of a prompt."""
+
+
+def _with_seeds(prompts: Iterable[Prompt], row_seeds: Iterable[int]) -> Iterator[tuple[Prompt, int]]:
+    seeds, number = iter(row_seeds), 0
+    for prompt in prompts:
+        seed = next(seeds, None)
+        if seed is None:
+            raise NapDecodeError(f"row_seeds must be one for every prompt, but there are {number}, and more prompts")
+        yield prompt, seed
+        number += 1
+    if next(seeds, None) is not None:
+        raise NapDecodeError(f"row_seeds must be one for every prompt, but there are more than {number} prompts")
+
+
 def _longest_first(
-    prompts: Iterable[Prompt], tokenizer: PreTrainedTokenizerBase | None, *, window: int
-) -> Iterator[tuple[int, list[int]]]:
-    """Prompts with their numbers, from the longest to the shortest of each window."""
+    prompts: Iterable[tuple[Prompt, int | None]], tokenizer: PreTrainedTokenizerBase | None, *, window: int
+) -> Iterator[_Waiting]:
+    """Prompts with their numbers and seeds, from the longest to the shortest of each window."""
     numbered = enumerate(prompts)
     while some := list(islice(numbered, window)):
-        rows = []
-        for number, prompt in some:
+        rows: list[_Waiting] = []
+        for number, (prompt, seed) in some:
             if isinstance(prompt, Mapping | Real):
                 raise NapDecodeError(
                     f"a stream takes many prompts, but number {number} of them is {prompt!r:.80}; put a single one "
                     "into a list of its own"
                 )
-            rows.append((number, encode_prompts([prompt], tokenizer)[0][0]))
+            rows.append((number, encode_prompts([prompt], tokenizer)[0][0], seed))
         yield from sorted(rows, key=lambda row: -len(row[1]))
 
 
