@@ -11,6 +11,7 @@ from nap_decode.credit import Credit
 from nap_decode.denoiser import Denoiser
 from nap_decode.errors import NapDecodeError
 from nap_decode.families import ModelFamily, register_family
+from nap_decode.likelihood import LogLikelihood, chain_log_likelihood, log_likelihood_bound
 from nap_decode.lookahead import LookaheadCommitter
 from nap_decode.output import SamplerOutput
 from nap_decode.revisers import EditReviser, RemaskReviser, Reviser, Revision
@@ -37,7 +38,7 @@ from nap_decode.slots import Commit, Slots
 from nap_decode.state import DecodeState
 from nap_decode.trace import DecodeTrace
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 __all__ = [
     "ARness",
@@ -64,6 +65,7 @@ __all__ = [
     "FactorSelection",
     "HierarchySelection",
     "LeapSelection",
+    "LogLikelihood",
     "LookaheadCommitter",
     "MacroParallelScheduler",
     "MicroConfidenceCommitter",
@@ -82,5 +84,7 @@ __all__ = [
     "Slots",
     "StableSelection",
     "ThresholdSelection",
+    "chain_log_likelihood",
+    "log_likelihood_bound",
     "register_family",
 ]

@@ -22,6 +22,8 @@ from nap_decode.committers import MicroConfidenceCommitter
 from nap_decode.confidence import CONFIDENCES
 from nap_decode.denoiser import Denoiser
 from nap_decode.errors import NapDecodeError, check_between, check_name
+from nap_decode.integrations import evaluation, ray
+from nap_decode.loading import load_checkpoint
 from nap_decode.sampler import Sampler
 from nap_decode.schedulers import (
     AnyOrderScheduler,
@@ -72,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--bidirectional", action="store_true", help="set is_causal = False in the config of a decoder")
     add("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
     add = generate.add_argument_group("what to decode").add_argument
-    add("--prompt", action="append", required=True, help="text; may be given several times")
+    add("--prompt", action="append", default=[], help="text; may be given several times")
     add("--chat", action="store_true", help="put each prompt through the chat template, as a user's message")
     add("--infill", action="store_true", help="decode the mask tokens in the prompts instead of appending")
     add("--max-new-tokens", type=int, help="append one block of this length instead of NAP's canvas")
@@ -105,10 +107,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--trace", help="write what happened when to this file")
     add("--stream", action="store_true", help="print what is decoded without a gap while it is decoded; for one prompt")
     add("--summary-only", action="store_true", help="print summaries instead of whole canvases")
+    ray.add_arguments(generate)
 
     measure = commands.add_parser("bench", help="what a decode costs, beside bare forwards and the textbook loop")
     bench.add_arguments(measure)
     measure.set_defaults(run=partial(bench.run, load=_load))
+
+    evaluate = commands.add_parser("eval", help="accuracy and cost on tasks of the lm-evaluation-harness")
+    evaluation.add_arguments(evaluate)
+    evaluate.set_defaults(run=evaluation.run)
 
     arness = commands.add_parser("arness", help="how autoregressive was a decode?")
     arness.set_defaults(run=_arness)
@@ -130,34 +137,29 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    # Options are checked before the model is loaded, which may take minutes.
-    check_between("--cfg-scale", args.cfg_scale, 0.0, math.inf)
-    composition = _composition(args)
-    template = _template(args, composition.template)
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise NapDecodeError(f"--device {args.device}: this torch sees no CUDA device")
-
+    if args.input is not None:
+        for name in ("prompt", "infill", "trace", "stream", "summary_only"):
+            if getattr(args, name):
+                raise NapDecodeError(f"--{name.replace('_', '-')} does not go with --input, whose results are files")
+        _compose(args)  # which checks options before any worker is started
+        ray.run_bulk(args, _make_sampler)
+        return
+    if not args.prompt:
+        raise NapDecodeError("there is nothing to decode; give a --prompt, or a file of them with --input")
+    if args.output is not None:
+        raise NapDecodeError("--output is for the results of --input; those of --prompt are printed")
     if args.stream and (len(args.prompt) > 1 or args.summary_only):
         given = "--summary-only is given" if args.summary_only else f"{len(args.prompt)} are given"
         raise NapDecodeError(f"--stream shows the whole text of one prompt, but {given}")
-    from transformers import TextStreamer
-
-    model, tokenizer = _load(args)
-    denoiser = Denoiser(model, tokenizer, mask_token_id=args.mask_token_id, cfg_scale=composition.denoiser.cfg_scale)
-    sampler = Sampler(
-        denoiser,
-        scheduler=composition.scheduler,
-        committer=composition.committer,
-        template=template,
-        close_on="end" if args.close_on_end else composition.close_on,
-        compile=args.compile or False,
-    )
+    sampler = _make_sampler(args)
     prompts: list[Any] = [[{"role": "user", "content": p}] for p in args.prompt] if args.chat else args.prompt
     decode = sampler.infill if args.infill else sampler
     streamer = None
     if args.stream:
+        from transformers import TextStreamer
+
         print(f"# {args.prompt[0]}")
-        streamer = [TextStreamer(tokenizer, skip_prompt=not args.infill)]
+        streamer = [TextStreamer(sampler.tokenizer, skip_prompt=not args.infill)]
     output = decode(prompts, seed=args.seed, streamer=streamer, interruptible=True)
     if args.trace:
         output.trace.save(args.trace)
@@ -168,6 +170,30 @@ def _generate(args: argparse.Namespace) -> None:
         print(f"# {output.forward_passes} forward passes, {tpf:.2f} tokens per forward pass\n")
     if not output.is_complete:
         raise KeyboardInterrupt  # what was decoded so far is printed, with gaps
+
+
+def _make_sampler(args: argparse.Namespace) -> Sampler:
+    """Load the model, and make the sampler that the options of ``generate`` name."""
+    composition, template = _compose(args)  # before the model is loaded, which may take minutes
+    model, tokenizer = _load(args)
+    denoiser = Denoiser(model, tokenizer, mask_token_id=args.mask_token_id, cfg_scale=composition.denoiser.cfg_scale)
+    return Sampler(
+        denoiser,
+        scheduler=composition.scheduler,
+        committer=composition.committer,
+        template=template,
+        close_on="end" if args.close_on_end else composition.close_on,
+        compile=args.compile or False,
+    )
+
+
+def _compose(args: argparse.Namespace) -> tuple[Sampler, CanvasTemplate | None]:
+    check_between("--cfg-scale", args.cfg_scale, 0.0, math.inf)
+    composition = _composition(args)
+    template = _template(args, composition.template)
+    if args.device.startswith("cuda") and not torch.cuda.is_available() and args.ray_address is None:
+        raise NapDecodeError(f"--device {args.device}: this torch sees no CUDA device")
+    return composition, template
 
 
 def _composition(args: argparse.Namespace) -> Sampler:
@@ -253,23 +279,13 @@ def _scheduler(args: argparse.Namespace) -> BlockScheduler:
 
 
 def _load(args: argparse.Namespace) -> tuple[Any, Any]:
-    import transformers
-
-    trust = {"trust_remote_code": args.trust_remote_code}
-    config = transformers.AutoConfig.from_pretrained(args.model, **trust)
-    if args.bidirectional:
-        config.is_causal = False
-    architectures, remote = config.architectures or [], getattr(config, "auto_map", None) or {}
-    if any(name.endswith("ForMaskedLM") for name in architectures):
-        loader = transformers.AutoModelForMaskedLM
-    elif "AutoModel" in remote and "AutoModelForCausalLM" not in remote:
-        loader = transformers.AutoModel
-    else:
-        loader = transformers.AutoModelForCausalLM
-    renamed = tuple(map(int, transformers.__version__.split(".")[:2])) >= (4, 56)
-    dtype = {"dtype" if renamed else "torch_dtype": args.dtype}
-    model = loader.from_pretrained(args.model, config=config, **dtype, **trust)
-    return model.to(args.device).eval(), transformers.AutoTokenizer.from_pretrained(args.model, **trust)
+    return load_checkpoint(
+        args.model,
+        device=args.device,
+        dtype=args.dtype,
+        bidirectional=args.bidirectional,
+        trust_remote_code=args.trust_remote_code,
+    )
 
 
 def _arness(args: argparse.Namespace) -> None:
