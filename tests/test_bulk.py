@@ -393,7 +393,7 @@ def test_the_sampler_of_a_worker(embedded, tmp_path):
         ("klas", None, "there is no preset .nor a file. 'klas'. Did you mean 'klass'"),
         ("klass", {"treshold": 1}, "there is no option of klass 'treshold'. Did you mean"),
         ("klass", {"mask_token_id": 1}, "there is no option of klass 'mask_token_id'"),
-        ("pc_sampler", None, "pc_sampler: .*frequencies.*; give it in sampler_options"),
+        ("pc_sampler", None, "pc_sampler: .*frequencies.*; give it among its options"),
         (__file__, {"a": 1}, "is a file, which has its own"),
         (__file__, None, "not a file written by Sampler.save"),
         (presets.klass, {"threshold": 1}, "functools.partial"),

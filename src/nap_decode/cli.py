@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import inspect
 import json
 import math
 import os
@@ -20,8 +19,8 @@ from nap_decode.arness import ARnessMeter
 from nap_decode.canvas import CanvasTemplate
 from nap_decode.committers import MicroConfidenceCommitter
 from nap_decode.confidence import CONFIDENCES
-from nap_decode.denoiser import Denoiser
-from nap_decode.errors import NapDecodeError, check_between, check_name
+from nap_decode.denoiser import Denoiser, no_model
+from nap_decode.errors import NapDecodeError, check_between
 from nap_decode.integrations import evaluation, ray
 from nap_decode.loading import load_checkpoint
 from nap_decode.sampler import Sampler
@@ -198,7 +197,7 @@ def _compose(args: argparse.Namespace) -> tuple[Sampler, CanvasTemplate | None]:
 
 def _composition(args: argparse.Namespace) -> Sampler:
     """The decoder asked for, of a stand-in for the model."""
-    model = Denoiser(_no_model, mask_token_id=0, cfg_scale=args.cfg_scale)
+    model = Denoiser(no_model, mask_token_id=0, cfg_scale=args.cfg_scale)
     whole = [name for name in ("preset", "sampler") if getattr(args, name) is not None]
     if not whole:
         if args.set:
@@ -226,26 +225,15 @@ def _composition(args: argparse.Namespace) -> Sampler:
         remedy = "; options of a preset are given by --set" if whole[0] == "preset" else ""
         raise NapDecodeError(f"--{others[0].replace('_', '-')} does not go with --{whole[0]}{remedy}")
     if args.sampler is not None:
-        return Sampler.load(args.sampler, _no_model, mask_token_id=0)
-    preset = presets.find_preset(args.preset)
+        return Sampler.load(args.sampler, no_model, mask_token_id=0)
     options = {}
     for option in args.set:
         name, _, value = option.partition("=")
-        known = set(inspect.signature(preset).parameters) - {"model", "tokenizer", "template", "mask_token_id"}
-        check_name(f"option of {args.preset}", name, known)
         try:
             options[name] = json.loads(value)
         except ValueError:
             options[name] = value  # a name, such as that of a confidence
-    try:
-        return preset(model, **options)
-    except TypeError as error:
-        raise NapDecodeError(f"--preset {args.preset}: {error}; give it by --set") from error
-
-
-def _no_model(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """Stands in for the model until it is loaded, so that options are checked before that."""
-    raise NotImplementedError
+    return presets.make_preset(args.preset, model, options)
 
 
 def _template(args: argparse.Namespace, default: CanvasTemplate | None) -> CanvasTemplate | None:

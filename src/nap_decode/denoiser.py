@@ -556,3 +556,8 @@ class Denoiser:
 def _as_tuple(processors: LogitsProcessor | Sequence[LogitsProcessor]) -> tuple[LogitsProcessor, ...]:
     # A LogitsProcessorList is a list that can be called.
     return tuple(processors) if isinstance(processors, Sequence) else (processors,)
+
+
+def no_model(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Stands in for a model that is not loaded yet, so that options are checked before that takes minutes."""
+    raise NotImplementedError

@@ -19,16 +19,17 @@ Example:
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from nap_decode.canvas import CanvasTemplate
 from nap_decode.committers import Committer, MicroConfidenceCommitter
 from nap_decode.confidence import CalibratedConfidence, Confidence
 from nap_decode.credit import Credit
 from nap_decode.denoiser import Denoiser, Model
-from nap_decode.errors import check_between, check_name
+from nap_decode.errors import NapDecodeError, check_between, check_name
 from nap_decode.lookahead import LookaheadCommitter
 from nap_decode.revisers import EditReviser, RemaskReviser, Reviser
 from nap_decode.sampler import ParallelForcedSampler, Sampler
@@ -725,6 +726,48 @@ def find_preset(name: str) -> Callable[..., Sampler]:
     """
     check_name("preset", name, PRESETS)
     return PRESETS[name]
+
+
+def make_preset(
+    name: str, model: AnyModel, options: Mapping[str, Any], *, template: CanvasTemplate | None = None
+) -> Sampler:
+    """A preset's sampler, from names and values as command lines and configurations have them.
+
+    Args:
+        name: of the preset.
+        model: see :class:`Sampler`.
+        options: the preset's own.
+        template: see :class:`Sampler`.
+
+    Raises:
+        NapDecodeError: an unknown preset or option, one that is missing, or values out of range.
+
+    Example:
+        >>> from nap_decode import Denoiser, demo
+        >>> make_preset("klass", Denoiser(*demo.load()), {"treshold": 0.9})
+        Traceback (most recent call last):
+        ...
+        nap_decode.errors.NapDecodeError: there is no option of klass 'treshold'. Did you mean 'threshold'? ...
+    """
+    preset = find_preset(name)
+    known = preset_options(name)
+    for option in options:
+        check_name(f"option of {name}", option, known)
+    canvas = {} if template is None else {"template": template}
+    try:
+        return preset(model, **options, **canvas)
+    except TypeError as error:
+        raise NapDecodeError(f"{name}: {error}; give it among its options") from error
+
+
+def preset_options(name: str) -> set[str]:
+    """Names of the options that a preset has of its own.
+
+    Example:
+        >>> sorted(preset_options("left_to_right"))
+        ['steps', 'temperature', 'tokens_per_step']
+    """
+    return set(inspect.signature(find_preset(name)).parameters) - {"model", "tokenizer", "template", "mask_token_id"}
 
 
 def _sampler(

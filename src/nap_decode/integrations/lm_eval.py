@@ -33,7 +33,7 @@ from nap_decode import demo, presets
 from nap_decode.arness import ARnessMeter
 from nap_decode.canvas import CanvasTemplate
 from nap_decode.committers import Committer, MicroConfidenceCommitter
-from nap_decode.denoiser import Denoiser
+from nap_decode.denoiser import Denoiser, no_model
 from nap_decode.errors import NapDecodeError, check_between, check_integer, check_name
 from nap_decode.integrations._shared import AnySampler, bind, refuse
 from nap_decode.likelihood import chain_log_likelihood, check_samples, log_likelihood_bound
@@ -259,7 +259,7 @@ class _NapDecode:
         arguments = parse_options(sampler_args) if isinstance(sampler_args, str | None) else dict(sampler_args)
         if isinstance(sampler, str):
             # Options are checked before the model is loaded, which may take minutes.
-            stand_in = Denoiser(_no_model, mask_token_id=0, end_token_ids=[1], cfg_scale=cfg_scale)
+            stand_in = Denoiser(no_model, mask_token_id=0, end_token_ids=[1], cfg_scale=cfg_scale)
             make_sampler(stand_in, sampler, {**arguments, "compile": False})
         harness: Any = super()
         harness.__init__(
@@ -692,28 +692,18 @@ def make_sampler(denoiser: Denoiser, name: str, options: Mapping[str, Any]) -> S
     compiled = options.get("compile", False)
     if name not in presets.PRESETS and (name.endswith(".json") or os.path.exists(name)):
         refuse({n: value for n, value in options.items() if n != "compile"}, {}, f"{name} says how to decode")
-        saved = Sampler.load(name, _no_model, mask_token_id=0)
+        saved = Sampler.load(name, no_model, mask_token_id=0)
         if denoiser.cfg_scale not in (0.0, saved.denoiser.cfg_scale):
             raise NapDecodeError(
                 f"{name} has cfg_scale {saved.denoiser.cfg_scale}, but {denoiser.cfg_scale} is asked for"
             )
         guided = denoiser.replace(cfg_scale=saved.denoiser.cfg_scale)
         return Sampler.load(name, guided).replace(compile=compiled)
-    preset = presets.find_preset(name)
-    known = set(inspect.signature(preset).parameters) - {"model", "tokenizer", "template", "mask_token_id"}
+    known = presets.preset_options(name)
     for option in options:
         check_name(f"option of {name}", option, {*known, *_CANVAS, "close_on", "compile"})
     canvas = {option: options[option] for option in _CANVAS if option in options}
     own = {option: value for option, value in options.items() if option in known}
-    if canvas:
-        own["template"] = CanvasTemplate.nap(**canvas)
-    try:
-        sampler = preset(denoiser, **own)
-    except TypeError as error:
-        raise NapDecodeError(f"{name}: {error}") from error
+    template = CanvasTemplate.nap(**canvas) if canvas else None
+    sampler = presets.make_preset(name, denoiser, own, template=template)
     return sampler.replace(close_on=options.get("close_on", ()), compile=compiled)
-
-
-def _no_model(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Stands in for the model until it is loaded, so that options are checked before that."""
-    raise NotImplementedError

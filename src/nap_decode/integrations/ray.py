@@ -7,7 +7,6 @@ twice, is :mod:`nap_decode.bulk`'s.
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import logging
 import math
@@ -21,10 +20,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
-
 from nap_decode import bulk, presets
-from nap_decode.denoiser import Denoiser
+from nap_decode.denoiser import Denoiser, no_model
 from nap_decode.errors import NapDecodeError, check_between, check_integer, check_name
 from nap_decode.loading import load_checkpoint
 from nap_decode.sampler import Sampler
@@ -204,21 +201,11 @@ def _composition(
     if name not in presets.PRESETS and Path(name).is_file():
         if options:
             raise NapDecodeError(f"sampler_options are for a preset, but {name} is a file, which has its own")
-        return _Recipe(Sampler.load(name, _no_model, mask_token_id=0))
+        return _Recipe(Sampler.load(name, no_model, mask_token_id=0))
     check_name("preset (nor a file)", name, presets.PRESETS)
-    preset = presets.PRESETS[name]
-    for option in options or {}:
-        known = set(inspect.signature(preset).parameters) - {"model", "tokenizer", "mask_token_id"}
-        check_name(f"option of {name}", option, known)
-    try:
-        return _Recipe(preset(Denoiser(_no_model, mask_token_id=0), **(options or {})))
-    except TypeError as error:
-        raise NapDecodeError(f"{name}: {error}; give it in sampler_options") from error
-
-
-def _no_model(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """Stands in for the model, so that options are checked before a worker loads one."""
-    raise NotImplementedError
+    own = dict(options or {})
+    template = own.pop("template", None)
+    return _Recipe(presets.make_preset(name, Denoiser(no_model, mask_token_id=0), own, template=template))
 
 
 def _check_concurrency(concurrency: int | tuple[int, int]) -> None:
