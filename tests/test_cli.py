@@ -142,7 +142,10 @@ def test_presets_and_sampler_files(capsys, tmp_path, embedded):
         ),
         (["--preset", "klass", "--temperature", "1"], "--temperature does not go with --preset; options of"),
         (["--preset", "klass", "--sampler", "file"], "--sampler does not go with --preset"),
-        (["--preset", "pc_sampler"], "missing 1 required keyword-only argument: 'frequencies'; give it among its options"),
+        (
+            ["--preset", "pc_sampler"],
+            "missing 1 required keyword-only argument: 'frequencies'; give it among its options",
+        ),
         (["--set", "threshold=0.8"], "--set threshold=0.8 is for an option of a --preset"),
         (["--sampler", "none.json"], "No such file"),
         (["--sampler", "file", "--cfg-scale", "1"], "--cfg-scale does not go with --sampler"),
