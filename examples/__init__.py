@@ -1,0 +1,1 @@
+"""Scripts, notebooks and a study that show what the library is for."""
