@@ -41,7 +41,7 @@ from nap_decode import (
 )
 
 RESULTS_FILE = "results.csv"
-TOKENS_PER_STEP = (12, 8, 6, 4, 3, 2, 1)  # the fast ones first
+TOKENS_PER_STEP = (18, 12, 8, 6, 4, 3, 2, 1)  # the fast ones first
 SPLITS = {"tune": 20_000, "test": 30_000}
 """Seeds of the problems, to which that of the model is added.  Recipes and decoders are chosen on ``tune``."""
 

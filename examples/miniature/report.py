@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 STUDY = ROOT / "docs" / "study"
 RESULTS = STUDY / "results.csv"
 PAGES = (ROOT / "docs" / "study.md", ROOT / "README.md")
-TOKENS_PER_STEP = (1, 2, 3, 4, 6, 8, 12)
+TOKENS_PER_STEP = (1, 2, 3, 4, 6, 8, 12, 18)
 SAME_RECIPE = ("paths", "joined", "identical", "chain", "short", "terse")
 """Kinds that were trained by the same recipe."""
 PATHS = ("paths", "paths_best")
@@ -278,7 +278,53 @@ def cost_table(study: Study) -> str:
     return table(["written as", "goal", "forward passes", "decoder", "exact answer"], rows)
 
 
+def verdict(gap: Estimate) -> str:
+    """What a gap says: more than two standard errors are a difference."""
+    if abs(gap.percent) <= 2 * gap.error:
+        return f"no different ({gap.percent:+.1f} ± {gap.error:.1f} points)"
+    return f"{'better' if gap.percent > 0 else '**worse**'} by {abs(gap.percent):.1f} ± {gap.error:.1f} points"
+
+
+def findings(study: Study) -> str:
+    """The answer in a few sentences, whichever way it came out."""
+    lines = []
+    gaps, forced = [], []
+    for value in (4, 6, 8):
+        ours, theirs = study.best(PATHS, list(DECODERS), value), study.best(CHAINS, list(DECODERS), value)
+        if ours and theirs:
+            one, other = study.estimate(*ours, value), study.estimate(*theirs, value)
+            if one and other:
+                gaps.append(f"{one} against {other} at {value} tokens per step")
+    if gaps:
+        lines.append(
+            f"* **Data.** Written as paths, each by its best recipe and decoder, against the best long chain, exact "
+            f"answers in percent: {'; '.join(gaps)}."
+        )
+    for value in TOKENS_PER_STEP:
+        one = study.estimate("paths_best", "parallel_forced", value)
+        other = study.estimate("paths_best", "any_order", value)
+        if one and other:
+            forced.append(f"{value}: {verdict(one - other)}")
+    if forced:
+        lines.append(
+            "* **Decoder.** On weights that were trained on paths, parallel-forced decoding is, compared with "
+            f"any-order, by tokens per step: {'; '.join(forced)}."
+        )
+    for name, kind in (("the same solutions joined without headers", "joined"), ("one path three times", "identical")):
+        cells = []
+        for value in (4, 6, 8):
+            ours, theirs = study.best(["paths"], list(DECODERS), value), study.best([kind], list(DECODERS), value)
+            if ours and theirs:
+                one, other = study.estimate(*ours, value), study.estimate(*theirs, value)
+                if one and other:
+                    cells.append(f"{value}: {verdict(one - other)}")
+        if cells:
+            lines.append(f"* **Against {name}**, same recipe, paths are by tokens per step: {'; '.join(cells)}.")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[Study], str]] = {
+    "findings": findings,
     "layouts": layouts_table,
     "gaps": gaps_table,
     "decoders on paths": lambda study: decoders_table(study, "paths"),

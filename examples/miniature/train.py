@@ -42,7 +42,7 @@ class Stage:
 
     Args:
         steps: of the stage.
-        peak_learning_rate: after the warm-up.
+        peak_learning_rate: of Muon after the warm-up; that of AdamW is a tenth of it.
         neutral: share of problems thinned out with neutral elements, see :meth:`~examples.miniature.data.Task.sample`.
         slips: share of rows in which a path goes wrong, see :func:`~examples.miniature.data.make_batch`.
     """
@@ -167,6 +167,20 @@ def save_tokenizer(task: Task, output: Path) -> None:
     file.write_text(json.dumps(config, indent=2) + "\n")
 
 
+def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, AdamW for embeddings and norms.
+
+    With AdamW alone, models stay on a plateau for hundreds of steps, some longer than others, and what they know at
+    the end is a matter of luck: after 600 steps, half of the masked states right against nine tenths with Muon.
+    """
+    inside = {name: p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name}
+    others = [p for name, p in model.named_parameters() if name not in inside]
+    return [
+        torch.optim.Muon(inside.values(), lr=0.0, momentum=0.95, weight_decay=0.01),
+        torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.98), weight_decay=0.01),
+    ]
+
+
 def train(
     config: Config,
     seed: int,
@@ -192,14 +206,15 @@ def train(
     torch.manual_seed(seed)
     model = config.make_model().to(device).train()
     model.set_attn_implementation("eager")  # for 50 tokens faster than the fused kernels
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizers = make_optimizers(model)
     log: list[dict[str, float]] = []
     first, seconds = 0, 0.0
     state_file = output / STATE_FILE
     if state_file.exists():
         state = torch.load(state_file, weights_only=True, map_location=device)
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         log, first, seconds = state["log"], state["step"], state["seconds"]
         print(f"{output.name}: continuing after step {first}", flush=True)
     forward = torch.compile(model) if compiles else model
@@ -207,23 +222,25 @@ def train(
     started = time.perf_counter() - seconds
     for step in range(first, config.steps):
         stage, step_of_stage = config.stage(step)
-        for group in optimizer.param_groups:
-            group["lr"] = stage.learning_rate(step_of_stage)
+        for optimizer, scale in zip(optimizers, (1.0, 0.1), strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = scale * stage.learning_rate(step_of_stage)
         tokens, noised, learnt = (tensor.to(device) for tensor in config.draw_batch(seed, step))
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16"):
             logits = forward(input_ids=noised, use_cache=False).logits
         logits = logits.float()[learnt]
         loss = F.cross_entropy(logits, tokens[learnt])  # the mean over masked tokens
-        optimizer.zero_grad()
+        model.zero_grad()
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         if (step + 1) % SAVE_EVERY == 0:
             accuracy = (logits.argmax(-1) == tokens[learnt]).float().mean().item()
             log.append({"step": step + 1, "loss": round(loss.item(), 5), "masked_token_accuracy": round(accuracy, 4)})
             seconds = time.perf_counter() - started
             print(f"{output.name}: {log[-1]}  {seconds:.0f} s", flush=True)
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            state = {"model": model.state_dict(), "optimizers": [each.state_dict() for each in optimizers]}
             state |= {"log": log, "step": step + 1, "seconds": seconds}
             torch.save(state, part := state_file.with_suffix(".part"))
             part.rename(state_file)

@@ -64,7 +64,7 @@ def test_decoders_are_chosen_on_one_set_and_reported_on_another():
     assert study.best(["chain", "chain_best"], list(DECODERS), 6) == ("chain", "any_order")
     assert study.best(["short"], list(DECODERS), 6) is None
     lines = layouts_table(study).splitlines()
-    assert lines[2] == "| three paths and a summary | - | - | - | - | 40.0 ± 4.9 | - | - |"
+    assert lines[2] == "| three paths and a summary | - | - | - | - | 40.0 ± 4.9 | - | - | - |"
     gaps = gaps_table(study).splitlines()[2:]
     assert gaps[0].startswith("| same recipe | 6 | 40.0 ± 4.9 (any-order) | 30.0 ± 4.6 (long chain; any-order) |")
     assert gaps[0].endswith("| **10.0 ± 6.7** |")
@@ -81,7 +81,10 @@ def test_every_table_can_be_made_of_little():
             for split in ("tune", "test")
         ]
     )
+    assert report.findings(study).count("\n* ") == 3
     for make in report.TABLES.values():
+        if make is report.findings:
+            continue
         lines = make(study).splitlines()
         assert len(lines) > 2
         assert len({line.count("|") for line in lines}) == 1
@@ -103,6 +106,17 @@ def test_filling_in_a_page():
     assert filled.endswith("<!-- end of study -->c")
     with pytest.raises(KeyError):
         fill_in("<!-- study: nothing -->\n<!-- end of study -->", results)
+
+
+def test_findings_say_which_way_it_came_out():
+    def about(paths, forced):
+        return report.findings(
+            Study([result(kind="paths_best", correct=paths), result("paths_best", "parallel_forced", correct=forced)])
+        )
+
+    assert "6: better by 20.0 ± 6.9 points" in about(40, 60)
+    assert "6: **worse** by 20.0 ± 6.9 points" in about(60, 40)
+    assert "6: no different (-2.0 ± 7.1 points)" in about(52, 50)
 
 
 def test_a_table():
