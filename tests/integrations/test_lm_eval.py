@@ -19,6 +19,7 @@ from nap_decode import (
     MicroConfidenceCommitter,
     NapDecodeError,
     ParallelForcedSampler,
+    Sampler,
     ThresholdSelection,
     demo,
     presets,
@@ -255,6 +256,19 @@ def test_draws_belong_to_the_request(make):
     assert make(**options).generate_until(cold, disable_tqdm=True) == greedy
     cold = requests(QUESTIONS, **drawn | {"top_k": 1})
     assert make(**options).generate_until(cold, disable_tqdm=True) == greedy
+
+
+def test_texts_have_seeds_of_their_own(make, monkeypatch):
+    given = []
+    generate = Sampler.generate
+
+    def watch(self, *args, row_seeds, **options):
+        given.extend(row_seeds)
+        return generate(self, *args, row_seeds=row_seeds, **options)
+
+    monkeypatch.setattr(Sampler, "generate", watch)
+    make(sampler_args=CANVAS).generate_until(requests(QUESTIONS), disable_tqdm=True)
+    assert len(set(given)) == len(QUESTIONS) > 1
 
 
 def test_repeats_of_a_text_differ(make):
