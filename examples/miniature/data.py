@@ -36,6 +36,7 @@ Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 NUM_OPERANDS = 12
+PROMPT_LENGTH = NUM_OPERANDS + 2  # with the beginning of text and the equals sign
 NUM_PATHS = 3
 PATH_LENGTH = NUM_OPERANDS - 1  # running totals; the first one is of two operands
 SUMMARY_LENGTH = 2  # the answer and the end-of-text token

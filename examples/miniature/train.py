@@ -28,7 +28,7 @@ import yaml
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from examples.miniature.data import HEADERS, LAYOUTS, TASKS, Task, make_batch
+from examples.miniature.data import HEADERS, LAYOUTS, PROMPT_LENGTH, TASKS, Task, make_batch
 
 STATE_FILE = "training_state.pt"
 LOG_FILE = "training_log.json"
@@ -115,6 +115,11 @@ class Config:
     def steps(self) -> int:
         """Of all stages."""
         return sum(stage.steps for stage in self.stages)
+
+    @property
+    def length(self) -> int:
+        """Tokens of a problem and the whole canvas."""
+        return PROMPT_LENGTH + len(LAYOUTS[self.layout].template.encode(TASKS[self.task].make_tokenizer(), 0)[0])
 
     def stage(self, step: int) -> tuple[Stage, int]:
         """The stage of a step, and the step's number in it."""
@@ -221,8 +226,7 @@ def train(
             optimizer.load_state_dict(saved)
         log, first, seconds = state["log"], state["step"], state["seconds"]
         print(f"{output.name}: continuing after step {first}", flush=True)
-    compiled = torch.compile(model) if compiles else model
-    width = 0  # of the whole canvas
+    compiled, length = torch.compile(model) if compiles else model, config.length
 
     started = time.perf_counter() - seconds
     for step in range(first, config.steps):
@@ -231,8 +235,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = scale * stage.learning_rate(step_of_stage)
         tokens, noised, learnt = (tensor.to(device) for tensor in config.draw_batch(seed, step))
-        width = max(width, tokens.shape[1])
-        forward = compiled if tokens.shape[1] == width else model  # other widths are too rare to be compiled for
+        forward = compiled if tokens.shape[1] == length else model  # cut ones are too rare to be compiled for
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16"):
             logits = forward(input_ids=noised, use_cache=False).logits
         logits = logits.float()[learnt]
