@@ -458,6 +458,11 @@ class Sampler:
                 f"{type(self.committer).__name__} keeps things from step to step, which captured steps cannot; use "
                 'compile="kernels"'
             )
+        if graphs and self.denoiser.reuse is not None:
+            raise NapDecodeError(
+                f"{type(self.denoiser.reuse).__name__} chooses positions at each pass, which captured steps cannot; "
+                'use compile="kernels"'
+            )
         device = self.denoiser.device
         if graphs and device.type != "cuda":
             raise NapDecodeError(
@@ -500,6 +505,7 @@ class Sampler:
             mask_token_id=self.denoiser.mask_token_id,
             end_token_ids=self.denoiser.end_token_ids,
             closed=host(to_canvas(canvas, finished.state.closed, False)) if self.close_on else None,
+            forwarded=None if self.denoiser.reuse is None else finished.computed,
         )
         is_masked = host(state.masked)  # after an interruption
         expected = (trace.block >= 0) & ~host(state.edited) & ~is_masked
@@ -527,6 +533,7 @@ class Sampler:
             tokenizer=self.tokenizer,
             steps_saved=finished.steps_saved.tolist() if saves else None,
             index=index,
+            cost=self.denoiser.cost,
         )
 
     def replace(
@@ -573,6 +580,8 @@ class Sampler:
         lines = [f"Sampler of {_name(self.denoiser.model)}"]
         if self.denoiser.cfg_scale:
             lines.append(f"guidance: {self.denoiser.cfg_scale}")
+        if self.denoiser.reuse is not None:
+            lines.append(f"reuse: {describe(self.denoiser.reuse)}")
         if self.template is not None:
             blocks = (f"{b.name} ({b.length}{', held' if b.held else ''})" for b in self.template.blocks)
             lines.append(f"canvas: {', '.join(blocks)}")
