@@ -16,7 +16,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv1d
+from torch.nn.functional import conv1d, pad
 
 from nap_decode.errors import check_between, check_integer
 from nap_decode.rows import join, narrow
@@ -70,11 +70,8 @@ class Kept:
         """These rows, and others that no pass has seen; all with at least ``width`` columns."""
         others = Kept.nothing(number, width, self.tokens.device)
         both = join(self, replace(others, start=others.start + self.counts.shape[1]), {"tokens": -1})
-        pad = max(0, width - self.tokens.shape[1])
-
-        return replace(
-            both, states={name: F.pad(kept, (0, 0, 0, pad, 0, 0, 0, number)) for name, kept in self.states.items()}
-        )
+        more = (0, 0, 0, max(0, width - self.tokens.shape[1]), 0, 0, 0, number)  # columns and rows
+        return replace(both, states={name: pad(kept, more) for name, kept in self.states.items()})
 
     def narrowed(self, width: int) -> Kept:
         """The first columns."""

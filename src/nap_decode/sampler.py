@@ -505,7 +505,7 @@ class Sampler:
             mask_token_id=self.denoiser.mask_token_id,
             end_token_ids=self.denoiser.end_token_ids,
             closed=host(to_canvas(canvas, finished.state.closed, False)) if self.close_on else None,
-            forwarded=None if self.denoiser.reuse is None else finished.computed,
+            forwarded=None if self.denoiser.reuse is None else finished.computed[:, : int(finished.passes.max())],
         )
         is_masked = host(state.masked)  # after an interruption
         expected = (trace.block >= 0) & ~host(state.edited) & ~is_masked
