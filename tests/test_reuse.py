@@ -293,6 +293,30 @@ def test_a_sampler_says_that_it_reuses(tiny):
     assert "  reuse: CommittedReuse(delay=2)" in text
 
 
+def test_a_file_keeps_the_policy(tiny, tmp_path):
+    sampler = sampler_of(tiny, DriftReuse(share=0.5))
+    sampler.save(tmp_path / "sampler.json")
+    loaded = Sampler.load(tmp_path / "sampler.json", tiny, Words())
+    assert loaded.denoiser.reuse == DriftReuse(share=0.5)
+    with pytest.raises(NapDecodeError, match=r"the file has reuse DriftReuse.*, but the Denoiser has None"):
+        Sampler.load(tmp_path / "sampler.json", Denoiser(tiny, Words()))
+
+
+def test_the_command_line_has_them(tmp_path, capsys):
+    from nap_decode.cli import main
+
+    trace = str(tmp_path / "a.trace")
+    arguments = ["generate", "--model", str(demo.CHECKPOINT), "--path-length", "11", "--summary-length", "2"]
+    arguments += ["--prompt", "6 0 6 4 6 2 1 2 4 7 0 6 =", "--trace", trace]
+    assert main([*arguments, "--reuse", "committed", "--refresh-every", "4"]) == 0
+    from nap_decode import DecodeTrace
+
+    counts = DecodeTrace.load(trace).forwarded[0].tolist()
+    assert [count == 53 for count in counts] == [True, False, False, False] * 2 + [True]
+    assert main([*arguments, "--refresh-every", "4"]) == 2
+    assert "--refresh-every goes with --reuse" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------------------ refusals
 
 

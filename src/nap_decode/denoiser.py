@@ -450,6 +450,8 @@ class Denoiser:
             return
         if not isinstance(reuse, Reuse):
             raise NapDecodeError(f"reuse must be a Reuse, such as CommittedReuse(), but is {reuse!r}")
+        if self.model is no_model:  # the one that it stands in for will be asked
+            return
         name = self._call.name
         if reuse.leaves_out_wanted and not self._call.head.is_late:
             raise NapDecodeError(
@@ -485,7 +487,7 @@ class Denoiser:
         before = probed.padded.clone()
         before[:, 1] = other
         expected = [head.logits(exact(tokens, wanted, None)) for tokens in (before, probed.padded)]
-        kept, found = Kept.nothing(*before.shape, before.device), []
+        kept, found = Kept.nothing(len(before), rows.width, before.device), []
         # The whole of other rows; then all positions of these, called for as some; then one, though nothing is new.
         steps = ((PromptReuse(refresh_every=1), before), (CommittedReuse(delay=9), probed.padded))
         try:
@@ -647,7 +649,7 @@ class Denoiser:
             branches["free"] = self._without_prompt(rows, tokens)
         outputs = []
         for name, ids in branches.items():
-            before = kept[name] if name in kept else Kept.nothing(*ids.shape, ids.device)
+            before = kept[name] if name in kept else Kept.nothing(len(ids), rows.width, ids.device)
             output, kept[name] = again(ids, self._shifted(wanted), is_wanted, before)
             outputs.append(output)
         return outputs[0]._replace(rows=torch.cat([output.rows for output in outputs]))

@@ -106,7 +106,7 @@ def attention_through(module: nn.Module, store: Store) -> Iterator[None]:
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     except ImportError:
         raise NapDecodeError("reuse needs transformers 5; run pip install 'transformers>=5'") from None
-    configs = {id(part.config): part.config for part in module.modules() if hasattr(part, "config")}
+    configs: dict[int, Any] = {id(part.config): part.config for part in module.modules() if hasattr(part, "config")}
     names = {key: config._attn_implementation for key, config in configs.items()}
     layers: dict[int, int] = {}  # numbers of attention layers, in the order in which they come
 

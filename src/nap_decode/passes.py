@@ -114,15 +114,16 @@ class ReusingPass:
         outputs = []
         for kind, some in zip((True, False), groups, strict=True):
             if some:
-                index = None if len(some) == len(tokens) else torch.tensor(some, device=tokens.device)
+                index = torch.tensor(some, device=tokens.device)
                 most = None if kind else max(1, *(counts[row] for row in some))
-                outputs.append((index, self._compute(tokens, wanted, computed, kept, index, most)))
-        index, output = outputs[0]
-        if index is None:
+                only = None if len(some) == len(tokens) else index
+                outputs.append((index, self._compute(tokens, wanted, computed, kept, only, most)))
+        output = outputs[0][1]
+        if len(outputs) == 1:
             return output, kept
         rows = output.rows.new_empty(len(tokens), *output.rows.shape[1:])
-        for index, output in outputs:
-            rows.index_copy_(0, index.to(rows.device), output.rows)
+        for index, some_output in outputs:
+            rows.index_copy_(0, index.to(rows.device), some_output.rows)
         return output._replace(rows=rows), kept
 
     def _compute(

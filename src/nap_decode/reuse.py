@@ -300,3 +300,12 @@ class DriftReuse(Reuse):
         rank = urgency.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         most = (self.share * wanted.sum(1, keepdim=True)).ceil()
         return wanted & ((rank < most) | (age + 1 >= self.max_age))
+
+
+REUSES: dict[str, type[Reuse]] = {
+    "prompt": PromptReuse,
+    "committed": CommittedReuse,
+    "block": BlockReuse,
+    "drift": DriftReuse,
+}
+"""Policies by their names on the command line."""

@@ -38,7 +38,7 @@ from nap_decode.trace import DecodeTrace
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 class Sampler:
@@ -602,6 +602,7 @@ class Sampler:
                 "it is loaded with"
             )
         parts = {name: to_plain(getattr(self, name)) for name in ("scheduler", "committer", "template")}
+        parts["reuse"] = to_plain(self.denoiser.reuse)
         content = {"format": _FORMAT, "cfg_scale": float(self.denoiser.cfg_scale), "close_on": self.close_on} | parts
         Path(path).write_text(json.dumps(content, indent=2) + "\n")
 
@@ -624,22 +625,26 @@ class Sampler:
             mask_token_id: see :class:`Denoiser`.
 
         Raises:
-            NapDecodeError: not such a file, a part that is not known, or a :class:`Denoiser` with other guidance.
+            NapDecodeError: not such a file, a part that is not known, or a :class:`Denoiser` with other guidance or
+                reuse.
         """
         try:
             content = json.loads(Path(path).read_text())
             found, cfg_scale = content["format"], content["cfg_scale"]
             plain = {name: content[name] for name in ("scheduler", "committer", "template")}
             close_on = content.get("close_on", ())  # since format 2
+            plain["reuse"] = content.get("reuse")  # since format 3
         except (ValueError, KeyError, TypeError) as error:
             raise NapDecodeError(f"{path} is not a file written by Sampler.save ({error})") from error
         if not isinstance(found, int) or found > _FORMAT:
             raise NapDecodeError(f"{path} has format {found}, but this version reads {_FORMAT}; update it")
-        if not isinstance(model, Denoiser):
-            model = Denoiser(model, tokenizer, mask_token_id=mask_token_id, cfg_scale=cfg_scale)
-        elif model.cfg_scale != cfg_scale:
-            raise NapDecodeError(f"the file has cfg_scale {cfg_scale}, but the Denoiser has {model.cfg_scale}")
         whole = {name: from_plain(data, tuple(parts)) for name, data in plain.items()}
+        own = {"cfg_scale": cfg_scale, "reuse": whole.pop("reuse")}
+        if not isinstance(model, Denoiser):
+            model = Denoiser(model, tokenizer, mask_token_id=mask_token_id, **own)
+        for name, value in own.items():
+            if getattr(model, name) != value:
+                raise NapDecodeError(f"the file has {name} {value}, but the Denoiser has {getattr(model, name)}")
         return Sampler(model, **whole, close_on=close_on)
 
     def _append(
