@@ -5,7 +5,8 @@ position.  A pass that computes only some of them is an approximation, which is 
 (``Denoiser(reuse=)``); :class:`~nap_decode.SamplerOutput` says what it saved, and the trace which passes computed
 everything.
 
-Whatever the policy, a pass computes every position whose token has changed since it was last computed.
+Whatever the policy, a pass computes every position whose token has changed since it was last computed, and with all
+policies but :class:`DriftReuse` every position where a prediction is wanted.
 """
 
 from __future__ import annotations
@@ -119,6 +120,16 @@ class Reuse(abc.ABC):
 
     Raises:
         NapDecodeError: options out of range.
+
+    Example:
+        >>> from nap_decode import Denoiser, ParallelForcedSampler, demo
+        >>> class Neighbours(Reuse):
+        ...     def select(self, glance: Glance) -> Tensor:  # what is next to what has changed
+        ...         return glance.changed.roll(1, dims=1) | glance.changed.roll(-1, dims=1)
+        >>> denoiser = Denoiser(*demo.load(), reuse=Neighbours(refresh_every=4))
+        >>> sampler = ParallelForcedSampler(denoiser, path_length=11, summary_length=2, tokens_per_step=4)
+        >>> sampler("6 0 6 4 6 2 1 2 4 7 0 6 =").trace.forwarded.tolist()
+        [[53, 39, 36, 32, 53, 24, 20, 16, 53]]
     """
 
     refresh_every: int | None = None
@@ -131,7 +142,10 @@ class Reuse(abc.ABC):
 
     @abc.abstractmethod
     def select(self, glance: Glance) -> Tensor:
-        """``(B, W)`` bool: what to compute in rows that are not computed as a whole, besides what has changed."""
+        """``(B, W)`` bool: what to compute of rows that are not computed as a whole.
+
+        What has changed is computed besides; so is what is wanted, unless :attr:`leaves_out_wanted` says otherwise.
+        """
 
     def refreshes(self, glance: Glance) -> Tensor:
         """``(B,)`` bool: which rows to compute as a whole, besides those that are due."""
@@ -163,7 +177,10 @@ class Reuse(abc.ABC):
         whole = (kept.tokens[:, 0] < 0) | self.refreshes(glance)
         if self.refresh_every is not None:
             whole |= kept.passes + 1 >= self.refresh_every
-        computed = (whole[:, None] | changed | self.select(glance)) & present
+        computed = whole[:, None] | changed | self.select(glance)
+        if not self.leaves_out_wanted:
+            computed |= wanted
+        computed &= present
         return (
             computed,
             whole,
@@ -218,8 +235,8 @@ class CommittedReuse(Reuse):
         check_integer("delay", self.delay, 1)
 
     def select(self, glance: Glance) -> Tensor:
-        """What is wanted, and what is young."""
-        return glance.wanted | (glance.kept.repeats < self.delay)
+        """What is young."""
+        return glance.kept.repeats < self.delay
 
 
 @dataclass(frozen=True, kw_only=True)
