@@ -186,7 +186,7 @@ def accuracy_table(record: dict[str, Any]) -> str:
     for policy in POLICIES:
         cells = []
         for column in columns:
-            row = found[*column, policy]
+            row = found[(*column, policy)]
             cells.append(f"{100 * row['right'] / number:.1f} ({1 / row['flops']:.2f}x)")
         lines.append(f"| {policy} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
