@@ -111,6 +111,13 @@ class Study:
         results = self.cell(kind, decoder, value, split)
         return Estimate.of(results) if results else None
 
+    def curve(self, kind: str, decoder: str) -> dict[int, Estimate]:
+        """Estimates by tokens per step; empty for decoders that have none."""
+        if DECODERS[decoder].setting != "tokens_per_step":
+            return {}
+        found = {value: self.estimate(kind, decoder, value) for value in TOKENS_PER_STEP}
+        return {value: estimate for value, estimate in found.items() if estimate is not None}
+
     def best(self, kinds: Sequence[str], decoders: Sequence[str], value: float) -> tuple[str, str] | None:
         """Kind and decoder that answer most of the problems *set aside for choosing*."""
         found = {
@@ -278,6 +285,42 @@ def cost_table(study: Study) -> str:
     return table(["written as", "goal", "forward passes", "decoder", "exact answer"], rows)
 
 
+def summary_table(study: Study) -> str:
+    """The embedded models' kinds, by the decoders that one would try first."""
+    rows = []
+    for kind, decoder in (
+        ("paths_best", "parallel_forced"),
+        ("paths_best", "parallel_forced_shared"),
+        ("paths_best", "any_order"),
+        ("chain_best", "any_order"),
+        ("chain_best", "left_to_right"),
+    ):
+        cells = [study.estimate(kind, decoder, value) for value in TOKENS_PER_STEP]
+        if any(cells):
+            written = "parallel paths" if kind in PATHS else "long chains"
+            rows.append([written, DECODER_NAMES[decoder], *map(_text, cells)])
+    return table(["trained on", "decoder; tokens per step:", *map(str, TOKENS_PER_STEP)], rows)
+
+
+def coverage_table(study: Study) -> str:
+    """What there is."""
+    rows = []
+    for kind in study.kinds(KIND_NAMES):
+        results = [result for result in study.results if result.kind == kind]
+        seeds = sorted({result.seed for result in results})
+        decoders = len({result.decoder for result in results})
+
+        def count(split: str, results: list[Result] = results) -> str:
+            of_seed = {result.seed: result.problems for result in results if result.split == split}
+            return str(sum(of_seed.values()))
+
+        rows.append(
+            [KIND_NAMES[kind], f"`{kind}`", ", ".join(map(str, seeds)), str(decoders), count("tune"), count("test")]
+        )
+    head = ["written as", "configuration", "seeds", "decoders", "problems to choose by", "to report"]
+    return table(head, rows)
+
+
 def verdict(gap: Estimate) -> str:
     """What a gap says: more than two standard errors are a difference."""
     if abs(gap.percent) <= 2 * gap.error:
@@ -325,6 +368,8 @@ def findings(study: Study) -> str:
 
 TABLES: dict[str, Callable[[Study], str]] = {
     "findings": findings,
+    "summary": summary_table,
+    "coverage": coverage_table,
     "layouts": layouts_table,
     "gaps": gaps_table,
     "decoders on paths": lambda study: decoders_table(study, "paths"),
@@ -361,58 +406,37 @@ def draw_accuracy(study: Study, file: Path) -> None:
 
     from nap_decode.viz.plots import COLOURS, MARKERS
 
-    panels = [
-        ("same recipe, any-order", [(kind, "any_order", KIND_NAMES[kind]) for kind in SAME_RECIPE]),
-        *(
-            (
-                KIND_NAMES[kind],
-                [(kind, decoder, name) for decoder, name in DECODER_NAMES.items() if decoder not in hidden],
-            )
-            for kind, hidden in (
-                ("paths_best", ("semi_autoregressive_3", "semi_autoregressive_18", "parallel_forced_0.8")),
-                ("chain_best", ("semi_autoregressive_3", "semi_autoregressive_18")),
-            )
-        ),
-    ]
+    hidden = ("semi_autoregressive_3", "semi_autoregressive_18", "parallel_forced_0.8")
+    panels = [("same recipe, any-order", [(kind, "any_order", KIND_NAMES[kind]) for kind in SAME_RECIPE])]
+    for kind in ("paths_best", "chain_best"):
+        names = {decoder: name for decoder, name in DECODER_NAMES.items() if decoder not in hidden}
+        panels.append((KIND_NAMES[kind], [(kind, decoder, name) for decoder, name in names.items()]))
     figure, axes = pyplot.subplots(1, len(panels), figsize=(15, 5.2), layout="constrained", sharey=True)
     for ax, (title, curves) in zip(axes, panels, strict=True):
-        number = 0
-        for kind, decoder, name in curves:
-            points = [
-                (value, estimate)
-                for value in TOKENS_PER_STEP
-                if DECODERS[decoder].setting == "tokens_per_step"
-                and (estimate := study.estimate(kind, decoder, value)) is not None
-            ]
-            if not points:
-                continue
+        points = {name: study.curve(kind, decoder) for kind, decoder, name in curves}
+        for number, (name, curve) in enumerate((name, curve) for name, curve in points.items() if curve):
             ax.errorbar(
-                [place(value) for value, _ in points],
-                [estimate.percent for _, estimate in points],
-                yerr=[estimate.error for _, estimate in points],
+                [math.log2(value) for value in curve],
+                [estimate.percent for estimate in curve.values()],
+                yerr=[estimate.error for estimate in curve.values()],
                 label=name,
                 color=COLOURS[number % len(COLOURS)],
                 marker=MARKERS[number % len(MARKERS)],
                 linestyle="-" if number < len(COLOURS) else "--",
                 linewidth=1.5,
-                markersize=6,
+                markersize=max(10 - number, 5),  # so that of several at one place all can be seen
                 capsize=2.5,
             )
-            number += 1
         ax.axhline(12.5, color="grey", linewidth=1, linestyle=":")
         ax.annotate("chance", (0, 12.5), xytext=(0, 3), textcoords="offset points", fontsize="small", color="grey")
-        ax.set_xticks([place(value) for value in TOKENS_PER_STEP], list(map(str, TOKENS_PER_STEP)))
+        ax.set_xticks([math.log2(value) for value in TOKENS_PER_STEP], list(map(str, TOKENS_PER_STEP)))
         ax.set(title=title, xlabel="tokens per step", ylim=(0, 103))
         ax.grid(alpha=0.25)
-        ax.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
+        if any(points.values()):
+            ax.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
     axes[0].set_ylabel("exact answer, %")
     figure.savefig(file, dpi=100)
     pyplot.close(figure)
-
-
-def place(tokens_per_step: float) -> float:
-    """On a logarithmic axis."""
-    return math.log2(tokens_per_step)
 
 
 def main() -> None:
