@@ -1,4 +1,4 @@
-"""The paper's claim in miniature: a study that can be rerun, see docs/study.md.
+"""The paper's claim in miniature: a study that can be rerun, see the files.
 
     python -m examples.miniature.run --quick      # a reduced table from scratch, under 30 minutes on two cores
     python -m examples.miniature.run              # the whole study, hours

@@ -36,6 +36,7 @@ Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 NUM_OPERANDS = 12
+PROMPT_LENGTH = NUM_OPERANDS + 2  # with the beginning of text and the equals sign
 NUM_PATHS = 3
 PATH_LENGTH = NUM_OPERANDS - 1  # running totals; the first one is of two operands
 SUMMARY_LENGTH = 2  # the answer and the end-of-text token
@@ -324,6 +325,7 @@ def make_batch(
     max_rate: float = 0.9,
     neutral: float = 0.0,
     slips: float = 0.0,
+    cut: float = 0.0,
 ) -> Batch:
     """Draw problems, write their solutions, mask some of the tokens.
 
@@ -337,6 +339,8 @@ def make_batch(
         neutral: see :meth:`Task.sample`.
         slips: share of the rows in which one path goes wrong and stays wrong.  Its wrong states carry no loss, and
             the summary keeps the true answer, so that it learns to vote instead of copying a path.
+        cut: share of the batches whose canvas is cut short somewhere, so that the model can be used on less than
+            the whole canvas.
 
     Raises:
         ValueError: a noise or slips that do not go with the layout.
@@ -369,8 +373,11 @@ def make_batch(
     prompt = task.prompt_ids(operands)
     none = np.zeros_like(prompt, dtype=bool)
     whole = np.concatenate([prompt, tokens], axis=1)
+    end = whole.shape[1]
+    if cut and rng.random() < cut:
+        end = prompt.shape[1] + int(rng.integers(PATH_LENGTH // 2, len(block)))
     return Batch(
-        tokens=whole,
-        noised=np.where(np.concatenate([none, masked], axis=1), mask, whole),
-        learnt=np.concatenate([none, loss], axis=1),
+        tokens=whole[:, :end],
+        noised=np.where(np.concatenate([none, masked], axis=1), mask, whole)[:, :end],
+        learnt=np.concatenate([none, loss], axis=1)[:, :end],
     )

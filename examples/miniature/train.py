@@ -28,7 +28,7 @@ import yaml
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from examples.miniature.data import HEADERS, LAYOUTS, TASKS, Task, make_batch
+from examples.miniature.data import HEADERS, LAYOUTS, PROMPT_LENGTH, TASKS, Task, make_batch
 
 STATE_FILE = "training_state.pt"
 LOG_FILE = "training_log.json"
@@ -45,12 +45,14 @@ class Stage:
         peak_learning_rate: of Muon after the warm-up; that of AdamW is a tenth of it.
         neutral: share of problems thinned out with neutral elements, see :meth:`~examples.miniature.data.Task.sample`.
         slips: share of rows in which a path goes wrong, see :func:`~examples.miniature.data.make_batch`.
+        cut: share of batches that end before the canvas does, see there, too.
     """
 
     steps: int
     peak_learning_rate: float
     neutral: float = 0.0
     slips: float = 0.0
+    cut: float = 0.0
 
     def learning_rate(self, step: int) -> float:
         """At a step of the stage."""
@@ -114,6 +116,11 @@ class Config:
         """Of all stages."""
         return sum(stage.steps for stage in self.stages)
 
+    @property
+    def length(self) -> int:
+        """Tokens of a problem and the whole canvas."""
+        return PROMPT_LENGTH + len(LAYOUTS[self.layout].template.encode(TASKS[self.task].make_tokenizer(), 0)[0])
+
     def stage(self, step: int) -> tuple[Stage, int]:
         """The stage of a step, and the step's number in it."""
         for stage in self.stages:
@@ -124,6 +131,7 @@ class Config:
 
     def draw_batch(self, seed: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, noised tokens and where the loss counts, each ``(batch, L)``."""
+        stage = self.stage(step)[0]
         batch = make_batch(
             np.random.default_rng([seed, step]),
             TASKS[self.task],
@@ -131,8 +139,9 @@ class Config:
             self.batch,
             noise=self.noise,
             max_rate=self.max_rate,
-            neutral=self.stage(step)[0].neutral,
-            slips=self.stage(step)[0].slips,
+            neutral=stage.neutral,
+            slips=stage.slips,
+            cut=stage.cut,
         )
         return torch.from_numpy(batch.tokens), torch.from_numpy(batch.noised), torch.from_numpy(batch.learnt)
 
@@ -217,7 +226,7 @@ def train(
             optimizer.load_state_dict(saved)
         log, first, seconds = state["log"], state["step"], state["seconds"]
         print(f"{output.name}: continuing after step {first}", flush=True)
-    forward = torch.compile(model) if compiles else model
+    compiled, length = torch.compile(model) if compiles else model, config.length
 
     started = time.perf_counter() - seconds
     for step in range(first, config.steps):
@@ -226,6 +235,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = scale * stage.learning_rate(step_of_stage)
         tokens, noised, learnt = (tensor.to(device) for tensor in config.draw_batch(seed, step))
+        forward = compiled if tokens.shape[1] == length else model  # cut ones are too rare to be compiled for
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16"):
             logits = forward(input_ids=noised, use_cache=False).logits
         logits = logits.float()[learnt]

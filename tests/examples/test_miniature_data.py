@@ -157,6 +157,20 @@ def test_a_batch_with_slips():
         assert (steps != expected).sum() <= 1
 
 
+def test_some_batches_are_cut_short():
+    layout, widths = LAYOUTS["paths"], []
+    for seed in range(400):
+        batch = make_batch(np.random.default_rng(seed), NIM_SUM, layout, 3, cut=0.25)
+        whole = make_batch(np.random.default_rng(seed), NIM_SUM, layout, 3)
+        widths.append(batch.tokens.shape[1])
+        for part, all_of_it in zip(vars(batch).values(), vars(whole).values(), strict=True):
+            assert (part == all_of_it[:, : widths[-1]]).all()
+    short = [width for width in widths if width < 53]
+    assert 60 < len(short) < 140
+    assert min(short) >= 14 + 5
+    assert len(set(short)) > 20
+
+
 def test_what_does_not_go_together():
     rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match="need paths and a summary; the layout is 'chain'"):

@@ -72,6 +72,7 @@ def test_the_learning_rate():
     assert stage.learning_rate(0) == pytest.approx(2 / 50)
     assert stage.learning_rate(100) == pytest.approx(1.0)
     assert stage.learning_rate(199) == pytest.approx(0.0, abs=1e-3)
+    assert TINY.length == TINY.draw_batch(0, 0)[0].shape[1] == 53
     assert TINY.stage(3) == (TINY.stages[0], 3)
     assert TINY.stage(4) == (TINY.stages[1], 0)
     with pytest.raises(ValueError, match="past the last stage"):
@@ -119,7 +120,7 @@ def test_training_is_determined_by_the_seed_and_can_be_interrupted(tmp_path, mon
     assert not list((tmp_path / "halves").glob("training_state*"))
     log = json.loads((tmp_path / "halves" / "training_log.json").read_text())
     assert [line["step"] for line in log["log"]] == [3, 6]
-    assert log["config"]["stages"][1] == {"steps": 2, "peak_learning_rate": 1e-3, "neutral": 0.0, "slips": 0.5}
+    assert log["config"]["stages"][1] == dataclasses.asdict(TINY.stages[1])
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "halves")
     assert tokenizer("6 0 =")["input_ids"] == [NIM_SUM.ids[word] for word in ("<bos>", "6", "0", "=")]
     assert tokenizer.mask_token == "<mask>"
