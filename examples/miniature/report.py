@@ -366,6 +366,21 @@ def findings(study: Study) -> str:
     return "\n".join(lines)
 
 
+def vote_table(study: Study) -> str:
+    """How many paths end in the right state, and how many answers are right: does the summary vote?"""
+    rows = []
+    for kind in study.kinds(["paths", "paths_best", "identical", "joined"]):
+        for decoder in ("any_order", "parallel_forced_shared"):
+            cells = []
+            for value in TOKENS_PER_STEP:
+                results = study.cell(kind, decoder, value)
+                ends = 100 * sum(result.path_ends_correct for result in results) / max(len(results), 1)
+                cells.append(f"{ends:.1f}, {Estimate.of(results).percent:.1f}" if results else "-")
+            if set(cells) != {"-"}:
+                rows.append([KIND_NAMES[kind], DECODER_NAMES[decoder], *cells])
+    return table(["written as", "decoder", *map(str, TOKENS_PER_STEP)], rows)
+
+
 TABLES: dict[str, Callable[[Study], str]] = {
     "findings": findings,
     "summary": summary_table,
@@ -379,6 +394,7 @@ TABLES: dict[str, Callable[[Study], str]] = {
     "effects": effects_table,
     "forced": forced_table,
     "adaptive": adaptive_table,
+    "vote": vote_table,
     "arness": lambda study: arness_table(study, 1),
     "cost": cost_table,
 }
