@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import signal
+
 import pytest
 import torch
 from hypothesis import settings
@@ -14,6 +16,8 @@ settings.load_profile("ci")
 def _quiet():
     logging.disable_progress_bar()
     torch.set_num_threads(1)  # the models are too small to be worth more
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell started this in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

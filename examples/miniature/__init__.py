@@ -1,6 +1,6 @@
 """The paper's claim in miniature: a study that can be rerun, see the files.
 
-    python -m examples.miniature.run --quick      # a reduced table from scratch, under 30 minutes on two cores
+    python -m examples.miniature.run --quick      # a reduced table from scratch
     python -m examples.miniature.run              # the whole study, hours
 
 ``data`` writes the same problems in several layouts, ``train`` trains one model from one configuration file,

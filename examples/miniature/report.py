@@ -129,6 +129,12 @@ class Study:
         }
         return max(found, key=lambda pair: found[pair]) if found else None
 
+    def at_best(self, kinds: Sequence[str], value: float) -> tuple[str, str, Estimate] | None:
+        """The best kind and decoder, and how they do on the problems to report by; None if that was not measured."""
+        best = self.best(kinds, list(DECODERS), value)
+        estimate = None if best is None else self.estimate(*best, value)
+        return None if best is None or estimate is None else (*best, estimate)
+
     def kinds(self, names: Iterable[str]) -> list[str]:
         """Those of the names that there are results for."""
         present = {result.kind for result in self.results}
@@ -148,8 +154,8 @@ def layouts_table(study: Study) -> str:
     """Every kind by its best decoder."""
 
     def cell(kind: str, value: int) -> str:
-        best = study.best([kind], list(DECODERS), value)
-        return "-" if best is None else _text(study.estimate(*best, value))
+        best = study.at_best([kind], value)
+        return "-" if best is None else str(best[2])
 
     kinds = study.kinds([*SAME_RECIPE, "paths_best", "chain_best"])
     head = ["written as", *map(str, TOKENS_PER_STEP)]
@@ -172,23 +178,15 @@ def gaps_table(study: Study) -> str:
     for name, paths, chains in (
         ("same recipe", ["paths"], ["chain"]),
         ("same recipe, the paper's baseline", ["paths"], ["joined"]),
-        ("best of both", list(PATHS), list(CHAINS)),
+        ("best of both", PATHS, CHAINS),
     ):
         for value in (4, 6, 8):
-            ours, theirs = study.best(paths, list(DECODERS), value), study.best(chains, list(DECODERS), value)
-            if ours is None or theirs is None:
-                continue
-            one, other = study.estimate(*ours, value), study.estimate(*theirs, value)
-            if one is not None and other is not None:
-                rows.append(
-                    [
-                        name,
-                        str(value),
-                        f"{one} ({DECODER_NAMES[ours[1]]})",
-                        f"{other} ({KIND_NAMES[theirs[0]]}; {DECODER_NAMES[theirs[1]]})",
-                        f"**{one - other}**",
-                    ]
-                )
+            ours, theirs = study.at_best(paths, value), study.at_best(chains, value)
+            if ours and theirs:
+                (_, decoder, one), (kind, other_decoder, other) = ours, theirs
+                paths_cell = f"{one} ({DECODER_NAMES[decoder]})"
+                chain_cell = f"{other} ({KIND_NAMES[kind]}; {DECODER_NAMES[other_decoder]})"
+                rows.append([name, str(value), paths_cell, chain_cell, f"**{one - other}**"])
     return table(["", "tokens per step", "paths", "baseline", "gap"], rows)
 
 
@@ -333,11 +331,9 @@ def findings(study: Study) -> str:
     lines = []
     gaps, forced = [], []
     for value in (4, 6, 8):
-        ours, theirs = study.best(PATHS, list(DECODERS), value), study.best(CHAINS, list(DECODERS), value)
+        ours, theirs = study.at_best(PATHS, value), study.at_best(CHAINS, value)
         if ours and theirs:
-            one, other = study.estimate(*ours, value), study.estimate(*theirs, value)
-            if one and other:
-                gaps.append(f"{one} against {other} at {value} tokens per step")
+            gaps.append(f"{ours[2]} against {theirs[2]} at {value} tokens per step")
     if gaps:
         lines.append(
             f"* **Data.** Written as paths, each by its best recipe and decoder, against the best long chain, exact "
@@ -356,11 +352,9 @@ def findings(study: Study) -> str:
     for name, kind in (("the same solutions joined without headers", "joined"), ("one path three times", "identical")):
         cells = []
         for value in (4, 6, 8):
-            ours, theirs = study.best(["paths"], list(DECODERS), value), study.best([kind], list(DECODERS), value)
+            ours, theirs = study.at_best(["paths"], value), study.at_best([kind], value)
             if ours and theirs:
-                one, other = study.estimate(*ours, value), study.estimate(*theirs, value)
-                if one and other:
-                    cells.append(f"{value}: {verdict(one - other)}")
+                cells.append(f"{value}: {verdict(ours[2] - theirs[2])}")
         if cells:
             lines.append(f"* **Against {name}**, same recipe, paths are by tokens per step: {'; '.join(cells)}.")
     return "\n".join(lines)

@@ -1,6 +1,6 @@
 """The whole study, or a small part of it, from nothing to tables.
 
-    python -m examples.miniature.run --quick      # two models, a few decoders, a table: under 30 minutes on two cores
+    python -m examples.miniature.run --quick      # two models, a few decoders, a table
     python -m examples.miniature.run              # every model, decoder and seed: hours
 
 Models are trained and measured by ``--workers`` processes of one thread each; each model is a directory under
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument(
         "--fast",
         action="store_true",
-        help="compile, and multiply in bfloat16: three times as fast on a processor with matrix units for it",
+        help="compile, and multiply in bfloat16: faster on a processor with matrix units for it",
     )
     args = parser.parse_args()
     plan = QUICK if args.quick else FULL
