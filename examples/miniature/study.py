@@ -53,7 +53,8 @@ class Estimate:
     Args:
         percent: mean over the seeds of training.
         error: the larger of two standard errors: that of the mean over seeds, each with problems of its own, and the
-            binomial one.  (Three seeds may agree by chance, and all may be perfect.)
+            binomial one of all problems and two more, one right and one wrong.  (Three seeds may agree by chance, and
+            a thousand right answers do not mean that there are no wrong ones.)
     """
 
     percent: float
@@ -64,7 +65,8 @@ class Estimate:
         """Of one cell, from the results of its seeds."""
         shares = [result.correct / result.problems for result in results]
         seeds, mean = len(shares), sum(shares) / len(shares)
-        binomial = mean * (1 - mean) / sum(result.problems for result in results)
+        problems, right = sum(result.problems for result in results) + 2, sum(result.correct for result in results) + 1
+        binomial = right * (problems - right) / problems**3
         between = sum((share - mean) ** 2 for share in shares) / (seeds - 1) / seeds if seeds > 1 else 0.0
         return cls(100 * mean, 100 * math.sqrt(max(binomial, between)))
 

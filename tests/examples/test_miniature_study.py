@@ -12,16 +12,18 @@ from examples.miniature.study import Estimate, Study
 def test_errors_of_an_estimate():
     # Seeds that agree: the binomial error of all problems.
     agreeing = Estimate.of([make_result(correct=50, seed=seed) for seed in range(3)])
-    assert (agreeing.percent, agreeing.error) == (50, pytest.approx(100 * math.sqrt(0.25 / 300)))
+    assert (agreeing.percent, agreeing.error) == (50, pytest.approx(100 * math.sqrt(0.25 / 302)))
     # Seeds that do not: the error of their mean, sd / sqrt(3).
     apart = Estimate.of([make_result(correct=correct, seed=seed) for seed, correct in enumerate((20, 50, 80))])
     assert (apart.percent, apart.error) == (pytest.approx(50), pytest.approx(30 / math.sqrt(3)))
     assert str(apart) == "50.0 ± 17.3"
     one = Estimate.of([make_result(correct=80)])
-    assert one.error == pytest.approx(4.0)
+    assert one.error == pytest.approx(100 * math.sqrt(81 * 21 / 102**3))
     gap = one - apart
-    assert (gap.percent, gap.error) == (pytest.approx(30), pytest.approx(math.hypot(4.0, 30 / math.sqrt(3))))
+    assert (gap.percent, gap.error) == (pytest.approx(30), pytest.approx(math.hypot(one.error, apart.error)))
     assert f"{gap:+}" == "+30.0 ± 17.8"
+    # That nothing went wrong does not mean that nothing can.
+    assert str(Estimate.of([make_result(correct=100)])) == "100.0 ± 1.0"
 
 
 def test_decoders_are_chosen_on_one_set_and_reported_on_another():
