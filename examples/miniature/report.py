@@ -2,8 +2,8 @@
 
     python -m examples.miniature.report
 
-Writes the tables between the marks ``<!-- study: NAME -->`` and ``<!-- end of study -->`` of docs/study.md and
-README.md, and the figures in docs/study/.  Needs ``pip install 'nap_decode[viz]'``.
+Writes the tables between the marks ``<!-- study: NAME -->`` and ``<!-- end of study -->`` of the pages, and the
+figures in docs/study/.  Needs ``pip install 'nap_decode[viz]'``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from examples.miniature.tables import TABLES as OWN_TABLES
 ROOT = Path(__file__).parents[2]
 STUDY = ROOT / "docs" / "study"
 RESULTS = STUDY / "results.csv"
-PAGES = (ROOT / "docs" / "study.md", ROOT / "README.md")
+PAGES = (ROOT / "docs" / "study.md", ROOT / "docs" / "explanation.md", ROOT / "README.md")
 
 TABLES = OWN_TABLES | {
     "paper gaps": paper_gaps_table,
