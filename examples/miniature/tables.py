@@ -191,9 +191,9 @@ def coverage_table(study: Study) -> str:
 
 
 def verdict(gap: Estimate) -> str:
-    """What a gap says: more than two standard errors are a difference."""
+    """What a gap says: only more than two standard errors are a difference."""
     if abs(gap.percent) <= 2 * gap.error:
-        return f"no different ({gap.percent:+.1f} ± {gap.error:.1f} points)"
+        return f"not told apart ({gap:+} points)"
     return f"{'better' if gap.percent > 0 else '**worse**'} by {abs(gap.percent):.1f} ± {gap.error:.1f} points"
 
 

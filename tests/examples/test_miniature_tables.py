@@ -60,4 +60,4 @@ def test_findings_say_which_way_it_came_out():
 
     assert "6: better by 20.0 ± 6.9 points" in about(40, 60)
     assert "6: **worse** by 20.0 ± 6.9 points" in about(60, 40)
-    assert "6: no different (-2.0 ± 7.0 points)" in about(52, 50)
+    assert "6: not told apart (-2.0 ± 7.0 points)" in about(52, 50)
