@@ -27,47 +27,52 @@ SHOWN = (
     "parallel_forced_shared",
     "parallel_forced_thirds",
     "blocks_in_turn",
-    "semi_autoregressive_6",
     "semi_autoregressive_12",
-    "left_to_right",
     "random",
+    "left_to_right",
 )
 
 
-def _style(number: int) -> dict[str, Any]:
-    """One of a row of curves: a colour and a marker of its own, smaller and smaller so that none hides another."""
+def _style(number: int, *, is_other: bool = False) -> dict[str, Any]:
+    """One of a row of curves: a colour and a marker of its own, smaller and smaller so that none hides another.
+
+    Args:
+        number: of the curve, from 0 to 7.
+        is_other: another version of it: broken, with hollow marks.
+    """
     from nap_decode.viz.plots import COLOURS, MARKERS
 
     return {
-        "color": COLOURS[number % len(COLOURS)],
-        "marker": MARKERS[number % len(MARKERS)],
-        "linestyle": "-" if number < len(COLOURS) else "--",
+        "color": (*COLOURS, "#000000")[number],
+        "marker": (*MARKERS, "*")[number],
+        "markerfacecolor": "white" if is_other else None,
+        "linestyle": "--" if is_other else "-",
         "linewidth": 1.5,
-        "markersize": max(10 - number, 4),
+        "markersize": max(10 - number, 5),
         "capsize": 2.5,
     }
 
 
-def _draw_curve(ax: Axes, points: dict[float, Estimate], name: str, number: int) -> None:
+def _draw_curve(ax: Axes, points: dict[float, Estimate], name: str, style: dict[str, Any]) -> None:
     """Estimates against a quantity that doubles from tick to tick."""
     ax.errorbar(
         [math.log2(x) for x in points],
         [estimate.percent for estimate in points.values()],
         yerr=[estimate.error for estimate in points.values()],
         label=name,
-        **_style(number),
+        **style,
     )
 
 
-def _finish(ax: Axes, title: str, label: str, ticks: Sequence[int]) -> None:
+def _finish(ax: Axes, title: str, label: str, ticks: Sequence[int], *, chance_at: str = "left") -> None:
     ax.axhline(CHANCE, color="grey", linewidth=1, linestyle=":")
     ax.annotate(
         "chance",
-        (1, CHANCE),
+        (0 if chance_at == "left" else 1, CHANCE),
         xycoords=("axes fraction", "data"),
-        xytext=(-3, 3),
+        xytext=(3 if chance_at == "left" else -3, 3),
         textcoords="offset points",
-        ha="right",
+        ha=chance_at,
         fontsize="small",
         color="grey",
     )
@@ -80,19 +85,20 @@ def draw_layouts(study: Study, file: Path) -> None:
     """Every kind by its best decoder, against tokens per step and against forward passes."""
     from matplotlib import pyplot
 
-    kinds = study.kinds([*SAME_RECIPE, "paths_best", "chain_best"])
+    styles = {kind: _style(number) for number, kind in enumerate(SAME_RECIPE)}
+    styles |= {f"{kind}_best": _style(SAME_RECIPE.index(kind), is_other=True) for kind in ("paths", "chain")}
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 5), layout="constrained", sharey=True)
-    for number, kind in enumerate(kinds):
+    for kind in study.kinds(styles):
         by_tokens: dict[float, Estimate] = {}
         by_passes: dict[float, Estimate] = {}
         for value in TOKENS_PER_STEP:
             if best := study.at_best([kind], value):
                 by_tokens[value] = best[2]
                 by_passes[study.mean("forward_passes", kind, best[1], value)] = best[2]
-        _draw_curve(axes[0], by_tokens, KIND_NAMES[kind], number)
-        _draw_curve(axes[1], by_passes, KIND_NAMES[kind], number)
+        _draw_curve(axes[0], by_tokens, KIND_NAMES[kind], styles[kind])
+        _draw_curve(axes[1], by_passes, KIND_NAMES[kind], styles[kind])
     _finish(axes[0], "the same number of tokens at each step", "tokens per step", TOKENS_PER_STEP)
-    _finish(axes[1], "the same cost", "forward passes", (1, 2, 4, 8, 16, 32))
+    _finish(axes[1], "the same cost", "forward passes", (1, 2, 4, 8, 16, 32), chance_at="right")
     axes[0].set_ylabel("exact answer, %")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
     figure.savefig(file, dpi=100)
@@ -107,7 +113,7 @@ def draw_decoders(study: Study, file: Path) -> None:
     for ax, kind in zip(axes, ("paths_best", "chain_best"), strict=True):
         for number, decoder in enumerate(SHOWN):  # the same colour in both panels
             if curve := study.curve(kind, decoder):
-                _draw_curve(ax, dict(curve), DECODER_NAMES[decoder], number)
+                _draw_curve(ax, dict(curve), DECODER_NAMES[decoder], _style(number))
         _finish(ax, KIND_NAMES[kind], "tokens per step", TOKENS_PER_STEP)
     axes[0].set_ylabel("exact answer, %")
     labels = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
