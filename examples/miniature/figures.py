@@ -113,7 +113,7 @@ def draw_decoders(study: Study, file: Path) -> None:
     for ax, kind in zip(axes, ("paths_best", "chain_best"), strict=True):
         for number, decoder in enumerate(SHOWN):  # the same colour in both panels
             if curve := study.curve(kind, decoder):
-                _draw_curve(ax, dict(curve), DECODER_NAMES[decoder], _style(number))
+                _draw_curve(ax, {float(value): curve[value] for value in curve}, DECODER_NAMES[decoder], _style(number))
         _finish(ax, KIND_NAMES[kind], "tokens per step", TOKENS_PER_STEP)
     axes[0].set_ylabel("exact answer, %")
     labels = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}

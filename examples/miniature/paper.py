@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from examples.miniature.study import CHAINS, DECODER_NAMES, PATHS, TOKENS_PER_STEP, Estimate, Study
 from examples.miniature.tables import differences, table
@@ -43,10 +44,9 @@ class Published:
 def read_paper(file: Path = PAPER) -> list[Published]:
     """All numbers."""
     with file.open(newline="") as lines:
-        return [
-            Published(**row | {"tokens_per_step": int(row["tokens_per_step"]), "percent": float(row["percent"])})
-            for row in csv.DictReader(lines)
-        ]
+        rows: list[dict[str, Any]] = list(csv.DictReader(lines))
+    numbers: dict[str, type] = {"tokens_per_step": int, "percent": float}
+    return [Published(**row | {name: kind(row[name]) for name, kind in numbers.items()}) for row in rows]
 
 
 def paper_gaps_table(study: Study) -> str:
