@@ -134,13 +134,13 @@ def draw_arness(study: Study, file: Path) -> None:
         rows = range(len(decoders))
         for number, (name, field) in enumerate((("Global@1", "arness_global"), ("Local@1", "arness_local"))):
             values = [study.mean(field, kind, decoder, 1) for decoder in decoders]
-            style = _style(number)
-            ax.plot(values, rows, linestyle="none", color=style["color"], marker=style["marker"], label=name)
+            style = _style(number, is_other=number == 0) | {"linestyle": "none", "markersize": 10 - 5 * number}
+            ax.errorbar(values, rows, label=name, **style)  # one inside the other, where they are the same
         ax.set_yticks(rows, [DECODER_NAMES[decoder] for decoder in decoders])
         ax.invert_yaxis()
         ax.set(title=KIND_NAMES[kind], xlim=(-0.03, 1.03), xlabel="AR-ness (from left to right is 1)")
         ax.grid(alpha=0.25)
-    axes[0].legend(loc="lower right", fontsize="small")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
     figure.savefig(file, dpi=100)
     pyplot.close(figure)
 

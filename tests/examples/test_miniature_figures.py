@@ -52,7 +52,7 @@ def test_arness(drawn, tmp_path):
     figures.draw_arness(Study(results), tmp_path / "figure.png")
     ax = drawn[0].axes[1]
     assert [label.get_text() for label in ax.get_yticklabels()] == ["any-order"]
-    assert [line.get_xdata()[0] for line in ax.get_lines()] == [0.75, 0.5]
+    assert [container.lines[0].get_xdata()[0] for container in ax.containers] == [0.75, 0.5]
 
 
 @needs_transformers_5
