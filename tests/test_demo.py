@@ -3,13 +3,12 @@ from __future__ import annotations
 import io
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 from models import needs_transformers_5
 
-from nap_decode import NapDecodeError, ParallelForcedSampler, demo
+from nap_decode import NapDecodeError, ParallelForcedSampler, demo, presets
 from nap_decode.demo.problems import NimSum, running_totals, sample_problems
 from nap_decode.demo.show import HELD_OUT_SEED, LiveCanvas, run_demo
 
@@ -61,8 +60,11 @@ def test_demo_prints_a_canvas_and_a_table():
     assert text.count("<summary>") == 9  # a canvas after each of nine steps
     assert re.search(r"The answer \d is (correct|wrong)", text)
     rows = [line.split() for line in text.splitlines()[-2:]]
-    assert [row[0] for row in rows] == ["6", "12"]
-    assert [(row[2], row[6]) for row in rows] == [("6", "6"), ("3", "3")]
+    assert [row[:2] for row in rows] == [["6", "6"], ["12", "3"]]
+    assert {len(row) for row in rows} == {2 + 2 * 4}
+    assert [row[9] for row in rows] == ["1.00", "1.00"]  # from left to right
+    assert all(0 <= float(cell) <= 100 for row in rows for cell in row[2::2])
+    assert max(map(len, text.splitlines()[-12:])) <= 100
 
 
 def test_a_terminal_is_redrawn_in_colour(embedded):
@@ -81,13 +83,34 @@ def test_a_terminal_is_redrawn_in_colour(embedded):
     assert [line.split(" ")[0] for line in plain] == ["step", "<bos>", "<think", "<think", "<think", "<summary>"]
 
 
-def test_the_readmes_results_are_those_of_the_log():
-    log = json.loads((demo.CHECKPOINT / "training_log.json").read_text())["accuracy_by_tokens_per_step"]
-    assert (log.pop("problems"), log.pop("seed")) == (500, 1000)
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    table = readme.split("<!-- results: accuracy_by_tokens_per_step -->")[1].split("<!-- end of results -->")[0]
-    header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.strip().splitlines())
-    assert {row[0]: dict(zip(header[1:], map(float, row[1:]), strict=True)) for row in rows} == log
+def test_the_embedded_models_are_those_of_the_study():
+    """Two kinds, the same seed and compute, and together under 8 MB."""
+    logs = [
+        json.loads((directory / "training_log.json").read_text())
+        for directory in (demo.CHECKPOINT, demo.CHAIN_CHECKPOINT)
+    ]
+    assert [log["config"]["name"] for log in logs] == ["paths_best", "chain_best"]
+    assert [log["log"][-1]["step"] for log in logs] == [1500, 1500]
+    assert {log["seed"] for log in logs} == {0}
+    assert sum(file.stat().st_size for file in demo.CHECKPOINT.parent.rglob("*") if file.is_file()) < 8e6
+
+
+@needs_transformers_5
+def test_the_chain_model_solves_held_out_problems():
+    model, tokenizer = demo.load("chain")
+    problems = sample_problems(40, HELD_OUT_SEED + 1)
+    right = {}
+    for preset, tokens_per_step in ((presets.left_to_right, 4), (presets.llada_low_confidence, 18)):
+        sampler = preset(model, tokenizer, tokens_per_step=tokens_per_step)
+        texts = sampler([p.prompt for p in problems], max_new_tokens=35).text
+        right[tokens_per_step] = sum(p.is_correct(text) for p, text in zip(problems, texts, strict=True))
+    assert right[4] >= 38  # chance: 5
+    assert right[18] <= 15  # in two steps, that is too much for it
+
+
+def test_there_are_two_models():
+    with pytest.raises(NapDecodeError, match=r"there is no embedded model 'path'\. Did you mean 'paths'"):
+        demo.load("path")
 
 
 def test_old_transformers_are_told(monkeypatch):

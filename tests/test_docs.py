@@ -37,6 +37,7 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 NEEDS = {"gpu checkpoint", "checkpoint", "network", "minutes", "a cluster", "other code"}
 PROGRAMS = {
+    "cp",
     "nap-decode",
     "accelerate",
     "cd",

@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from examples.miniature.evaluate import RESULTS_FILE, read_results, write_results
-from examples.miniature.report import KIND_NAMES, Study, decoders_table, forced_table, gaps_table
+from examples.miniature.study import KIND_NAMES, Study
+from examples.miniature.tables import decoders_table, forced_table, gaps_table
 
 CONFIGS = Path(__file__).parent / "configs"
 ROOT = Path(__file__).parents[2]

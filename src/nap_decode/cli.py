@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"nap-decode {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    demo = commands.add_parser("demo", help="watch the embedded model decode, and compare two decoders on it")
+    demo = commands.add_parser("demo", help="watch an embedded model decode, and compare models and decoders")
     demo.add_argument("--problems", type=int, default=50, help="held-out problems in the table (default: 50)")
     demo.set_defaults(run=_demo)
 

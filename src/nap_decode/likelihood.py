@@ -161,9 +161,8 @@ def chain_log_likelihood(
     Example:
         >>> from nap_decode import demo
         >>> denoiser = Denoiser(*demo.load())
-        >>> prompt = "6 0 6 4 6 2 1 2 4 7 0 6 = <think 1> 6 0 4 2 0 1 3 7 0 0 6"
-        >>> prompt += " <think 2> 4 5 7 3 4 4 2 4 4 2 6 <think 3>"
-        >>> found = chain_log_likelihood(denoiser, [prompt, prompt], ["3 3 5 3 3 5 1 7 5 4 6", "3 3 5 3 1"])
+        >>> prompt = "6 0 6 4 6 2 1 2 4 7 0 6 = <think 1>"
+        >>> found = chain_log_likelihood(denoiser, [prompt, prompt], ["6 0 4 2 0 1 3 7 0 0 6", "6 0 4 1"])
         >>> found.is_greedy.tolist(), found.forward_passes
         ([True, False], 1)
     """

@@ -3,8 +3,8 @@ from models import needs_transformers_5
 
 from examples.miniature import run as running
 from examples.miniature.evaluate import RESULTS_FILE, read_results
-from examples.miniature.report import KIND_NAMES
 from examples.miniature.run import FULL, KINDS, QUICK, Plan, run
+from examples.miniature.study import KIND_NAMES
 
 TINY = """
 task: nim_sum

@@ -1,4 +1,7 @@
-"""The embedded checkpoint: a tiny masked-diffusion model, trained on parallel paths, and its task."""
+"""The embedded checkpoints: two tiny masked-diffusion models, and their task.
+
+One was trained on parallel paths, the other one on long chains.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from nap_decode.demo.problems import NUM_DIGITS, NUM_PATHS, PATH_LENGTH, SUMMARY_LENGTH, NimSum, sample_problems
-from nap_decode.errors import NapDecodeError
+from nap_decode.errors import NapDecodeError, check_name
 
 __all__ = [
+    "CHAIN_CHECKPOINT",
     "CHECKPOINT",
     "NUM_DIGITS",
     "NUM_PATHS",
@@ -20,27 +24,41 @@ __all__ = [
 ]
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
-"""Directory that ``from_pretrained`` takes."""
+"""Directory that ``from_pretrained`` takes: the model that was trained on parallel paths."""
+CHAIN_CHECKPOINT = Path(__file__).parent / "chain_checkpoint"
+"""The model that was trained on long chains, for comparison."""
 
 
-def load() -> tuple[Any, Any]:
-    """The embedded model, in evaluation mode, and its tokenizer.
+def load(trained_on: str = "paths") -> tuple[Any, Any]:
+    """An embedded model, in evaluation mode, and its tokenizer.
+
+    Both were trained on the same problems with the same compute (see ``examples/miniature``); they differ in how
+    the solutions were written.
+
+    Args:
+        trained_on: ``"paths"``, three solutions under headers and a summary, or ``"chain"``, one long solution.
 
     Raises:
-        NapDecodeError: transformers is older than 5; its Llama attends to the past only.
+        NapDecodeError: another name; transformers is older than 5, so that its Llama attends to the past only.
 
     Example:
         >>> model, tokenizer = load()
         >>> tokenizer.mask_token, model.num_parameters()
         ('<mask>', 855680)
+        >>> from nap_decode import presets
+        >>> sampler = presets.left_to_right(*load("chain"), tokens_per_step=5)
+        >>> sampler("6 0 6 4 6 2 1 2 4 7 0 6 =", max_new_tokens=35).text
+        '6 0 6 6 6 0 0 4 4 4 6 2 2 2 0 0 1 1 1 2 3 3 4 7 7 7 0 0 0 0 0 6 6 6'
     """
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    check_name("embedded model", trained_on, ("paths", "chain"))
     if int(transformers.__version__.split(".")[0]) < 5:
         raise NapDecodeError(
             "the embedded model is a decoder that attends both ways, which transformers can do since version 5, but "
             f"{transformers.__version__} is installed; run pip install 'transformers>=5'"
         )
-    model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, local_files_only=True)
-    return model.eval(), AutoTokenizer.from_pretrained(CHECKPOINT, local_files_only=True)
+    directory = CHECKPOINT if trained_on == "paths" else CHAIN_CHECKPOINT
+    model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True)
+    return model.eval(), AutoTokenizer.from_pretrained(directory, local_files_only=True)

@@ -1,4 +1,4 @@
-"""Nim-sum problems: the task that the embedded checkpoint was trained on.
+"""Nim-sum problems: the task that the embedded checkpoints were trained on.
 
 A problem is the exclusive or of :data:`NUM_DIGITS` octal digits.  The operation is associative and
 commutative, so one problem has several complete solutions that share no intermediate state: a
@@ -11,7 +11,7 @@ the full answer::
     <think 3> 3 3 5 3 3 5 1 7 5 4 6      begins eight digits further on
     <summary> 6 <eos>
 
-Chance is 12.5 %.
+Chance is 12.5 %.  The other model writes a long chain: state, operand, new state, ..., then the answer.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def running_totals(digits: NDArray[np.int64]) -> NDArray[np.int64]:
 def sample_problems(count: int, seed: int) -> list[NimSum]:
     """Draw ``count`` problems with uniform digits, reproducibly.
 
-    Training uses seeds below 1000 (see ``examples/train_demo.py``); draw held-out problems with
+    Training uses seeds below 1000 (see ``examples/miniature``); draw held-out problems with
     larger ones.
 
     Example:

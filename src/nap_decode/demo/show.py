@@ -1,14 +1,16 @@
-"""What ``nap-decode demo`` prints: a canvas filling up, and a table of decoders."""
+"""What ``nap-decode demo`` prints: a canvas filling up, and a table of models and decoders."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TextIO
 
 from nap_decode.arness import ARnessMeter
 from nap_decode.canvas import CanvasTemplate
+from nap_decode.committers import MicroConfidenceCommitter
 from nap_decode.demo import NUM_PATHS, PATH_LENGTH, SUMMARY_LENGTH, load, sample_problems
 from nap_decode.denoiser import Denoiser
 from nap_decode.sampler import ParallelForcedSampler, Sampler
@@ -20,6 +22,7 @@ HELD_OUT_SEED = 20_261_121
 
 _COLOURS = (36, 35, 33, 32, 34, 31)
 _TEMPLATE = CanvasTemplate.nap(NUM_PATHS, path_length=PATH_LENGTH, summary_length=SUMMARY_LENGTH)
+_CHAIN = CanvasTemplate.plain(NUM_PATHS * PATH_LENGTH + SUMMARY_LENGTH)
 
 
 class LiveCanvas:
@@ -73,10 +76,36 @@ class LiveCanvas:
         yield " ".join(line)
 
 
+@dataclass(frozen=True)
+class _Column:
+    """A decoder of the table, and the model that it decodes."""
+
+    trained_on: str
+    name: str
+    scheduler: type[BlockScheduler]
+    confidence: str = "probability"
+
+    def sampler(self, denoiser: Denoiser, tokens_per_step: int) -> Sampler:
+        return Sampler(
+            denoiser,
+            scheduler=self.scheduler(tokens_per_step=tokens_per_step),
+            committer=MicroConfidenceCommitter(confidence=self.confidence),
+            template=_TEMPLATE if self.trained_on == "paths" else _CHAIN,
+        )
+
+
+_COLUMNS = (
+    _Column("paths", "parallel-forced", MacroParallelScheduler),
+    _Column("paths", "any-order", AnyOrderScheduler),
+    _Column("chain", "any-order", AnyOrderScheduler),
+    _Column("chain", "left to right", AnyOrderScheduler, confidence="leftmost"),
+)
+
+
 def run_demo(
     *, problems: int = 50, tokens_per_step: Sequence[int] = (1, 2, 3, 4, 6, 8, 12), file: TextIO | None = None
 ) -> None:
-    """Decode held-out problems with the embedded model, and compare two decoders on it.
+    """Decode held-out problems with the embedded models, and compare decoders on them.
 
     Args:
         problems: how many the table averages over.
@@ -84,37 +113,37 @@ def run_demo(
         file: where to print; stdout by default.
     """
     file = file or sys.stdout
-    model, tokenizer = load()
-    denoiser = Denoiser(model, tokenizer)
+    denoisers = {name: Denoiser(*load(name)) for name in ("paths", "chain")}
+    tokenizer = denoisers["paths"].tokenizer
     held_out = sample_problems(problems, HELD_OUT_SEED)
 
     first = held_out[0]
     print("The nim-sum (exclusive or) of twelve digits, by three paths and a summary.", file=file)
     print("Parallel-forced decoding, 4 tokens per step:\n", file=file)
-    sampler = ParallelForcedSampler(denoiser, template=_TEMPLATE, tokens_per_step=4)
+    sampler = ParallelForcedSampler(denoisers["paths"], template=_TEMPLATE, tokens_per_step=4)
     output = sampler(first.prompt, callback=LiveCanvas(tokenizer, file), progress=False)
     verdict = "correct" if first.is_correct(str(output.summary)) else f"wrong, it is {first.answer}"
     print(f"\nThe answer {output.summary} is {verdict}: {output.forward_passes} forward passes, ", end="", file=file)
     print(f"{output.tokens_per_forward[0]:.1f} tokens per forward pass.\n", file=file)
 
-    print(f"{problems} held-out problems: accuracy in percent, forward passes, AR-ness@1:\n", file=file)
-    print(f"{'tokens':>8}  {'parallel-forced':^30}   {'any-order':^30}", file=file)
-    columns = f"{'accuracy':>9}{'passes':>7}{'global':>7}{'local':>7}"
-    print(f"{'per step':>8}  {columns}   {columns}", file=file)
+    print(
+        f"{problems} held-out problems, {_CHAIN.blocks[0].length} tokens each.  Two models, the same training: one",
+        file=file,
+    )
+    print("writes three paths and a summary, the other one long chain of states and operands.", file=file)
+    print("Right answers in percent, and Global AR-ness@1 (left to right is 1):\n", file=file)
+    print(f"{'':16}{'trained on parallel paths':^36}{'trained on long chains':^36}".rstrip(), file=file)
+    print(f"{'tokens':>6}{'forward':>9} {''.join(f'{column.name:^18}' for column in _COLUMNS)}".rstrip(), file=file)
+    print(f"{'a step':>6}{'passes':>9} {'    right    AR   ' * len(_COLUMNS)}".rstrip(), file=file)
     prompts = [problem.prompt for problem in held_out]
     for k in tokens_per_step:
-        cells = []
-        schedulers: tuple[BlockScheduler, ...] = (
-            MacroParallelScheduler(tokens_per_step=k),
-            AnyOrderScheduler(tokens_per_step=k),
-        )
-        for scheduler in schedulers:
-            output = Sampler(denoiser, scheduler=scheduler, template=_TEMPLATE)(prompts, progress=False)
-            correct = sum(p.is_correct(s) for p, s in zip(held_out, output.summary, strict=True))
+        cells, passes = [], 0
+        for column in _COLUMNS:
+            output = column.sampler(denoisers[column.trained_on], k)(prompts, progress=False)
+            answers = output.summary if column.trained_on == "paths" else output.text
+            correct = sum(p.is_correct(text) for p, text in zip(held_out, answers, strict=True))
             meter = ARnessMeter()
             meter.update(output.trace)
-            ar = meter.compute()
-            cells.append(
-                f"{100 * correct / problems:9.1f}{output.forward_passes:7d}{ar.global_at[1]:7.2f}{ar.local_at[1]:7.2f}"
-            )
-        print(f"{k:>8}  {cells[0]}   {cells[1]}", file=file, flush=True)
+            cells.append(f"{100 * correct / problems:9.1f}{meter.compute().global_at[1]:6.2f}   ")
+            passes = output.forward_passes
+        print(f"{k:>6}{passes:>9} {''.join(cells)}".rstrip(), file=file, flush=True)
