@@ -4,7 +4,6 @@ from models import needs_transformers_5
 from examples.miniature import run as running
 from examples.miniature.evaluate import RESULTS_FILE, read_results
 from examples.miniature.run import FULL, KINDS, QUICK, Plan, run
-from examples.miniature.study import KIND_NAMES
 
 TINY = """
 task: nim_sum
@@ -23,7 +22,6 @@ OPTIONS = ("--tune", "2", "--test", "3", "--decoders", "any_order", "--tokens-pe
 
 def test_the_plans():
     assert {kind for kind, _ in FULL.models()} == set(KINDS)
-    assert set(KINDS) - {"clock_chain", "clock_paths"} == set(KIND_NAMES)
     assert len(list(FULL.models())) == 3 * len(KINDS)
     assert len(list(QUICK.models())) == 2
     assert list(Plan(("a", "b"), (0, 1)).models()) == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
