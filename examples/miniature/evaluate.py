@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -40,10 +40,16 @@ from nap_decode import (
     ThresholdSelection,
 )
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 RESULTS_FILE = "results.csv"
 TOKENS_PER_STEP = (18, 12, 8, 6, 4, 3, 2, 1)  # the fast ones first
 SPLITS = {"tune": 20_000, "test": 30_000}
 """Seeds of the problems, to which that of the model is added.  Recipes and decoders are chosen on ``tune``."""
+
+
+Line = TypeVar("Line", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
@@ -182,15 +188,18 @@ class Result:
         return (self.task, self.kind, self.seed, self.split, self.decoder, self.value)
 
 
-def read_results(file: Path) -> list[Result]:
-    """The lines of a file; none if there is none."""
-    if not file.exists():
-        return []
+def read_lines(file: Path, kind: type[Line]) -> list[Line]:
+    """The lines of a CSV file as instances of a dataclass whose fields are texts, whole numbers and numbers."""
     types: dict[str, type] = {
-        field.name: {"int": int, "float": float}.get(str(field.type), str) for field in fields(Result)
+        field.name: {"int": int, "float": float}.get(str(field.type), str) for field in fields(kind)
     }
     with file.open(newline="") as lines:
-        return [Result(**{name: types[name](value) for name, value in row.items()}) for row in csv.DictReader(lines)]
+        return [kind(**{name: types[name](value) for name, value in row.items()}) for row in csv.DictReader(lines)]
+
+
+def read_results(file: Path) -> list[Result]:
+    """The results of a model; none if there is no such file."""
+    return read_lines(file, Result) if file.exists() else []
 
 
 def write_results(results: Iterable[Result], file: Path) -> None:

@@ -17,6 +17,7 @@ from nap_decode import Denoiser, demo, viz
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PROMPT = "6 0 6 4 6 2 1 2 4 7 0 6 ="
 CHANCE = 12.5
@@ -81,6 +82,14 @@ def _finish(ax: Axes, title: str, label: str, ticks: Sequence[int], *, chance_at
     ax.grid(alpha=0.25)
 
 
+def _save(figure: Figure, file: Path) -> None:
+    """Write a figure, and let go of its memory."""
+    from matplotlib import pyplot
+
+    figure.savefig(file, dpi=100)
+    pyplot.close(figure)
+
+
 def draw_layouts(study: Study, file: Path) -> None:
     """Every kind by its best decoder, against tokens per step and against forward passes."""
     from matplotlib import pyplot
@@ -101,8 +110,7 @@ def draw_layouts(study: Study, file: Path) -> None:
     _finish(axes[1], "the same cost", "forward passes", (1, 2, 4, 8, 16, 32), chance_at="right")
     axes[0].set_ylabel("exact answer, %")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
-    figure.savefig(file, dpi=100)
-    pyplot.close(figure)
+    _save(figure, file)
 
 
 def draw_decoders(study: Study, file: Path) -> None:
@@ -119,8 +127,7 @@ def draw_decoders(study: Study, file: Path) -> None:
     labels = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     names = [name for name in map(DECODER_NAMES.get, SHOWN) if name in labels]
     figure.legend([labels[n] for n in names], names, loc="outside lower center", ncols=4, fontsize="small")
-    figure.savefig(file, dpi=100)
-    pyplot.close(figure)
+    _save(figure, file)
 
 
 def draw_arness(study: Study, file: Path) -> None:
@@ -141,8 +148,7 @@ def draw_arness(study: Study, file: Path) -> None:
         ax.set(title=KIND_NAMES[kind], xlim=(-0.03, 1.03), xlabel="AR-ness (from left to right is 1)")
         ax.grid(alpha=0.25)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
-    figure.savefig(file, dpi=100)
-    pyplot.close(figure)
+    _save(figure, file)
 
 
 def draw_orders(file: Path) -> None:
@@ -161,8 +167,7 @@ def draw_orders(file: Path) -> None:
             viz.plot_order(sampler(PROMPT, progress=False), ax=ax)
             ax.set_title(f"{trained_on}: {DECODER_NAMES[name]}", fontsize="medium")
             ax.label_outer()
-    figure.savefig(file, dpi=100)
-    pyplot.close(figure)
+    _save(figure, file)
 
 
 def draw_all(results: Sequence[Result], directory: Path) -> None:

@@ -5,13 +5,12 @@ The paper's numbers (arXiv 2602.23225) are in docs/study/paper.csv, a line for e
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+from examples.miniature.evaluate import read_lines
 from examples.miniature.study import CHAINS, DECODER_NAMES, PATHS, TOKENS_PER_STEP, Estimate, Study
 from examples.miniature.tables import differences, table
 
@@ -43,10 +42,7 @@ class Published:
 
 def read_paper(file: Path = PAPER) -> list[Published]:
     """All numbers."""
-    with file.open(newline="") as lines:
-        rows: list[dict[str, Any]] = list(csv.DictReader(lines))
-    numbers: dict[str, type] = {"tokens_per_step": int, "percent": float}
-    return [Published(**row | {name: kind(row[name]) for name, kind in numbers.items()}) for row in rows]
+    return read_lines(file, Published)
 
 
 def paper_gaps_table(study: Study) -> str:

@@ -238,9 +238,11 @@ def vote_table(study: Study) -> str:
         for decoder in ("any_order", "parallel_forced_shared"):
             cells = []
             for value in TOKENS_PER_STEP:
-                results = study.cell(kind, decoder, value)
-                ends = 100 * sum(result.path_ends_correct for result in results) / max(len(results), 1)
-                cells.append(f"{ends:.1f}, {Estimate.of(results).percent:.1f}" if results else "-")
+                if exact := study.estimate(kind, decoder, value):
+                    ends = 100 * study.mean("path_ends_correct", kind, decoder, value)
+                    cells.append(f"{ends:.1f}, {exact.percent:.1f}")
+                else:
+                    cells.append("-")
             if set(cells) != {"-"}:
                 rows.append([KIND_NAMES[kind], DECODER_NAMES[decoder], *cells])
     return table(["written as", "decoder", *map(str, TOKENS_PER_STEP)], rows)
