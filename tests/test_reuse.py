@@ -141,6 +141,25 @@ def test_a_row_is_decoded_alone_as_in_any_batch(model, policy, is_adaptive):
         assert streamed[row].trace.forwarded[0].tolist() == forwarded
 
 
+def test_compiled_passes_reuse_as_others_do(tiny):
+    """Some rows or all, some positions or all, more of them or fewer: that must not compile anything each time."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    for policy in (CommittedReuse(), DriftReuse(), PromptReuse(refresh_every=3)):
+        plain = sampler_of(tiny, policy)
+        compiled = plain.replace(compile="kernels")
+        for prompts in (PROMPTS, PROMPTS[:1], PROMPTS[:2]):
+            one, other = plain(prompts), compiled(prompts)
+            assert one.sequences.tolist() == other.sequences.tolist()
+            assert one.trace.forwarded.tolist() == other.trace.forwarded.tolist()
+        for one, other in zip(plain.stream(PROMPTS, max_batch=2), compiled.stream(PROMPTS, max_batch=2), strict=True):
+            assert one.sequences.tolist() == other.sequences.tolist()
+    # The body: whole rows, some positions; several rows, one row. What is done to logits: several rows, one row.
+    assert 4 <= counters["stats"]["unique_graphs"] <= 8
+
+
 # ------------------------------------------------------------------------------------------------ policies
 
 

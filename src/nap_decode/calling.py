@@ -236,7 +236,10 @@ class ModelCall:
             store: keys and values; gets those of this call.
         """
         if "past_key_values" in self.arguments:
-            return self.head.run(partial(self._run, tokens, with_cache(options, store)), tokens.shape, wanted)
+            options = with_cache(options, store)
+            if self._body is not None:
+                return Output(take(self._body(tokens, options), wanted), True)
+            return self.head.run(partial(self._run, tokens, options), tokens.shape, wanted)
 
         def run() -> Any:
             with attention_through(self.module, store):

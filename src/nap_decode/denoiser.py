@@ -643,7 +643,7 @@ class Denoiser:
         assert self.reuse is not None
         again = self._reusing_pass
         if again is None or again.rows is not rows:
-            self._reusing_pass = again = ReusingPass(self._call, rows, self.reuse)
+            self._reusing_pass = again = ReusingPass(self._compiled or self._call, rows, self.reuse)
         branches = {"given": tokens}
         if self.cfg_scale != 0:
             branches["free"] = self._without_prompt(rows, tokens)

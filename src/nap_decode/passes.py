@@ -146,13 +146,17 @@ class ReusingPass:
             # Rows with fewer positions bring one of theirs more than once, which changes nothing.
             positions = torch.where(computed.gather(1, positions), positions, positions[:, :1])
             options, ids = self.call.some_positions(positions, present), tokens.gather(1, positions)
-        store = Store(kept.states, number, width, index, positions)
-        if not self.policy.leaves_out_wanted:
+        # Everything is made anew where everything is called: compiled code would look at what was there before.
+        store = Store({} if most is None and index is None else kept.states, number, width, index, positions)
+        if self.policy.leaves_out_wanted:
+            every = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+            output = self.call.storing(ids, options, every, store)
+            output = output._replace(rows=take(store.put("outputs", output.rows[:, None])[:, 0], wanted))
+        else:
             places = wanted if positions is None else _places(positions, width).gather(1, wanted)
-            return self.call.storing(ids, options, places, store)
-        every = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        output = self.call.storing(ids, options, every, store)
-        return output._replace(rows=take(store.put("outputs", output.rows[:, None])[:, 0], wanted))
+            output = self.call.storing(ids, options, places, store)
+        kept.states.update(store.states)
+        return output
 
 
 def _places(positions: Tensor, width: int) -> Tensor:
