@@ -13,7 +13,7 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,14 +73,14 @@ DECODERS: dict[str, tuple[str, CanvasTemplate, Callable[[int], BlockScheduler], 
 SHAPES = {
     "canvas 256, width 256": (
         Shape(hidden=256, layers=6, heads=4, intermediate=704, vocab=4096),
-        Workload(prompt_length=128, new_tokens=256, steps=64, blocks=4),
+        Workload(prompt_length=128, new_tokens=256, steps=32, blocks=4),
     ),
     "canvas 512, width 512": (
         Shape(hidden=512, layers=8, heads=8, intermediate=1408, vocab=8192),
-        Workload(prompt_length=256, new_tokens=512, steps=64, blocks=4),
+        Workload(prompt_length=256, new_tokens=512, steps=32, blocks=4),
     ),
 }
-TIMED = (Shape(layers=8), Workload(prompt_length=512, new_tokens=1024, steps=128, blocks=4))
+TIMED = (Shape(layers=8), Workload(prompt_length=512, new_tokens=1024, steps=32, blocks=4))
 
 
 def measure_accuracy(num_problems: int) -> dict[str, Any]:
@@ -113,41 +113,49 @@ def measure_accuracy(num_problems: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def follow(denoiser: Denoiser, workload: Workload) -> dict[str, float]:
+def follow(model: Any, workload: Workload, policies: Mapping[str, Reuse]) -> dict[str, dict[str, float]]:
     """Beside an exact decode: does reuse choose the same tokens, and what does it say on the exact decode's way?"""
-    canvas = workload.canvas(denoiser)
-    exact = Denoiser(denoiser.model, mask_token_id=denoiser.mask_token_id)
-    one, other = (Sampler(d, **workload.parts()).decode(canvas, progress=False) for d in (exact, denoiser))
-    decoded = one.trace.block >= 0
-    rows, kept = Rows.of(canvas), dict[str, Kept]()
-    divergences, most_likely = [], []
+    exact = Denoiser(model)
+    canvas = workload.canvas(exact)
+    truth = Sampler(exact, **workload.parts()).decode(canvas, progress=False).trace
+    denoisers = {name: exact.replace(reuse=policy) for name, policy in policies.items()}
+    rows, decoded = Rows.of(canvas), truth.block >= 0
+    kept: dict[str, dict[str, Kept]] = {name: {} for name in policies}
+    sums = {name: torch.zeros(2, dtype=torch.float64) for name in policies}
     for step in range(workload.steps):
-        tokens = to_rows(canvas, one.trace.canvas_at(step), denoiser.pad_token_id)
-        slots = ((tokens == denoiser.mask_token_id) & rows.present).nonzero()[:, 1][None]
+        tokens = to_rows(canvas, truth.canvas_at(step), exact.pad_token_id)
+        slots = ((tokens == exact.mask_token_id) & rows.present).nonzero()[:, 1][None]
         places = torch.arange(slots.shape[1])
-        truth = exact.predict(rows, tokens, slots, places).logits[0].double().log_softmax(-1)
-        found = denoiser.predict(rows, tokens, slots, places, kept=kept).logits[0].double().log_softmax(-1)
-        divergences.append(float((truth.exp() * (truth - found)).sum(-1).mean()))
-        most_likely.append(float((truth.argmax(-1) == found.argmax(-1)).double().mean()))
-    return {
-        "equal_tokens": float((one.trace.tokens == other.trace.tokens)[decoded].double().mean()),
-        "divergence": statistics.mean(divergences),
-        "same_most_likely": statistics.mean(most_likely),
-        "flops": other.flops()[0] / other.flops(exact=True)[0],
-    }
+        true = exact.predict(rows, tokens, slots, places).logits[0].double().log_softmax(-1)
+        for name, denoiser in denoisers.items():
+            logits = denoiser.predict(rows, tokens, slots, places, kept=kept[name]).logits[0]
+            found = logits.double().log_softmax(-1)
+            divergence = (true.exp() * (true - found)).sum(-1).mean()
+            same = (true.argmax(-1) == found.argmax(-1)).double().mean()
+            sums[name] += torch.stack([divergence, same]) / workload.steps
+    results = {}
+    for name, denoiser in denoisers.items():
+        out = Sampler(denoiser, **workload.parts()).decode(canvas, progress=False)
+        results[name] = {
+            "equal_tokens": float((truth.tokens == out.trace.tokens)[decoded].double().mean()),
+            "divergence": float(sums[name][0]),
+            "same_most_likely": float(sums[name][1]),
+            "flops": out.flops()[0] / out.flops(exact=True)[0],
+        }
+        print(name, results[name], flush=True)
+    return results
 
 
 def measure_agreement() -> dict[str, Any]:
     """Models of random weights at larger sizes."""
-    rows = []
-    for name, (shape, workload) in SHAPES.items():
-        model = shape.build()
-        for policy, reuse in POLICIES.items():
-            if reuse is not None:
-                row = {"shape": name, "policy": policy} | follow(Denoiser(model, reuse=reuse), workload)
-                rows.append(row)
-                print(row, flush=True)
-    return {"rows": rows}
+    policies = {name: policy for name, policy in POLICIES.items() if policy is not None}
+    return {
+        "rows": [
+            {"shape": name, "policy": policy} | row
+            for name, (shape, workload) in SHAPES.items()
+            for policy, row in follow(shape.build(), workload, policies).items()
+        ]
+    }
 
 
 def measure_time(device: str, repeats: int) -> dict[str, Any]:
@@ -156,7 +164,7 @@ def measure_time(device: str, repeats: int) -> dict[str, Any]:
     model = shape.build(device=device)
     samplers = {
         name: Sampler(Denoiser(model, reuse=POLICIES[name]), **workload.parts())
-        for name in ("none", "prompt, refresh every 8", "committed", "drift, share 0.6", "drift, share 0.4")
+        for name in ("none", "prompt, refresh every 8", "committed", "drift, share 0.6")
     }
     canvas = workload.canvas(samplers["none"].denoiser)
     outputs = {name: sampler.decode(canvas, progress=False) for name, sampler in samplers.items()}  # warms up, too
@@ -174,21 +182,45 @@ def measure_time(device: str, repeats: int) -> dict[str, Any]:
     return {"repeats": repeats, "environment": environment(device), "rows": rows}
 
 
+Key = tuple[str, int]
+
+
+def _by_decoder(record: dict[str, Any]) -> dict[Key, dict[str, tuple[float, float]]]:
+    """Exact answers in percent and how many times fewer FLOPs, by decoder and tokens per step, and by policy."""
+    found: dict[Key, dict[str, tuple[float, float]]] = {}
+    for row in record["accuracy"]["rows"]:
+        percent = 100 * row["right"] / record["accuracy"]["problems"]
+        found.setdefault((row["decoder"], row["tokens_per_step"]), {})[row["policy"]] = percent, 1 / row["flops"]
+    return found
+
+
 def accuracy_table(record: dict[str, Any]) -> str:
-    """Accuracy in percent, and how many times fewer FLOPs."""
-    number, rows = record["accuracy"]["problems"], record["accuracy"]["rows"]
-    found = {(row["decoder"], row["tokens_per_step"], row["policy"]): row for row in rows}
-    columns = list(dict.fromkeys((row["decoder"], row["tokens_per_step"]) for row in rows))
-    lines = [
-        "| policy | " + " | ".join(f"{decoder}, {k} tokens per step" for decoder, k in columns) + " |",
-        "|---" * (len(columns) + 1) + "|",
-    ]
-    for policy in POLICIES:
+    """A table for each decoder."""
+    found = _by_decoder(record)
+    lines = []
+    for decoder in dict.fromkeys(decoder for decoder, _ in found):
+        columns = [found[key] for key in found if key[0] == decoder]
+        head = " | ".join(f"{k} tokens per step" for name, k in found if name == decoder)
+        lines += [f"| {decoder}: reuse | {head} |", "|---" * (len(columns) + 1) + "|"]
+        for policy in columns[0]:
+            cells = " | ".join(f"{percent:.1f} ({fewer:.2f}x)" for percent, fewer in (c[policy] for c in columns))
+            lines.append(f"| {policy} | {cells} |")
+        lines.append("")
+    return "\n".join(lines[:-1])
+
+
+def frontier_table(record: dict[str, Any]) -> str:
+    """The fewest FLOPs for at most so many points lost."""
+    head = ["decoder", "tokens per step", "exact", *(f"at most {points} points lost" for points in (0.5, 2))]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for (decoder, k), policies in _by_decoder(record).items():
+        exact = policies["none"][0]
         cells = []
-        for column in columns:
-            row = found[(*column, policy)]
-            cells.append(f"{100 * row['right'] / number:.1f} ({1 / row['flops']:.2f}x)")
-        lines.append(f"| {policy} | " + " | ".join(cells) + " |")
+        for points in (0.5, 2):
+            allowed = {name: fewer for name, (percent, fewer) in policies.items() if exact - percent <= points + 1e-9}
+            best = max(allowed, key=lambda name: allowed[name])
+            cells.append("-" if best == "none" else f"{allowed[best]:.2f}x: {best} ({policies[best][0]:.1f})")
+        lines.append(f"| {decoder} | {k} | {exact:.1f} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -217,7 +249,7 @@ def time_table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"accuracy": accuracy_table, "agreement": agreement_table, "time": time_table}
+TABLES = {"frontier": frontier_table, "accuracy": accuracy_table, "agreement": agreement_table, "time": time_table}
 
 
 def fill_in(page: str, record: dict[str, Any]) -> str:
