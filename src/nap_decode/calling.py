@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nap_decode.attention import additive, visibility
 from nap_decode.compiling import CompiledBody
+from nap_decode.cost import Cost
 from nap_decode.errors import NapDecodeError
 from nap_decode.families import ModelFamily, find_family
 from nap_decode.heads import Head, Output, take
@@ -122,6 +123,13 @@ class ModelCall:
             if isinstance(limit, int) and limit > 0:
                 return limit - self.first_position
         return None
+
+    @cached_property
+    def cost(self) -> Cost | None:
+        """What a pass costs, see :class:`Cost`."""
+        return (
+            None if self.module is None else Cost.of(self.module, self.config, [self.input_embeddings, self.head.layer])
+        )
 
     @cached_property
     def first_position(self) -> int:

@@ -27,19 +27,18 @@ class Cost:
         return positions * (self.per_position + length * self.per_pair)
 
     @classmethod
-    def of(cls, module: nn.Module | None, config: Any, layers: list[nn.Module | None], branches: int) -> Cost | None:
+    def of(cls, module: nn.Module, config: Any, layers: list[nn.Module | None]) -> Cost | None:
         """That of a transformers model; None if its config does not say enough.
 
         Args:
             module: the model.
             config: its config.
             layers: the embeddings and the output layer, which do not count.
-            branches: see :class:`Cost`.
         """
         num_layers = getattr(config, "num_hidden_layers", None) or getattr(config, "n_layers", None)
         hidden = getattr(config, "hidden_size", None) or getattr(config, "d_model", None)
         heads = getattr(config, "num_attention_heads", None) or getattr(config, "n_heads", None)
-        if module is None or not (num_layers and hidden and heads):
+        if not (num_layers and hidden and heads):
             return None
         left_out = {id(weight) for layer in layers if layer is not None for weight in layer.parameters()}
         left_out |= {
@@ -53,4 +52,4 @@ class Cost:
                 weights += weight.numel() * (active / experts if ".experts." in name else 1.0)
         width = heads * (getattr(config, "head_dim", None) or hidden // heads)
         # A product with a matrix of n numbers is 2 n operations; scores and weighted values are two for each layer.
-        return cls(per_position=2 * weights, per_pair=4.0 * width * num_layers, branches=branches)
+        return cls(per_position=2 * weights, per_pair=4.0 * width * num_layers)

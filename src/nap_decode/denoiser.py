@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
@@ -313,8 +314,8 @@ class Denoiser:
     @property
     def cost(self) -> Cost | None:
         """What its passes cost; None if the model does not tell its parts."""
-        parts = [self._call.input_embeddings, self._call.head.layer]
-        return Cost.of(self._call.module, self.config, parts, 1 if self.cfg_scale == 0 else 2)
+        cost = self._call.cost
+        return cost if cost is None or self.cfg_scale == 0 else dataclasses.replace(cost, branches=2)
 
     @property
     def is_split(self) -> bool:
