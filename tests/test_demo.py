@@ -84,14 +84,13 @@ def test_a_terminal_is_redrawn_in_colour(embedded):
 
 
 def test_the_embedded_models_are_those_of_the_study():
-    """Two kinds, the same seed and compute, and together under 8 MB."""
+    """Two kinds, the same compute, and together under 8 MB."""
     logs = [
         json.loads((directory / "training_log.json").read_text())
         for directory in (demo.CHECKPOINT, demo.CHAIN_CHECKPOINT)
     ]
     assert [log["config"]["name"] for log in logs] == ["paths_best", "chain_best"]
     assert [log["log"][-1]["step"] for log in logs] == [1500, 1500]
-    assert {log["seed"] for log in logs} == {0}
     assert sum(file.stat().st_size for file in demo.CHECKPOINT.parent.rglob("*") if file.is_file()) < 8e6
 
 

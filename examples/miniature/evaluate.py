@@ -334,7 +334,9 @@ def evaluate(
                     continue
                 if not evaluation.is_possible(decoder, value):
                     continue
-                results[key] = result = evaluation.measure(decoder, value, split, problems)
+                result = evaluation.measure(decoder, value, split, problems)
+                # Read again: another process may have measured other decoders meanwhile.
+                results = {other.key: other for other in read_results(file)} | {key: result}
                 write_results(results.values(), file)
                 print(
                     f"{directory.name}: {split} {decoder.name} {decoder.setting} {value:g}: "

@@ -5,7 +5,6 @@ The paper's numbers (arXiv 2602.23225) are in docs/study/paper.csv, a line for e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -62,15 +61,14 @@ def paper_gaps_table(study: Study) -> str:
         ]
         rows.append([f"paper: {model}, {bench}", *gaps])
     for name, chain in (("three solutions joined", "joined"), ("long chain", "chain")):
-        ours, theirs = partial(study.estimate, "paths", "parallel_forced"), partial(study.estimate, chain, "any_order")
-        rows.append([f"here: same recipe, less {name}", *differences(ours, theirs)])
+        cells = differences(partial(study.gap, ("paths", "parallel_forced"), (chain, "any_order")))
+        rows.append([f"here: same recipe, less {name}", *cells])
 
-    def best(kinds: Sequence[str], value: int) -> Estimate | None:
-        found = study.at_best(kinds, value)
-        return None if found is None else found[2]
+    def best(value: int) -> Estimate | None:
+        ours, theirs = study.at_best(PATHS, value), study.at_best(CHAINS, value)
+        return ours[2] - theirs[2] if ours and theirs else None
 
-    cells = differences(partial(best, PATHS), partial(best, CHAINS))
-    rows.append(["here: own recipes and decoders, less long chain", *cells])
+    rows.append(["here: own recipes and decoders, less long chain", *differences(best)])
     return table(["tokens per step:", *map(str, TOKENS_PER_STEP)], rows)
 
 
@@ -98,7 +96,7 @@ def paper_ablation_table(study: Study) -> str:
         ("paths_best", "parallel_forced", "trained on paths, own recipe"),
         ("paths_best", "parallel_forced_shared", "the same, last step shared"),
     ):
-        cells = differences(partial(study.estimate, kind, decoder), partial(study.estimate, kind, "any_order"))
+        cells = differences(partial(study.gap, (kind, decoder), (kind, "any_order")))
         rows.append([f"here: {name}", *cells])
     return table(["tokens per step:", *map(str, TOKENS_PER_STEP)], rows)
 

@@ -18,10 +18,13 @@ def _text(estimate: Estimate | None) -> str:
     return "-" if estimate is None else str(estimate)
 
 
-def differences(one: Callable[[int], Estimate | None], other: Callable[[int], Estimate | None]) -> list[str]:
-    """The cells of a row: one less the other for each number of tokens per step."""
-    pairs = [(one(value), other(value)) for value in TOKENS_PER_STEP]
-    return ["-" if a is None or b is None else f"{a - b:+}" for a, b in pairs]
+def _signed(gap: Estimate | None) -> str:
+    return "-" if gap is None else f"{gap:+}"
+
+
+def differences(gap: Callable[[int], Estimate | None]) -> list[str]:
+    """The cells of a row: a difference for each number of tokens per step."""
+    return [_signed(gap(value)) for value in TOKENS_PER_STEP]
 
 
 def layouts_table(study: Study) -> str:
@@ -34,6 +37,22 @@ def layouts_table(study: Study) -> str:
     kinds = study.kinds(KIND_NAMES)
     head = ["written as", *map(str, TOKENS_PER_STEP)]
     return table(head, ([KIND_NAMES[kind], *(cell(kind, value) for value in TOKENS_PER_STEP)] for kind in kinds))
+
+
+def trainings_table(study: Study) -> str:
+    """Every training on its own, by the decoder that is best for its kind; at 4, 6, 8 and 12 tokens per step."""
+    seeds = sorted({result.seed for result in study.results})
+
+    def cell(kind: str, seed: int, value: int) -> str:
+        best = study.best([kind], list(DECODERS), value)
+        found = [result for result in study.cell(*best, value) if result.seed == seed] if best else []
+        return f"{100 * found[0].correct / found[0].problems:.0f}" if found else "-"
+
+    rows = [
+        [KIND_NAMES[kind], *(", ".join(cell(kind, seed, value) for value in (4, 6, 8, 12)) for seed in seeds)]
+        for kind in study.kinds(KIND_NAMES)
+    ]
+    return table(["written as", *(f"seed {seed}" for seed in seeds)], rows)
 
 
 def decoders_table(study: Study, kind: str) -> str:
@@ -67,18 +86,13 @@ def gaps_table(study: Study) -> str:
 def effects_table(study: Study) -> str:
     """What comes from the data, what from the decoder."""
     rows = []
+    chain, forced_chain = ("chain", "any_order"), ("chain", "parallel_forced_thirds")
+    paths, forced_paths = ("paths", "any_order"), ("paths", "parallel_forced_shared")
     for value in (2, 3, 4, 6, 8, 12):
-        cells = [
-            study.estimate("chain", "any_order", value),
-            study.estimate("chain", "parallel_forced_thirds", value),
-            study.estimate("paths", "any_order", value),
-            study.estimate("paths", "parallel_forced_shared", value),
-        ]
+        cells = [study.estimate(*cell, value) for cell in (chain, forced_chain, paths, forced_paths)]
         if all(cells):
-            chain, chain_forced, paths, paths_forced = (cell for cell in cells if cell is not None)
-            effects = [paths - chain, chain_forced - chain, paths_forced - paths]
-            absolute, relative = [chain, chain_forced, paths, paths_forced], [f"{effect:+}" for effect in effects]
-            rows.append([str(value), *map(str, absolute), *relative])
+            effects = ((paths, chain), (forced_chain, chain), (forced_paths, paths))
+            rows.append([str(value), *map(_text, cells), *(_signed(study.gap(*e, value)) for e in effects)])
     head = ["tokens per step", "chain, any-order", "chain, forced", "paths, any-order", "paths, forced"]
     return table([*head, "data", "decoder on the chain", "decoder on paths"], rows)
 
@@ -88,7 +102,7 @@ def forced_table(study: Study) -> str:
     rows = []
     for kind in study.kinds(PATHS):
         for decoder in FORCED:
-            cells = differences(partial(study.estimate, kind, decoder), partial(study.estimate, kind, "any_order"))
+            cells = differences(partial(study.gap, (kind, decoder), (kind, "any_order")))
             if set(cells) != {"-"}:
                 rows.append([KIND_NAMES[kind], DECODER_NAMES[decoder], *cells])
     return table(["trained on", "decoder", *map(str, TOKENS_PER_STEP)], rows)
@@ -211,10 +225,9 @@ def findings(study: Study) -> str:
             f"answers in percent: {'; '.join(gaps)}."
         )
     for value in TOKENS_PER_STEP:
-        one = study.estimate("paths_best", "parallel_forced", value)
-        other = study.estimate("paths_best", "any_order", value)
-        if one and other:
-            forced.append(f"{value}: {verdict(one - other)}")
+        effect = study.gap(("paths_best", "parallel_forced"), ("paths_best", "any_order"), value)
+        if effect:
+            forced.append(f"{value}: {verdict(effect)}")
     if forced:
         lines.append(
             "* **Decoder.** On weights that were trained on paths, parallel-forced decoding is, compared with "
@@ -253,6 +266,7 @@ TABLES: dict[str, Callable[[Study], str]] = {
     "summary": summary_table,
     "coverage": coverage_table,
     "layouts": layouts_table,
+    "trainings": trainings_table,
     "gaps": gaps_table,
     "decoders on paths": lambda study: decoders_table(study, "paths"),
     "decoders on paths_best": lambda study: decoders_table(study, "paths_best"),

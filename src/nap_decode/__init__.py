@@ -39,7 +39,7 @@ from nap_decode.slots import Commit, Slots
 from nap_decode.state import DecodeState
 from nap_decode.trace import DecodeTrace
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"
 
 __all__ = [
     "ARness",

@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 from models import needs_transformers_5
+from study_results import make_result
 
 from examples.miniature import evaluate as evaluating
 from examples.miniature.data import LAYOUTS, NIM_SUM
@@ -130,6 +131,15 @@ def test_going_on(directory, tmp_path, monkeypatch, capsys):
     measured.clear()
     evaluate(mine, splits={"tune": 4, "test": 2}, names=["any_order"], values=[8])
     assert measured == [("any_order", 8, "tune", 4), ("any_order", 8, "test", 2)]
+
+    def meanwhile(self, decoder, value, split, problems):  # another process measures the same model
+        write_results([*read_results(mine / RESULTS_FILE), other], mine / RESULTS_FILE)
+        return measure(self, decoder, value, split, problems)
+
+    other = make_result(decoder="threshold", value=0.5)
+    monkeypatch.setattr(Evaluation, "measure", meanwhile)
+    evaluate(mine, splits={"test": 3}, names=["random"], values=[8])
+    assert other in read_results(mine / RESULTS_FILE)
 
 
 def test_the_splits_share_no_problem():

@@ -3,7 +3,7 @@ from models import needs_transformers_5
 from study_results import make_all_results, make_result
 
 from examples.miniature import figures
-from examples.miniature.study import Study
+from examples.miniature.study import Estimate, Study
 
 pytest.importorskip("matplotlib")
 
@@ -45,6 +45,17 @@ def test_a_curve_is_where_the_results_are(drawn, tmp_path):
     line = drawn[0].axes[0].containers[0].lines[0]
     assert line.get_xdata().tolist() == [0, 3]  # doublings
     assert line.get_ydata().tolist() == [1, 8]
+    (_, _, (bars,)) = drawn[0].axes[0].containers[0]
+    errors = [Estimate.of([result]).error for result in results]
+    ends = [(float(bar[0, 1]), float(bar[1, 1])) for bar in bars.get_segments()]
+    assert ends == [pytest.approx((y - e, y + e)) for y, e in zip((1, 8), errors, strict=True)]
+
+
+def test_the_cost_of_a_layout_is_its_forward_passes(drawn, tmp_path):
+    results = [make_result(value=8, forward_passes=4.0, split=split) for split in ("tune", "test")]
+    figures.draw_layouts(Study(results), tmp_path / "figure.png")
+    by_tokens, by_passes = (ax.containers[0].lines[0].get_xdata().tolist() for ax in drawn[0].axes)
+    assert (by_tokens, by_passes) == ([3], [2])
 
 
 def test_arness(drawn, tmp_path):
@@ -61,3 +72,5 @@ def test_orders(drawn, tmp_path):
     titles = [ax.get_title() for ax in drawn[0].axes]
     assert titles[:2] == ["paths: any-order", "paths: parallel-forced"]
     assert len(titles) == 10
+    for ax in drawn[0].axes:  # one token at each step
+        assert sorted(int(step) for points in ax.collections for step in points.get_offsets()[:, 1]) == list(range(35))

@@ -1,12 +1,15 @@
+import json
 import math
 
 import pytest
 from study_results import make_result
 
 from examples.miniature import study
-from examples.miniature.evaluate import DECODERS
+from examples.miniature.evaluate import DECODERS, read_results
+from examples.miniature.report import RESULTS
 from examples.miniature.run import KINDS
 from examples.miniature.study import Estimate, Study
+from nap_decode import demo
 
 
 def test_errors_of_an_estimate():
@@ -24,6 +27,27 @@ def test_errors_of_an_estimate():
     assert f"{gap:+}" == "+30.0 ± 17.8"
     # That nothing went wrong does not mean that nothing can.
     assert str(Estimate.of([make_result(correct=100)])) == "100.0 ± 1.0"
+
+
+def test_decoders_are_compared_model_by_model():
+    """Models differ by far more than what a decoder does to each of them."""
+    results = Study(
+        [
+            make_result(decoder=decoder, seed=seed, correct=correct - loss, problems=1000)
+            for decoder, losses in (("any_order", (0, 0, 0)), ("parallel_forced", (20, 30, 40)))
+            for seed, (correct, loss) in enumerate(zip((900, 500, 100), losses, strict=True))
+        ]
+        + [make_result("chain", seed=seed, correct=correct, problems=1000) for seed, correct in enumerate((900, 500))]
+    )
+    effect = results.gap(("paths", "parallel_forced"), ("paths", "any_order"), 6)
+    floor = sum(right * (3002 - right) / 3002**3 for right in (1501, 1411))  # that of all problems
+    assert (effect.percent, effect.error) == (pytest.approx(-3.0), pytest.approx(100 * math.sqrt(floor)))
+    wide = results.gap(("paths", "any_order"), ("chain", "any_order"), 6)
+    assert wide.error == pytest.approx(math.hypot(40 / math.sqrt(3), 28.284271 / math.sqrt(2)))
+    assert results.gap(("paths", "any_order"), ("short", "any_order"), 6) is None
+    assert results.gap(("paths", "any_order"), ("paths", "random"), 6) is None
+    uneven = Study([make_result(decoder="random", seed=1, correct=10), *results.results])
+    assert uneven.gap(("paths", "random"), ("paths", "any_order"), 6).percent == pytest.approx(-40)
 
 
 def test_decoders_are_chosen_on_one_set_and_reported_on_another():
@@ -47,6 +71,29 @@ def test_decoders_are_chosen_on_one_set_and_reported_on_another():
     kind, decoder, estimate = results.at_best(["paths"], 6)
     assert (kind, decoder, str(estimate)) == ("paths", "any_order", "40.0 ± 4.9")
     assert results.at_best(["paths"], 8) is None
+
+
+def test_the_best_training():
+    shares = {0: (90, 90, 90, 10), 1: (80, 80, 80, 80), 2: (100, 80, 70, 60)}
+    results = [
+        make_result(seed=seed, split="tune", decoder=decoder, value=value, correct=correct - loss)
+        for seed, all_correct in shares.items()
+        for value, correct in zip((4, 6, 8, 12), all_correct, strict=True)
+        for decoder, loss in (("any_order", 10), ("left_to_right", 0), ("random", 9))
+    ]
+    results += [make_result(seed=2, split="test", value=value, correct=100) for value in (4, 6, 8, 12)]
+    results += [make_result(seed=2, split="tune", decoder="threshold", value=4, correct=100)]
+    assert Study(results).best_seed("paths") == 1
+    with pytest.raises(ValueError, match="empty"):
+        Study(results).best_seed("chain")
+
+
+@pytest.mark.parametrize(
+    ("kind", "checkpoint"), [("paths_best", demo.CHECKPOINT), ("chain_best", demo.CHAIN_CHECKPOINT)]
+)
+def test_the_embedded_models_are_the_best(kind, checkpoint):
+    best = Study(read_results(RESULTS)).best_seed(kind)
+    assert json.loads((checkpoint / "training_log.json").read_text())["seed"] == best
 
 
 def test_the_mean_over_seeds():

@@ -29,12 +29,20 @@ def test_layouts_and_gaps_by_the_decoders_that_were_chosen():
     assert gaps[0].endswith("| **+10.0 ± 6.7** |")
 
 
+def test_trainings_by_the_decoder_of_their_kind():
+    results = [make_result(seed=seed, correct=correct) for seed, correct in enumerate((40, 60))]
+    results += [make_result(seed=1, value=8, correct=7), make_result(decoder="parallel_forced", correct=99)]
+    results += [make_result(split="tune", value=value) for value in (6, 8)]
+    assert tables.trainings_table(Study(results)).splitlines() == [
+        "| written as | seed 0 | seed 1 |",
+        "| --- | --- | --- |",
+        "| three paths and a summary | -, 40, -, - | -, 60, 7, - |",
+    ]
+
+
 def test_differences():
     study = Study([make_result(correct=40), make_result("chain", correct=90), make_result("chain", value=8)])
-    cells = tables.differences(
-        lambda value: study.estimate("paths", "any_order", value),
-        lambda value: study.estimate("chain", "any_order", value),
-    )
+    cells = tables.differences(lambda value: study.gap(("paths", "any_order"), ("chain", "any_order"), value))
     assert dict(zip(TOKENS_PER_STEP, cells, strict=True))[6] == "-50.0 ± 5.7"
     assert cells.count("-") == len(TOKENS_PER_STEP) - 1
 
@@ -61,3 +69,4 @@ def test_findings_say_which_way_it_came_out():
     assert "6: better by 20.0 ± 6.9 points" in about(40, 60)
     assert "6: **worse** by 20.0 ± 6.9 points" in about(60, 40)
     assert "6: not told apart (-2.0 ± 7.0 points)" in about(52, 50)
+    assert "6: not told apart (+13.0 ± 6.9 points)" in about(50, 63)  # one standard error is nothing
