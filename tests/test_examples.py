@@ -6,7 +6,7 @@ from pathlib import Path
 
 from models import needs_transformers_5
 
-from nap_decode import CanvasTemplate, Denoiser, presets
+from nap_decode import CanvasTemplate, Denoiser, DriftReuse, PromptReuse, presets
 from nap_decode.demo.problems import NUM_PATHS, PATH_LENGTH, SUMMARY_LENGTH, sample_problems
 
 ROOT = Path(__file__).parents[1]
@@ -40,3 +40,38 @@ def test_comparing_presets(embedded):
         assert measured["exact"] >= 90
         assert measured["forward_passes"] == passes
         assert 5 < measured["tokens_per_forward"] < 6
+
+
+def test_the_tables_of_reuse_are_those_of_the_results():
+    example = load_example("study_reuse")
+    record = json.loads((ROOT / "docs" / "reuse.json").read_text())
+    page = (ROOT / "docs" / "reuse.md").read_text()
+    assert example.fill_in(page, record) == page
+    assert {row["policy"] for row in record["accuracy"]["rows"]} == set(example.POLICIES)
+    assert f"{record['accuracy']['problems']} held-out problems" in page
+
+
+def test_the_frontier_of_reuse():
+    example = load_example("study_reuse")
+    rights = {"none": (98, 1.0), "little": (98, 0.8), "more": (96, 0.5), "most": (95, 0.1)}
+    rows = [
+        {"decoder": "any", "tokens_per_step": 4, "policy": policy, "right": right, "flops": flops}
+        for policy, (right, flops) in rights.items()
+    ]
+    table = example.frontier_table({"accuracy": {"problems": 100, "rows": rows}})
+    assert table.splitlines()[-1] == "| any | 4 | 98.0 | 1.25x: little (98.0) | 2.00x: more (96.0) |"
+    table = example.frontier_table({"accuracy": {"problems": 100, "rows": [rows[0], rows[3]]}})
+    assert table.splitlines()[-1] == "| any | 4 | 98.0 | - | - |"
+
+
+@needs_transformers_5
+def test_following_an_exact_decode():
+    example = load_example("study_reuse")
+    shape = example.Shape(hidden=32, layers=2, heads=2, intermediate=64, vocab=100)
+    workload = example.Workload(prompt_length=8, new_tokens=16, steps=4, blocks=2)
+    policies = {"all": PromptReuse(refresh_every=1), "some": DriftReuse(share=0.3, max_age=9)}
+    found = example.follow(shape.build(), workload, policies)
+    assert found["all"] == {"equal_tokens": 1, "divergence": 0, "same_most_likely": 1, "flops": 1}
+    assert 0 < found["some"]["divergence"] < 1
+    assert 0 < found["some"]["same_most_likely"] < 1
+    assert found["some"]["flops"] < 0.6

@@ -72,12 +72,13 @@ def test_a_file_holds_what_was_chosen_and_no_defaults(denoiser, tmp_path):
     sampler_of(denoiser).save(tmp_path / "file")
     content = json.loads((tmp_path / "file").read_text())
     assert content == {
-        "format": 2,
+        "format": 3,
         "cfg_scale": 0.0,
         "close_on": [],
         "scheduler": {"part": "AnyOrderScheduler", "tokens_per_step": 2},
         "committer": {"part": "MicroConfidenceCommitter"},
         "template": {"part": "CanvasTemplate", "parts": [{"part": "Block", "name": "completion", "length": 6}]},
+        "reuse": None,
     }
 
 
@@ -173,11 +174,11 @@ def test_what_cannot_be_saved(value):
         ('{"format": 1}', "is not a file written by Sampler.save"),
         (
             '{"format": "1", "cfg_scale": 0, "scheduler": 0, "committer": 0, "template": 0}',
-            "has format 1, but this version reads 2",
+            "has format 1, but this version reads 3",
         ),
         (
             '{"format": 9, "cfg_scale": 0, "scheduler": 0, "committer": 0, "template": 0}',
-            "has format 9, but this version reads 2",
+            "has format 9, but this version reads 3",
         ),
         (
             '{"format": 1, "cfg_scale": 0, "scheduler": {"part": "AnyOrderSchedular"}, "committer": 0, "template": 0}',

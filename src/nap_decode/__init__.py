@@ -14,6 +14,7 @@ from nap_decode.families import ModelFamily, register_family
 from nap_decode.likelihood import LogLikelihood, chain_log_likelihood, log_likelihood_bound
 from nap_decode.lookahead import LookaheadCommitter
 from nap_decode.output import SamplerOutput
+from nap_decode.reuse import BlockReuse, CommittedReuse, DriftReuse, PromptReuse, Reuse
 from nap_decode.revisers import EditReviser, RemaskReviser, Reviser, Revision
 from nap_decode.sampler import ParallelForcedSampler, Sampler
 from nap_decode.schedulers import (
@@ -46,12 +47,14 @@ __all__ = [
     "AncestralSchedule",
     "AnyOrderScheduler",
     "Block",
+    "BlockReuse",
     "BlockScheduler",
     "CalibratedConfidence",
     "Canvas",
     "CanvasTemplate",
     "CappedSelection",
     "Commit",
+    "CommittedReuse",
     "Committer",
     "CosineSchedule",
     "Credit",
@@ -59,6 +62,7 @@ __all__ = [
     "DecodeTrace",
     "Denoiser",
     "DreamSchedule",
+    "DriftReuse",
     "EditReviser",
     "EntropyBoundSelection",
     "EvenSchedule",
@@ -72,8 +76,10 @@ __all__ = [
     "ModelFamily",
     "NapDecodeError",
     "ParallelForcedSampler",
+    "PromptReuse",
     "QuotaSelection",
     "RemaskReviser",
+    "Reuse",
     "Reviser",
     "Revision",
     "Sampler",

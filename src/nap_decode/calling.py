@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from nap_decode.attention import additive, visibility
 from nap_decode.compiling import CompiledBody
+from nap_decode.cost import Cost
 from nap_decode.errors import NapDecodeError
 from nap_decode.families import ModelFamily, find_family
 from nap_decode.heads import Head, Output, take
+from nap_decode.keeping import Store, attention_through, with_cache
 
 Model: TypeAlias = "nn.Module | Callable[[Tensor, Tensor], Any]"
 """A transformers model, or anything called as ``model(input_ids, attention_mask)`` that returns logits
@@ -123,6 +125,13 @@ class ModelCall:
         return None
 
     @cached_property
+    def cost(self) -> Cost | None:
+        """What a pass costs, see :class:`Cost`."""
+        return (
+            None if self.module is None else Cost.of(self.module, self.config, [self.input_embeddings, self.head.layer])
+        )
+
+    @cached_property
     def first_position(self) -> int:
         """Where the model starts to count: RoBERTa-like ones, which derive positions from the ids, not at 0."""
         for name, module in self.module.named_modules() if self.module is not None else ():
@@ -224,6 +233,42 @@ class ModelCall:
         if self._body is not None:
             return Output(take(self._body(tokens, options), kept), True)
         return self.head.run(partial(self._run, tokens, options), tokens.shape, kept)
+
+    def storing(self, tokens: Tensor, options: dict[str, Any], wanted: Tensor, store: Store) -> Output:
+        """One call of the model for some positions of rows; it attends to what is in the store, too.
+
+        Args:
+            tokens: ``(N, P)`` int64.
+            options: arguments of the call besides.
+            wanted: ``(N, K)`` int64, which of them to return.
+            store: keys and values; gets those of this call.
+        """
+        if "past_key_values" in self.arguments:
+            options = with_cache(options, store)
+            if self._body is not None:
+                return Output(take(self._body(tokens, options), wanted), True)
+            return self.head.run(partial(self._run, tokens, options), tokens.shape, wanted)
+
+        def run() -> Any:
+            with attention_through(self.module, store):
+                return self._run(tokens, options)
+
+        return self.head.run(run, tokens.shape, wanted)
+
+    def some_positions(self, positions: Tensor, present: Tensor) -> dict[str, Any]:
+        """Arguments of :meth:`storing` besides the tokens, for positions of rows.
+
+        Args:
+            positions: ``(N, P)`` int64.
+            present: ``(N, W)`` bool, false for padding.
+        """
+        seen = present[:, None].expand(-1, positions.shape[1], -1)
+        if self._block_size is not None:
+            columns = torch.arange(present.shape[1], device=positions.device)
+            seen = seen & (columns // self._block_size <= positions[..., None] // self._block_size)
+        mask = seen if self.family.attention == "4d" else additive(seen, self.dtype)
+        options = self.frame((1, 1), None, positions.device).options
+        return {**options, "attention_mask": mask[:, None], "position_ids": positions + self.first_position}
 
     def learn(self, tokens: Tensor, wanted: Tensor) -> Tensor:
         """Find out what there is to know about the output layer, see :meth:`Head.learn`.

@@ -23,6 +23,7 @@ from nap_decode.denoiser import Denoiser, no_model
 from nap_decode.errors import NapDecodeError, check_between
 from nap_decode.integrations import evaluation, ray
 from nap_decode.loading import load_checkpoint
+from nap_decode.reuse import REUSES
 from nap_decode.sampler import Sampler
 from nap_decode.schedulers import (
     AnyOrderScheduler,
@@ -100,6 +101,10 @@ def _parser() -> argparse.ArgumentParser:
     add = generate.add_argument_group("how: in any case").add_argument
     add("--cfg-scale", type=float, default=0.0, help="classifier-free guidance")
     add("--close-on-end", action="store_true", help="fill a block behind the model's end token instead of decoding it")
+    add(
+        "--reuse", choices=sorted(REUSES), help="compute some positions of a pass only; approximate (see docs/reuse.md)"
+    )
+    add("--refresh-every", type=int, metavar="PASSES", help="with --reuse, compute everything every so many passes")
     add("--compile", choices=("kernels", "graphs"), help="compile the model's body, or capture steps as CUDA graphs")
     add("--seed", type=int, default=0)
     add = generate.add_argument_group("output").add_argument
@@ -175,7 +180,8 @@ def _make_sampler(args: argparse.Namespace) -> Sampler:
     """Load the model, and make the sampler that the options of ``generate`` name."""
     composition, template = _compose(args)  # before the model is loaded, which may take minutes
     model, tokenizer = _load(args)
-    denoiser = Denoiser(model, tokenizer, mask_token_id=args.mask_token_id, cfg_scale=composition.denoiser.cfg_scale)
+    own = composition.denoiser
+    denoiser = Denoiser(model, tokenizer, mask_token_id=args.mask_token_id, cfg_scale=own.cfg_scale, reuse=own.reuse)
     return Sampler(
         denoiser,
         scheduler=composition.scheduler,
@@ -197,7 +203,10 @@ def _compose(args: argparse.Namespace) -> tuple[Sampler, CanvasTemplate | None]:
 
 def _composition(args: argparse.Namespace) -> Sampler:
     """The decoder asked for, of a stand-in for the model."""
-    model = Denoiser(no_model, mask_token_id=0, cfg_scale=args.cfg_scale)
+    if args.reuse is None and args.refresh_every is not None:
+        raise NapDecodeError("--refresh-every goes with --reuse")
+    reuse = None if args.reuse is None else REUSES[args.reuse](refresh_every=args.refresh_every)
+    model = Denoiser(no_model, mask_token_id=0, cfg_scale=args.cfg_scale, reuse=reuse)
     whole = [name for name in ("preset", "sampler") if getattr(args, name) is not None]
     if not whole:
         if args.set:
@@ -220,7 +229,7 @@ def _composition(args: argparse.Namespace) -> Sampler:
     others = [name for name in parts if getattr(args, name) != defaults.get(name)]
     others += whole[1:]
     if args.preset is None:  # the file has its own
-        others += [name for name in ("set", "cfg_scale") if getattr(args, name)]
+        others += [name for name in ("set", "cfg_scale", "reuse") if getattr(args, name)]
     if others:
         remedy = "; options of a preset are given by --set" if whole[0] == "preset" else ""
         raise NapDecodeError(f"--{others[0].replace('_', '-')} does not go with --{whole[0]}{remedy}")

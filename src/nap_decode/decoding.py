@@ -15,7 +15,8 @@ from nap_decode.committers import Committer
 from nap_decode.denoiser import Denoiser
 from nap_decode.errors import NapDecodeError
 from nap_decode.prediction import Prediction
-from nap_decode.rows import Rows, host_tensor, join, narrow, select, to_device, to_rows
+from nap_decode.reuse import Kept
+from nap_decode.rows import Rows, host_tensor, join, narrow, pad_to, select, to_device, to_rows
 from nap_decode.schedulers import BlockScheduler, Plan
 from nap_decode.slots import Slots
 from nap_decode.state import RowState
@@ -90,6 +91,7 @@ class _Batch:
     progress: _Progress
     timetable: _Timetable
     memory: dict[str, Tensor]
+    kept: dict[str, Kept]  # of the forward passes, if they reuse
 
     def rows(self, where: Tensor) -> _Batch:
         """Some of them, ``(B,)`` bool on the host."""
@@ -105,6 +107,7 @@ class Finished:
     state: RowState
     passes: Tensor
     steps_saved: Tensor
+    computed: Tensor  # (B, S) positions that each forward pass computed, 0 behind the last; S is 0 if it was all
 
     @classmethod
     def sorted(cls, groups: Sequence[Finished]) -> Finished:
@@ -116,6 +119,7 @@ class Finished:
                 state=join(whole.state, group.state, {}),
                 passes=torch.cat([whole.passes, group.passes]),
                 steps_saved=torch.cat([whole.steps_saved, group.steps_saved]),
+                computed=_stacked([whole.computed, group.computed]),
             )
         order = torch.tensor(whole.numbers).argsort()
         return whole if len(groups) == 1 else whole.rows(order)
@@ -162,6 +166,7 @@ class Decoding:
         self.vocab_size = denoiser.num_embeddings  # what the logits say is surer
         self._batch: _Batch | None = None
         self._memory: dict[str, Tensor] = {}  # of the parts; they change it themselves
+        self._kept: dict[str, Kept] = {}  # the same of the forward passes
 
     @property
     def width(self) -> int:
@@ -212,7 +217,7 @@ class Decoding:
         )
         pad = self.denoiser.pad_token_id
         state = RowState.start(to_rows(canvas, canvas.tokens, pad), layout.block >= 0)
-        coming = _Batch(state, layout, plan, progress, self._timetable(plan, progress, device), {})
+        coming = _Batch(state, layout, plan, progress, self._timetable(plan, progress, device), {}, {})
         if self._batch is not None:
             batch = self._without_idle(self._settled(self._batch), room=len(numbers))
             # Zero stands for nothing.
@@ -221,7 +226,9 @@ class Decoding:
                 for name, kept in batch.memory.items()
             }
             fills = {"block": -1, "canvas_block": -1, "tokens": pad}
-            coming = replace(join(batch, coming, fills), memory=memory)
+            width = coming.layout.block.shape[1]
+            kept = {name: known.with_rows(len(numbers), width) for name, known in batch.kept.items()}
+            coming = replace(join(batch, coming, fills), memory=memory, kept=kept)
         self._set(coming)
         return plan
 
@@ -253,6 +260,7 @@ class Decoding:
             state=gone.state,
             passes=gone.progress.passes,
             steps_saved=gone.plan.busy_steps - gone.progress.steps,
+            computed=_computed(gone.kept, gone.progress.passes),
         )
 
     def _without_idle(self, batch: _Batch, room: int = 0) -> _Batch:
@@ -271,14 +279,19 @@ class Decoding:
         idle = ~busy
         batch = batch.rows(busy | (idle & (idle.cumsum(0) <= keep - number)))
         width = int(batch.progress.length.max())
-        return replace(batch, layout=narrow(batch.layout, width), state=narrow(batch.state, width))
+        return replace(
+            batch,
+            layout=narrow(batch.layout, width),
+            state=narrow(batch.state, width),
+            kept={name: known.narrowed(width) for name, known in batch.kept.items()},
+        )
 
     def _set(self, batch: _Batch) -> None:
         """Go on with these rows."""
         layout, timetable = batch.layout, batch.timetable
         if self._batch is None or self._batch.layout is not layout:
             self._rows = Rows(tuple(batch.progress.length.tolist()), layout.prompt, layout.present)
-        self._batch, self._memory = batch, batch.memory
+        self._batch, self._memory, self._kept = batch, batch.memory, batch.kept
         # Plain numbers, so that a step asks no tensor, not even one of the host.
         self._taken, self._calls = 0, list[int]()
         self._widths, self._totals = timetable.slots.amax(0).tolist(), timetable.slots.sum(0).tolist()
@@ -397,7 +410,7 @@ class Decoding:
             row_offsets=layout.offsets,
             memory=self._memory,
         )
-        predict = _Predict(self.denoiser, rows, state.tokens, slots)
+        predict = _Predict(self.denoiser, rows, state.tokens, slots, self._kept)
         commit = self.committer(slots, predict)
         if self.graphs is not None and (self._memory or commit.unsettled is not None):
             raise NapDecodeError(
@@ -452,11 +465,28 @@ class Decoding:
         self._set(replace(batch, progress=progress, timetable=timetable))
 
 
+def _computed(kept: dict[str, Kept], passes: Tensor) -> Tensor:
+    """``(B, S)``: positions that were computed in each of the passes ``(B,)`` of a row, 0 behind the last."""
+    if not kept or not len(passes):
+        return torch.zeros(len(passes), 0, dtype=torch.int64)
+    counts = torch.stack([known.counts for known in kept.values()]).sum(0).cpu()
+    number = torch.arange(int(passes.max()))
+    index = next(iter(kept.values())).start.cpu()[:, None] + number
+    own = counts.gather(1, index.clamp(max=counts.shape[1] - 1))
+    return torch.where(number < passes[:, None], own, 0)
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    """The rows of all, which may have other numbers of columns."""
+    width = max(part.shape[1] for part in parts)
+    return torch.cat([pad_to(part, [width]) for part in parts])
+
+
 class _Predict:
     """What a committer asks the model at one step; see :class:`~nap_decode.committers.Predict`."""
 
-    def __init__(self, denoiser: Denoiser, rows: Rows, tokens: Tensor, slots: Slots) -> None:
-        self.denoiser, self.rows, self.tokens, self.slots = denoiser, rows, tokens, slots
+    def __init__(self, denoiser: Denoiser, rows: Rows, tokens: Tensor, slots: Slots, kept: dict[str, Kept]) -> None:
+        self.denoiser, self.rows, self.tokens, self.slots, self.kept = denoiser, rows, tokens, slots, kept
         self.calls = 0
         self.vocab_size: int | None = None
 
@@ -478,6 +508,7 @@ class _Predict:
             slots.places,
             hidden=hidden,
             alternatives=None if tokens is None else len(tokens),
+            kept=self.kept,
         )
         self.calls += 1
         self.vocab_size = prediction.vocab_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
@@ -13,13 +14,15 @@ from torch import Tensor, nn
 
 from nap_decode.calling import Model, ModelCall
 from nap_decode.canvas import Canvas
+from nap_decode.cost import Cost
 from nap_decode.errors import NapDecodeError, check_between
 from nap_decode.families import ModelFamily
 from nap_decode.heads import Output, Passing
-from nap_decode.passes import ForwardPass
+from nap_decode.passes import ForwardPass, ReusingPass
 from nap_decode.prediction import Prediction
 from nap_decode.probing import Probe, ProbeRows
-from nap_decode.rows import Rows, to_rows
+from nap_decode.reuse import CommittedReuse, Kept, PromptReuse, Reuse
+from nap_decode.rows import Rows, host_tensor, to_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,11 +59,12 @@ class Denoiser:
             right.
         device: where the model takes its input; found from a module's embeddings or parameters, the CPU
             for a function.
+        reuse: which positions a pass computes anew, see :mod:`nap_decode.reuse`; all by default.
 
     Raises:
         NapDecodeError: no mask token is known; the model is of a kind that cannot be decoded by
             unmasking, ignores the future, predicts nan, does not do what its attention mask says of
-            blocks, or is in training mode with dropout.
+            blocks, is in training mode with dropout, or gives no access to its keys and values, which ``reuse`` needs.
 
     Warns:
         UserWarning: the model seems to be shifted though its family is not, or the other way round; with
@@ -87,6 +91,7 @@ class Denoiser:
         cfg_scale: float = 0.0,
         logits_processor: LogitsProcessor | Sequence[LogitsProcessor] = (),
         device: torch.device | str | None = None,
+        reuse: Reuse | None = None,
     ) -> None:
         if not callable(model):
             raise NapDecodeError(f"model must be a torch module or a function, but is {model!r:.80}")
@@ -106,10 +111,12 @@ class Denoiser:
         # What is made once for rows that are looked at again and again; of the last ones.
         self._last_canvas: tuple[Canvas, Rows] | None = None
         self._pass: ForwardPass | None = None
+        self._reusing_pass: ReusingPass | None = None
         self._warned_of_groups = False
-        self._leaves_one_out = False  # not tried yet
+        self._leaves_one_out = self._reuses = False  # not tried yet
         self._check_dropout()
         self._check_probe()
+        self._set_reuse(reuse)
 
     def replace(
         self,
@@ -117,6 +124,7 @@ class Denoiser:
         end_token_ids: Sequence[int] | None = None,
         cfg_scale: float | None = None,
         logits_processor: LogitsProcessor | Sequence[LogitsProcessor] | None = None,
+        reuse: Reuse | None = None,
     ) -> Denoiser:
         """The same model with some options exchanged; it is not probed again.
 
@@ -124,6 +132,7 @@ class Denoiser:
             end_token_ids: see :class:`Denoiser`.
             cfg_scale: see :class:`Denoiser`.
             logits_processor: see :class:`Denoiser`.
+            reuse: see :class:`Denoiser`.
 
         Example:
             >>> from nap_decode import demo
@@ -138,6 +147,8 @@ class Denoiser:
             other.cfg_scale = cfg_scale
         if logits_processor is not None:
             other.logits_processor = _as_tuple(logits_processor)
+        if reuse is not None:
+            other._set_reuse(reuse)
         return other
 
     def compiled(self, **options: Any) -> Denoiser:
@@ -301,6 +312,12 @@ class Denoiser:
             return self._call.learn(self._probed.tokens, self._probed.wanted)
 
     @property
+    def cost(self) -> Cost | None:
+        """What its passes cost; None if the model does not tell its parts."""
+        cost = self._call.cost
+        return cost if cost is None or self.cfg_scale == 0 else dataclasses.replace(cost, branches=2)
+
+    @property
     def is_split(self) -> bool:
         """Whether the model's parameters are on several devices."""
         module = self._call.module
@@ -422,6 +439,71 @@ class Denoiser:
                 f"need{remedy}, or load it with attn_implementation='sdpa'"
             )
 
+    def _set_reuse(self, reuse: Reuse | None) -> None:
+        """Raise unless the model can be called for some of the positions; a few small forward passes, made once.
+
+        Raises:
+            NapDecodeError: no policy; a model that takes no positions, hides no padding, attends to a window, keeps
+                its keys and values to itself, or needs its output layer at once where the policy needs it later.
+        """
+        self.reuse, self._reusing_pass = reuse, None
+        if reuse is None:
+            return
+        if not isinstance(reuse, Reuse):
+            raise NapDecodeError(f"reuse must be a Reuse, such as CommittedReuse(), but is {reuse!r}")
+        if self.model is no_model:  # the one that it stands in for will be asked
+            return
+        name = self._call.name
+        if reuse.leaves_out_wanted and not self._call.head.is_late:
+            raise NapDecodeError(
+                f"{type(reuse).__name__} keeps what goes into the output layer, which cannot be told from the rest of "
+                f"{name}; use CommittedReuse()"
+            )
+        if self._reuses:
+            return
+        reason = None
+        if self._probed is None or "position_ids" not in self._call.arguments:
+            reason = "it takes no position_ids"
+        elif self._call.attends_locally:
+            reason = "some of its layers attend to a window only"
+        elif self.is_split:
+            reason = "it is split over devices"
+        elif not self._is_masked_well:
+            reason = "it does not hide padding"
+        else:
+            with torch.no_grad():
+                reason = self._try_reuse(self._probed)
+        if reason is not None:
+            raise NapDecodeError(
+                f"{name} ({self.family.name}) cannot reuse keys and values: {reason}. Decode it without reuse="
+            )
+        self._reuses = True
+
+    def _try_reuse(self, probed: ProbeRows) -> str | None:
+        """What is wrong with calls for some positions, if anything: they must agree with calls for all."""
+        head, wanted = self._call.head, probed.wanted[:2, :1]
+        rows = Rows(tuple(probed.present.sum(1).tolist()), torch.zeros_like(probed.present), probed.present)
+        exact = ForwardPass(self._call, rows, False, self.mask_token_id)
+        other = probed.tokens[2, 1].item()
+        before = probed.padded.clone()
+        before[:, 1] = other
+        expected = [head.logits(exact(tokens, wanted, None)) for tokens in (before, probed.padded)]
+        kept, found = Kept.nothing(len(before), rows.width, before.device), []
+        # The whole of other rows; then all positions of these, called for as some; then one, though nothing is new.
+        steps = ((PromptReuse(refresh_every=1), before), (CommittedReuse(delay=9), probed.padded))
+        try:
+            for policy, tokens in (*steps, (CommittedReuse(), probed.padded)):
+                output, kept = ReusingPass(self._call, rows, policy)(tokens, wanted, wanted >= 0, kept)
+                found.append(head.logits(output))
+        except Exception as error:
+            return f"asked for some positions, it fails ({type(error).__name__}: {error})"
+        effect = (expected[0] - expected[1]).abs().max()
+        rounding = 16 * torch.finfo(effect.dtype).eps * expected[0].abs().max()
+        difference = max(float((a - b).abs().max()) for a, b in zip(found, [*expected, expected[1]], strict=True))
+        if difference > 1e-3 * effect + rounding:
+            return "asked for some positions, it does not say what it says when it is asked for all"
+        return None
+
     # ---------------------------------------------------------------------------------------- forward
 
     def __call__(self, tokens: Tensor, wanted: Tensor, canvas: Canvas, *, hidden: Tensor | None = None) -> Tensor:
@@ -469,6 +551,7 @@ class Denoiser:
         *,
         hidden: Tensor | None = None,
         alternatives: int | None = None,
+        kept: dict[str, Kept] | None = None,
     ) -> Prediction:
         """The same for rows that begin in column 0, and for some of the slots; one forward pass.
 
@@ -481,6 +564,8 @@ class Denoiser:
             hidden: bool in the shape of ``wanted``, see :meth:`__call__`.  Shadows of slots that are not in
                 ``places``, or negative, are seen by none.
             alternatives: J; None if there are none, and the result is to be of shape ``(B, K)``.
+            kept: what earlier passes found out about the rows, empty at first; brought up to date here.  Without it,
+                with ``hidden`` or with alternatives, everything is computed.
 
         Returns:
             That of shape ``(B, K)``, or ``(J, B, K)``.
@@ -508,7 +593,12 @@ class Denoiser:
         if hidden is not None:
             is_slot = torch.zeros_like(hidden).flatten().index_fill_(0, places, True).view_as(hidden)
             shadows = hidden, is_slot & (wanted >= 0)
-        source, is_hidden = self._forward(rows, tokens, wanted, shadows)
+        if self.reuse is None or kept is None or shadows is not None or alternatives is not None:
+            source, is_hidden = self._forward(rows, tokens, wanted, shadows)
+            self._count(rows, times, kept)
+        else:
+            is_slot = torch.zeros_like(wanted, dtype=torch.bool).flatten().index_fill_(0, places, True).view_as(wanted)
+            source, is_hidden = self._reused(rows, tokens, wanted, is_slot & (wanted >= 0), kept)
         head = self._call.head if is_hidden else None
         vocab_size = source.shape[2] if head is None else head.vocab_size
         return Prediction(
@@ -542,15 +632,49 @@ class Denoiser:
                 self._warn_of_groups()
             is_grouped = rows.is_padded and not self._is_masked_well
             self._pass = again = ForwardPass(self._compiled or self._call, rows, is_grouped, self.mask_token_id)
-        if self.family.shift:
-            # Dream predicts the first position from itself, as there is nothing before it.
-            wanted = (wanted - 1).clamp(min=0)
+        wanted = self._shifted(wanted)
         if self.cfg_scale != 0:
-            prompt = rows.prompt.repeat(len(tokens) // len(rows.prompt), 1)
-            tokens = torch.cat([tokens, torch.where(prompt, self.mask_token_id, tokens)])
+            tokens = torch.cat([tokens, self._without_prompt(rows, tokens)])
             wanted = wanted.repeat(2, 1)
             shadows = None if shadows is None else (shadows[0].repeat(2, 1), shadows[1].repeat(2, 1))
         return again(tokens, wanted, shadows)
+
+    def _reused(self, rows: Rows, tokens: Tensor, wanted: Tensor, is_wanted: Tensor, kept: dict[str, Kept]) -> Output:
+        """Of B rows, or 2 * B, as above; what earlier passes found out is used and brought up to date."""
+        assert self.reuse is not None
+        again = self._reusing_pass
+        if again is None or again.rows is not rows:
+            self._reusing_pass = again = ReusingPass(self._compiled or self._call, rows, self.reuse)
+        branches = {"given": tokens}
+        if self.cfg_scale != 0:
+            branches["free"] = self._without_prompt(rows, tokens)
+        outputs = []
+        for name, ids in branches.items():
+            before = kept[name] if name in kept else Kept.nothing(len(ids), rows.width, ids.device)
+            output, kept[name] = again(ids, self._shifted(wanted), is_wanted, before)
+            outputs.append(output)
+        return outputs[0]._replace(rows=torch.cat([output.rows for output in outputs]))
+
+    def _count(self, rows: Rows, times: int, kept: dict[str, Kept] | None) -> None:
+        """Note down a pass that computed everything, ``times`` over."""
+        if self.reuse is None or kept is None:
+            return
+        lengths = host_tensor(rows.lengths, rows.prompt.device)
+        branches = 1 if self.cfg_scale == 0 else 2
+        before = kept.get("given") or Kept.nothing(len(lengths), rows.width, lengths.device)
+        kept["given"] = before.counted(lengths * times * branches)
+        if "free" in kept:
+            kept["free"] = kept["free"].counted(0 * lengths)
+
+    def _shifted(self, wanted: Tensor) -> Tensor:
+        """Where the model predicts what is wanted."""
+        # Dream predicts the first position from itself, as there is nothing before it.
+        return (wanted - 1).clamp(min=0) if self.family.shift else wanted
+
+    def _without_prompt(self, rows: Rows, tokens: Tensor) -> Tensor:
+        """What the unconditional branch of guidance sees."""
+        prompt = rows.prompt.repeat(len(tokens) // len(rows.prompt), 1)
+        return torch.where(prompt, self.mask_token_id, tokens)
 
 
 def _as_tuple(processors: LogitsProcessor | Sequence[LogitsProcessor]) -> tuple[LogitsProcessor, ...]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from nap_decode.canvas import Canvas
+from nap_decode.cost import Cost
 from nap_decode.errors import NapDecodeError
 from nap_decode.html import render
 from nap_decode.trace import DecodeTrace, ends_before
@@ -40,6 +41,7 @@ class SamplerOutput:
         steps_saved: steps of each row's schedule that ``close_on`` made unnecessary; None without it, or if the
             number of steps depends on the model anyway.
         index: of an output of :meth:`Sampler.stream`, the place of its prompt.
+        cost: what the model's passes cost; None if that is not known.
 
     Example:
         >>> from nap_decode import ParallelForcedSampler, demo
@@ -58,6 +60,7 @@ class SamplerOutput:
     tokenizer: PreTrainedTokenizerBase | None = None
     steps_saved: list[int] | None = None
     index: int | None = None
+    cost: Cost | None = None
 
     def __repr__(self) -> str:
         rows = f"{len(self.sequences)} row{'s' if len(self.sequences) > 1 else ''}"
@@ -107,6 +110,34 @@ class SamplerOutput:
         """For each row the decoded tokens before the end of their block, by the forward passes it took."""
         passes = self.trace.forward_passes.clamp(min=1)
         return (self._before_end.sum(1) / passes).tolist()
+
+    @cached_property
+    def positions_exact(self) -> list[int]:
+        """For each row the positions that its forward passes would have computed if none were reused."""
+        branches = 1 if self.cost is None else self.cost.branches
+        lengths = self.canvas.attention_mask.sum(1).cpu()
+        return (branches * lengths * self.trace.forward_passes).tolist()
+
+    @property
+    def positions_forwarded(self) -> list[int]:
+        """For each row the positions that its forward passes computed, see :mod:`nap_decode.reuse`."""
+        forwarded = self.trace.forwarded
+        return self.positions_exact if forwarded is None else forwarded.sum(1).tolist()
+
+    def flops(self, *, exact: bool = False) -> list[float]:
+        """For each row the floating-point operations of its forward passes, without those of the output layer.
+
+        Args:
+            exact: those that there would have been if nothing had been reused.
+
+        Raises:
+            NapDecodeError: the model does not tell its parts.
+        """
+        if self.cost is None:
+            raise NapDecodeError("what this model's passes cost is not known: it is a function, or has no config")
+        positions = self.positions_exact if exact else self.positions_forwarded
+        lengths = self.canvas.attention_mask.sum(1).tolist()
+        return [self.cost.flops(some, length) for some, length in zip(positions, lengths, strict=True)]
 
     @cached_property
     def blocks(self) -> dict[str, str | list[str]]:

@@ -38,7 +38,7 @@ from nap_decode.trace import DecodeTrace
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 class Sampler:
@@ -458,6 +458,11 @@ class Sampler:
                 f"{type(self.committer).__name__} keeps things from step to step, which captured steps cannot; use "
                 'compile="kernels"'
             )
+        if graphs and self.denoiser.reuse is not None:
+            raise NapDecodeError(
+                f"{type(self.denoiser.reuse).__name__} chooses positions at each pass, which captured steps cannot; "
+                'use compile="kernels"'
+            )
         device = self.denoiser.device
         if graphs and device.type != "cuda":
             raise NapDecodeError(
@@ -500,6 +505,7 @@ class Sampler:
             mask_token_id=self.denoiser.mask_token_id,
             end_token_ids=self.denoiser.end_token_ids,
             closed=host(to_canvas(canvas, finished.state.closed, False)) if self.close_on else None,
+            forwarded=None if self.denoiser.reuse is None else finished.computed[:, : int(finished.passes.max())],
         )
         is_masked = host(state.masked)  # after an interruption
         expected = (trace.block >= 0) & ~host(state.edited) & ~is_masked
@@ -527,6 +533,7 @@ class Sampler:
             tokenizer=self.tokenizer,
             steps_saved=finished.steps_saved.tolist() if saves else None,
             index=index,
+            cost=self.denoiser.cost,
         )
 
     def replace(
@@ -573,6 +580,8 @@ class Sampler:
         lines = [f"Sampler of {_name(self.denoiser.model)}"]
         if self.denoiser.cfg_scale:
             lines.append(f"guidance: {self.denoiser.cfg_scale}")
+        if self.denoiser.reuse is not None:
+            lines.append(f"reuse: {describe(self.denoiser.reuse)}")
         if self.template is not None:
             blocks = (f"{b.name} ({b.length}{', held' if b.held else ''})" for b in self.template.blocks)
             lines.append(f"canvas: {', '.join(blocks)}")
@@ -593,6 +602,7 @@ class Sampler:
                 "it is loaded with"
             )
         parts = {name: to_plain(getattr(self, name)) for name in ("scheduler", "committer", "template")}
+        parts["reuse"] = to_plain(self.denoiser.reuse)
         content = {"format": _FORMAT, "cfg_scale": float(self.denoiser.cfg_scale), "close_on": self.close_on} | parts
         Path(path).write_text(json.dumps(content, indent=2) + "\n")
 
@@ -615,22 +625,26 @@ class Sampler:
             mask_token_id: see :class:`Denoiser`.
 
         Raises:
-            NapDecodeError: not such a file, a part that is not known, or a :class:`Denoiser` with other guidance.
+            NapDecodeError: not such a file, a part that is not known, or a :class:`Denoiser` with other guidance or
+                reuse.
         """
         try:
             content = json.loads(Path(path).read_text())
             found, cfg_scale = content["format"], content["cfg_scale"]
             plain = {name: content[name] for name in ("scheduler", "committer", "template")}
             close_on = content.get("close_on", ())  # since format 2
+            plain["reuse"] = content.get("reuse")  # since format 3
         except (ValueError, KeyError, TypeError) as error:
             raise NapDecodeError(f"{path} is not a file written by Sampler.save ({error})") from error
         if not isinstance(found, int) or found > _FORMAT:
             raise NapDecodeError(f"{path} has format {found}, but this version reads {_FORMAT}; update it")
-        if not isinstance(model, Denoiser):
-            model = Denoiser(model, tokenizer, mask_token_id=mask_token_id, cfg_scale=cfg_scale)
-        elif model.cfg_scale != cfg_scale:
-            raise NapDecodeError(f"the file has cfg_scale {cfg_scale}, but the Denoiser has {model.cfg_scale}")
         whole = {name: from_plain(data, tuple(parts)) for name, data in plain.items()}
+        own = {"cfg_scale": cfg_scale, "reuse": whole.pop("reuse")}
+        if not isinstance(model, Denoiser):
+            model = Denoiser(model, tokenizer, mask_token_id=mask_token_id, **own)
+        for name, value in own.items():
+            if getattr(model, name) != value:
+                raise NapDecodeError(f"the file has {name} {value}, but the Denoiser has {getattr(model, name)}")
         return Sampler(model, **whole, close_on=close_on)
 
     def _append(

@@ -12,14 +12,25 @@ from numbers import Integral, Real
 from types import FunctionType
 from typing import Any, TypeAlias
 
-from nap_decode import canvas, committers, confidence, credit, lookahead, revisers, schedulers, schedules, selections
+from nap_decode import (
+    canvas,
+    committers,
+    confidence,
+    credit,
+    lookahead,
+    reuse,
+    revisers,
+    schedulers,
+    schedules,
+    selections,
+)
 from nap_decode.confidence import STATISTICS
 from nap_decode.errors import NapDecodeError, check_name
 
 Part: TypeAlias = "type[Any] | Callable[..., Any]"
 """A class or function of yours, which a file names."""
 
-_MODULES = (canvas, committers, confidence, credit, lookahead, revisers, schedulers, schedules, selections)
+_MODULES = (canvas, committers, confidence, credit, lookahead, reuse, revisers, schedulers, schedules, selections)
 _KNOWN: dict[str, Part] = STATISTICS | {
     thing.__name__: thing
     for module in _MODULES

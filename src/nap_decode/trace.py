@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _FORMAT = 1
 _FACTS = ("block_names", "mask_token_id", "end_token_ids")
 _TENSORS = ("tokens", "block", "step", "confidence", "forward_passes")
+_OPTIONAL = ("closed", "forwarded")
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +40,8 @@ class DecodeTrace:
         end_token_ids: ids that end a block; what follows them in the block is padding.
         closed: ``(B, L)`` bool, slots behind the end of their block that were filled without being decoded, at
             the step in ``step``; None if blocks were not closed.
+        forwarded: ``(B, S)`` int64, positions that each forward pass computed, 0 behind a row's last; with guidance
+            those of both branches.  A pass that computed the whole row is a refresh.  None if all were.
 
     Example:
         >>> trace = DecodeTrace(
@@ -58,6 +61,7 @@ class DecodeTrace:
     mask_token_id: int
     end_token_ids: tuple[int, ...] = ()
     closed: Tensor | None = None
+    forwarded: Tensor | None = None
 
     def canvas_at(self, steps: int) -> Tensor:
         """``(B, L)``: the canvas after this many steps.
@@ -90,7 +94,7 @@ class DecodeTrace:
     def save(self, path: str | PathLike[str]) -> None:
         """Write to one ``.npz`` file, which numpy can read without unpickling."""
         header = json.dumps({"format": _FORMAT} | {name: getattr(self, name) for name in _FACTS})
-        names = [*_TENSORS, *["closed"] * (self.closed is not None)]
+        names = [*_TENSORS, *(name for name in _OPTIONAL if getattr(self, name) is not None)]
         arrays = {name: getattr(self, name).cpu().numpy() for name in names}
         with open(path, "wb") as file:  # an open file, because numpy would add .npz to a bare name
             np.savez_compressed(file, header=np.array(header), **arrays)
@@ -110,7 +114,7 @@ class DecodeTrace:
                         f"{path} has trace format {header['format']}, but this version reads {_FORMAT}; update it"
                     )
                 facts = {name: header[name] for name in _FACTS}
-                names = [*_TENSORS, *["closed"] * ("closed" in arrays)]
+                names = [*_TENSORS, *(name for name in _OPTIONAL if name in arrays)]
                 tensors = {name: torch.from_numpy(arrays[name]) for name in names}
         except NapDecodeError:
             raise

@@ -14,6 +14,7 @@ from nap_decode.committers import Committer, Predict
 from nap_decode.denoiser import Denoiser
 from nap_decode.errors import NapDecodeError
 from nap_decode.prediction import Prediction
+from nap_decode.reuse import Kept
 from nap_decode.rows import Rows, to_canvas
 from nap_decode.sampler import Sampler
 from nap_decode.slots import Commit, Slots
@@ -54,6 +55,7 @@ class _HookedDenoiser(Denoiser):
     def __init__(self, denoiser: Denoiser, hook: LogitsHook | None) -> None:
         vars(self).update(vars(denoiser))  # one that is set up already: nothing is probed again
         self.denoiser, self.hook, self.step = denoiser, hook, 0
+        self.reuse = None  # a hook wants all logits, of this step
         self.canvas: Canvas | None = None
         self.seen: Tensor | None = None
 
@@ -72,6 +74,7 @@ class _HookedDenoiser(Denoiser):
         *,
         hidden: Tensor | None = None,
         alternatives: int | None = None,
+        kept: dict[str, Kept] | None = None,
     ) -> Prediction:
         canvas = self.canvas
         if hidden is not None or alternatives is not None or canvas is None:

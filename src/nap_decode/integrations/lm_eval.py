@@ -697,7 +697,7 @@ def make_sampler(denoiser: Denoiser, name: str, options: Mapping[str, Any]) -> S
             raise NapDecodeError(
                 f"{name} has cfg_scale {saved.denoiser.cfg_scale}, but {denoiser.cfg_scale} is asked for"
             )
-        guided = denoiser.replace(cfg_scale=saved.denoiser.cfg_scale)
+        guided = denoiser.replace(cfg_scale=saved.denoiser.cfg_scale, reuse=saved.denoiser.reuse)
         return Sampler.load(name, guided).replace(compile=compiled)
     known = presets.preset_options(name)
     for option in options:

@@ -164,8 +164,8 @@ class _Recipe:
     parts: Sampler
 
     def __call__(self, denoiser: Denoiser) -> Sampler:
-        cfg_scale = self.parts.denoiser.cfg_scale
-        return self.parts.replace(denoiser=denoiser.replace(cfg_scale=cfg_scale) if cfg_scale else denoiser)
+        own = self.parts.denoiser
+        return self.parts.replace(denoiser=denoiser.replace(cfg_scale=own.cfg_scale or None, reuse=own.reuse))
 
 
 def _make(
