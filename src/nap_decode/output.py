@@ -113,7 +113,10 @@ class SamplerOutput:
 
     @cached_property
     def positions_exact(self) -> list[int]:
-        """For each row the positions that its forward passes would have computed if none were reused."""
+        """For each row the positions that its forward passes would have computed if none were reused.
+
+        A pass counts once, also if it looks at alternatives (LoPA) or has shadows (WINO).
+        """
         branches = 1 if self.cost is None else self.cost.branches
         lengths = self.canvas.attention_mask.sum(1).cpu()
         return (branches * lengths * self.trace.forward_passes).tolist()

@@ -35,6 +35,7 @@ class Kept:
         age: ``(B, W)`` int64, passes since it was last computed.
         pending: ``(B, W)`` float32, what has happened since then that concerns it, see :class:`DriftReuse`.
         wanted: ``(B, W)`` bool, where predictions were wanted when the whole row was last computed.
+        opened: ``(B, W)`` bool, where predictions were wanted in any pass.
         passes: ``(B,)`` int64, passes since then.
         start: ``(B,)`` int64, passes of the batch before the row came.
         counts: ``(B, S)`` int64, positions that each pass of the batch computed.
@@ -47,6 +48,7 @@ class Kept:
     age: Tensor
     pending: Tensor
     wanted: Tensor
+    opened: Tensor
     passes: Tensor
     start: Tensor
     counts: Tensor
@@ -62,6 +64,7 @@ class Kept:
             age=zeros,
             pending=zeros.float(),
             wanted=zeros.bool(),
+            opened=zeros.bool(),
             passes=zeros[:, 0],
             start=zeros[:, 0],
             counts=zeros[:, :0],
@@ -122,14 +125,14 @@ class Reuse(abc.ABC):
         NapDecodeError: options out of range.
 
     Example:
-        >>> from nap_decode import Denoiser, ParallelForcedSampler, demo
+        >>> from nap_decode import Denoiser, ParallelForcedSampler, Reuse, demo
         >>> class Neighbours(Reuse):
         ...     def select(self, glance: Glance) -> Tensor:  # what is next to what has changed
         ...         return glance.changed.roll(1, dims=1) | glance.changed.roll(-1, dims=1)
         >>> denoiser = Denoiser(*demo.load(), reuse=Neighbours(refresh_every=4))
         >>> sampler = ParallelForcedSampler(denoiser, path_length=11, summary_length=2, tokens_per_step=4)
         >>> sampler("6 0 6 4 6 2 1 2 4 7 0 6 =").trace.forwarded.tolist()
-        [[53, 39, 36, 32, 53, 24, 20, 16, 53]]
+        [[53, 35, 31, 29, 53, 21, 15, 13, 53]]
     """
 
     refresh_every: int | None = None
@@ -191,6 +194,7 @@ class Reuse(abc.ABC):
                 age=torch.where(computed, 0, kept.age + 1),
                 pending=torch.where(computed, 0, pending),
                 wanted=torch.where(whole[:, None], wanted, kept.wanted),
+                opened=kept.opened | wanted,
                 passes=torch.where(whole, 0, kept.passes + 1),
             ).counted(computed.sum(1)),
         )
@@ -220,12 +224,12 @@ class CommittedReuse(Reuse):
         refresh_every: see :class:`Reuse`.
 
     Example:
-        >>> from nap_decode import Denoiser, ParallelForcedSampler, demo
+        >>> from nap_decode import CommittedReuse, Denoiser, ParallelForcedSampler, demo
         >>> denoiser = Denoiser(*demo.load(), reuse=CommittedReuse())
         >>> sampler = ParallelForcedSampler(denoiser, path_length=11, summary_length=2, tokens_per_step=4)
         >>> out = sampler("6 0 6 4 6 2 1 2 4 7 0 6 =")
         >>> out.summary, out.positions_forwarded, out.positions_exact
-        ('6', [213], [477])
+        ('6', [200], [477])
     """
 
     delay: int = 1
@@ -274,7 +278,7 @@ class DriftReuse(Reuse):
 
     A change concerns what is near: ``exp(-distance / reach)`` for every token that was committed since a position
     was last computed, summed up.  Where nothing has happened, the last prediction stands.  So the passes follow the
-    decode wherever it is, in one block or in many at once.
+    decode wherever it is, in one block or in many at once.  Where a prediction is wanted for the first time, it is made.
 
     Args:
         share: of the wanted positions, rounded up.
@@ -283,12 +287,12 @@ class DriftReuse(Reuse):
         refresh_every: see :class:`Reuse`.
 
     Example:
-        >>> from nap_decode import Denoiser, ParallelForcedSampler, demo
+        >>> from nap_decode import Denoiser, DriftReuse, ParallelForcedSampler, demo
         >>> denoiser = Denoiser(*demo.load(), reuse=DriftReuse())
         >>> sampler = ParallelForcedSampler(denoiser, path_length=11, summary_length=2, tokens_per_step=4)
         >>> out = sampler("6 0 6 4 6 2 1 2 4 7 0 6 =")
         >>> out.summary, out.positions_forwarded, out.positions_exact
-        ('6', [168], [477])
+        ('6', [158], [477])
     """
 
     share: float = 0.6
@@ -311,12 +315,12 @@ class DriftReuse(Reuse):
         return conv1d(changed[:, None].float(), weights[None, None], padding=far)[:, 0]
 
     def select(self, glance: Glance) -> Tensor:
-        """The first of the wanted, by concern and then by age; and the old."""
+        """The first of the wanted, by concern and then by age; the old, and the new."""
         wanted, age = glance.wanted, glance.kept.age
         urgency = torch.where(wanted, glance.pending + 1e-4 * age, -torch.inf)
         rank = urgency.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         most = (self.share * wanted.sum(1, keepdim=True)).ceil()
-        return wanted & ((rank < most) | (age + 1 >= self.max_age))
+        return wanted & ((rank < most) | (age + 1 >= self.max_age) | ~glance.kept.opened)
 
 
 REUSES: dict[str, type[Reuse]] = {
