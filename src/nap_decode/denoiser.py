@@ -595,7 +595,7 @@ class Denoiser:
             shadows = hidden, is_slot & (wanted >= 0)
         if self.reuse is None or kept is None or shadows is not None or alternatives is not None:
             source, is_hidden = self._forward(rows, tokens, wanted, shadows)
-            self._count(rows, times, kept)
+            self._count(rows, kept)
         else:
             is_slot = torch.zeros_like(wanted, dtype=torch.bool).flatten().index_fill_(0, places, True).view_as(wanted)
             source, is_hidden = self._reused(rows, tokens, wanted, is_slot & (wanted >= 0), kept)
@@ -655,14 +655,14 @@ class Denoiser:
             outputs.append(output)
         return outputs[0]._replace(rows=torch.cat([output.rows for output in outputs]))
 
-    def _count(self, rows: Rows, times: int, kept: dict[str, Kept] | None) -> None:
-        """Note down a pass that computed everything, ``times`` over."""
+    def _count(self, rows: Rows, kept: dict[str, Kept] | None) -> None:
+        """Note down a pass that computed everything."""
         if self.reuse is None or kept is None:
             return
         lengths = host_tensor(rows.lengths, rows.prompt.device)
         branches = 1 if self.cfg_scale == 0 else 2
         before = kept.get("given") or Kept.nothing(len(lengths), rows.width, lengths.device)
-        kept["given"] = before.counted(lengths * times * branches)
+        kept["given"] = before.counted(lengths * branches)
         if "free" in kept:
             kept["free"] = kept["free"].counted(0 * lengths)
 

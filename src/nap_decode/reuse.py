@@ -278,7 +278,7 @@ class DriftReuse(Reuse):
 
     A change concerns what is near: ``exp(-distance / reach)`` for every token that was committed since a position
     was last computed, summed up.  Where nothing has happened, the last prediction stands.  So the passes follow the
-    decode wherever it is, in one block or in many at once.  Where a prediction is wanted for the first time, it is made.
+    decode wherever it is, in one block or in many at once.  Where one is wanted for the first time, it is made.
 
     Args:
         share: of the wanted positions, rounded up.
