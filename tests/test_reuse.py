@@ -363,6 +363,11 @@ def test_options_of_drift_are_checked(options):
         DriftReuse(**options)
 
 
+def test_captured_steps_cannot_choose(tiny):
+    with pytest.raises(NapDecodeError, match=r"CommittedReuse chooses positions at each pass, .* use compile=\"kernels\""):
+        sampler_of(tiny, CommittedReuse()).replace(compile="graphs")
+
+
 def test_models_that_cannot_are_refused(tiny):
     from models import LLaDALike
 
