@@ -364,7 +364,7 @@ def test_options_of_drift_are_checked(options):
 
 
 def test_captured_steps_cannot_choose(tiny):
-    with pytest.raises(NapDecodeError, match=r"CommittedReuse chooses positions at each pass, .* use compile=\"kernels\""):
+    with pytest.raises(NapDecodeError, match="CommittedReuse chooses positions at each pass"):
         sampler_of(tiny, CommittedReuse()).replace(compile="graphs")
 
 
