@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from models import needs_transformers_5
 
-from nap_decode import CanvasTemplate, Denoiser, NapDecodeError, ParallelForcedSampler, demo, presets
+from nap_decode import CanvasTemplate, CommittedReuse, Denoiser, NapDecodeError, ParallelForcedSampler, demo, presets
 from nap_decode.bulk import BulkDecoder, BulkPrompt, cut_into_parts, generate, read_prompts, read_results, row_seed
 from nap_decode.integrations import ray as integration
 
@@ -384,6 +384,10 @@ def test_the_sampler_of_a_worker(embedded, tmp_path):
     guided = Denoiser(*embedded, cfg_scale=0.5)
     ParallelForcedSampler(guided, template=TEMPLATE, tokens_per_step=12).save(file)
     assert integration._make(lambda: embedded, integration._composition(file, None), None, "cpu").denoiser.cfg_scale
+    reusing = Denoiser(*embedded, reuse=CommittedReuse())
+    ParallelForcedSampler(reusing, template=TEMPLATE, tokens_per_step=12).save(file)
+    made = integration._make(lambda: embedded, integration._composition(file, None), None, "cpu")
+    assert made.denoiser.reuse == CommittedReuse()
     assert integration._make(lambda: guided, integration._composition("klass", None), None, "cpu").denoiser is guided
 
 

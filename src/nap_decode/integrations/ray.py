@@ -164,8 +164,9 @@ class _Recipe:
     parts: Sampler
 
     def __call__(self, denoiser: Denoiser) -> Sampler:
-        own = self.parts.denoiser
-        return self.parts.replace(denoiser=denoiser.replace(cfg_scale=own.cfg_scale or None, reuse=own.reuse))
+        options = {name: getattr(self.parts.denoiser, name) for name in ("cfg_scale", "reuse")}
+        chosen: dict[str, Any] = {name: value for name, value in options.items() if value}
+        return self.parts.replace(denoiser=denoiser.replace(**chosen) if chosen else denoiser)
 
 
 def _make(
