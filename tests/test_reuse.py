@@ -232,6 +232,16 @@ def test_drift_goes_where_something_happened():
     assert computed[0].nonzero().flatten().tolist() == [5, 6, 7]
 
 
+def test_where_nothing_happens_drift_takes_turns():
+    policy, row = DriftReuse(share=0.5, max_age=100), [MASK] * 4
+    _, _, kept = plan(policy, row, [1] * 4)
+    turns = []
+    for _ in range(3):
+        computed, _, kept = plan(policy, row, [1] * 4, kept)
+        turns.append(computed[0].nonzero().flatten().tolist())
+    assert turns == [[0, 1], [2, 3], [0, 1]]
+
+
 def test_drift_computes_what_was_never_wanted_before():
     """What opens late was last looked at when nothing was there yet."""
     policy, row = DriftReuse(share=0.0, max_age=100), [MASK] * 6
