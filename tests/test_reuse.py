@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from models import MASK, PAD, VOCABULARY, Words, needs_transformers_5, tiny_model
+from test_denoiser import build
 from test_presets import NAMES, OPTIONS, PROMPTS, TEMPLATE
 from transformers import BertConfig, BertForMaskedLM
 
@@ -17,6 +18,7 @@ from nap_decode import (
     DriftReuse,
     MacroParallelScheduler,
     MicroConfidenceCommitter,
+    ModelFamily,
     NapDecodeError,
     ParallelForcedSampler,
     PromptReuse,
@@ -39,6 +41,12 @@ class Everything(Reuse):
 
     def select(self, glance):
         return glance.present
+
+
+class EverythingKept(Everything):
+    """The same, by what is kept of the output."""
+
+    leaves_out_wanted = True
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +111,21 @@ def test_computing_everything_as_a_choice_is_exact(model, guidance):
     assert outputs[1].positions_forwarded == outputs[1].positions_exact
 
 
+@pytest.mark.parametrize("policy", [Everything(), EverythingKept()])
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("Llama", ModelFamily(name="shifted", shift=True)),
+        ("Llama", ModelFamily(name="blocks", attention="4d", block_size=4)),
+        ("Qwen3", None),
+        ("Roberta", None),  # counts positions from another number
+    ],
+)
+def test_conventions_of_families_hold(name, family, policy):
+    model = build(name)
+    same(*(sampler_of(model, reuse, family=family)(PROMPTS) for reuse in (None, policy)))
+
+
 @pytest.mark.parametrize("policy", [CommittedReuse(), DriftReuse(max_age=100), BlockReuse()])
 def test_positions_whose_surroundings_stay_need_no_second_look(model, policy):
     """If nothing changes between two passes, what is reused is what would be computed."""
@@ -111,12 +134,14 @@ def test_positions_whose_surroundings_stay_need_no_second_look(model, policy):
     from nap_decode.rows import Rows, to_rows
 
     rows, tokens = Rows.of(canvas), to_rows(canvas, canvas.tokens, PAD)
-    wanted, places, kept = torch.tensor([[1, 3], [1, 0]]), torch.tensor([0, 1, 2]), {}
+    wanted, places, kept = torch.tensor([[1, 3], [1, 1]]), torch.tensor([0, 1, 2]), {}
     first, second = (denoiser.predict(rows, tokens, wanted, places, kept=kept).logits for _ in range(2))
     exact = Denoiser(model, Words()).predict(rows, tokens, wanted, places).logits
     assert torch.allclose(first, exact)
     assert torch.allclose(second, exact)
     assert int(kept["given"].counts[:, 1].sum()) < 8
+    # The last entry is no slot of its own, and takes nothing from the one that it repeats.
+    assert kept["given"].opened.nonzero().tolist() == [[0, 1], [0, 3], [1, 1]]
 
 
 @pytest.mark.parametrize("policy", [CommittedReuse(), DriftReuse(), BlockReuse(), PromptReuse(refresh_every=3)])
@@ -131,12 +156,15 @@ def test_a_row_is_decoded_alone_as_in_any_batch(model, policy, is_adaptive):
     alone = [sampler([prompt]) for prompt in prompts]
     together = sampler(prompts)
     streamed = list(sampler.stream(prompts, max_batch=2))
+    watched = sampler(prompts, callback=lambda state: None)  # keeps rows that are finished
+    assert watched.trace.forwarded.tolist() == together.trace.forwarded.tolist()
     for row, one in enumerate(alone):
         width = one.sequences.shape[1]
         assert together.sequences[row, -width:].tolist() == one.sequences[0].tolist()
         assert streamed[row].sequences[0].tolist() == one.sequences[0].tolist()
         forwarded = one.trace.forwarded[0].tolist()
         assert together.trace.forwarded[row, : len(forwarded)].tolist() == forwarded
+        assert not bool(together.trace.forwarded[row, len(forwarded) :].any())
         assert streamed[row].trace.forwarded[0].tolist() == forwarded
 
 
@@ -299,20 +327,21 @@ def test_guidance_counts_both_branches(tiny):
     assert exact.positions_forwarded == exact.positions_exact
 
 
+@pytest.mark.parametrize("branches", [1, 2])
 @pytest.mark.parametrize("name", ["wino", "lopa"])
-def test_passes_with_shadows_or_alternatives_compute_everything(tiny, name):
+def test_passes_with_shadows_or_alternatives_compute_everything(tiny, name, branches):
     options = {"template": TEMPLATE} | OPTIONS[name]
     out, plain = (
-        presets.PRESETS[name](Denoiser(tiny, Words(), reuse=reuse), **options)([PROMPTS[0]])
+        presets.PRESETS[name](Denoiser(tiny, Words(), reuse=reuse, cfg_scale=branches - 1), **options)([PROMPTS[0]])
         for reuse in (CommittedReuse(), None)
     )
     counts = out.trace.forwarded[0].tolist()
     assert len(counts) == int(out.trace.forward_passes)
     if name == "wino":  # each of its passes has shadows
         same(out, plain)
-        assert set(counts) == {LENGTH}
+        assert set(counts) == {branches * LENGTH}
     else:  # it begins with a plain pass, and looks at alternatives after that
-        assert counts[1] == LENGTH
+        assert counts[1] == branches * LENGTH
 
 
 def test_a_trace_keeps_what_was_computed(tiny, tmp_path):
