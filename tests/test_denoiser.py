@@ -654,6 +654,10 @@ def test_visibility():
     assert alone.any(2).all()  # what sees nothing is nan
     blocked = visibility(torch.arange(5)[None], torch.ones(1, 5, dtype=torch.bool), block_size=2)
     assert torch.equal(blocked[0], blocks(5, 2))
+    some = visibility(
+        torch.arange(5)[None], torch.ones(1, 5, dtype=torch.bool), queries=torch.tensor([[4, 1]]), block_size=2
+    )
+    assert torch.equal(some[0], blocks(5, 2)[[4, 1]])
 
 
 @needs_transformers_5  # before, native models take neither

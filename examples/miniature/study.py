@@ -129,14 +129,12 @@ class Study:
 
         Decoders of the same kind are compared model by model.
         """
-        first, second = (
-            {result.seed: result for result in self.cell(*kind_and_decoder, value)} for kind_and_decoder in (one, other)
-        )
-        if one[0] == other[0]:
-            seeds = sorted(first.keys() & second.keys())
-            pairs = [first[seed] for seed in seeds], [second[seed] for seed in seeds]
-            return Estimate.of_difference(*pairs) if seeds else None
-        return Estimate.of(list(first.values())) - Estimate.of(list(second.values())) if first and second else None
+        if one[0] != other[0]:
+            ours, theirs = self.estimate(*one, value), self.estimate(*other, value)
+            return ours - theirs if ours and theirs else None
+        first, second = ({result.seed: result for result in self.cell(*cell, value)} for cell in (one, other))
+        seeds = sorted(first.keys() & second.keys())
+        return Estimate.of_difference([first[s] for s in seeds], [second[s] for s in seeds]) if seeds else None
 
     def mean(self, name: str, kind: str, decoder: str, value: float) -> float:
         """Of a field of the results, over the seeds.

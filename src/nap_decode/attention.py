@@ -6,8 +6,15 @@ import torch
 from torch import Tensor
 
 
-def visibility(positions: Tensor, present: Tensor, *, block_size: int | None = None, num_shadows: int = 0) -> Tensor:
-    """Where each query may look, ``(N, W, W)`` bool: rows are queries, columns are keys.
+def visibility(
+    positions: Tensor,
+    present: Tensor,
+    *,
+    queries: Tensor | None = None,
+    block_size: int | None = None,
+    num_shadows: int = 0,
+) -> Tensor:
+    """Where each query may look, ``(N, Q, W)`` bool: rows are queries, columns are keys.
 
     With a block size attention is block-causal: both ways inside a block and back to earlier blocks, blocks
     being counted from position 0.  The last ``num_shadows`` columns are shadows: second versions of slots,
@@ -24,15 +31,16 @@ def visibility(positions: Tensor, present: Tensor, *, block_size: int | None = N
     Args:
         positions: ``(N, W)`` int64, those of the slots that shadows stand for included.
         present: ``(N, W)`` bool, false for padding, which nothing sees.
+        queries: ``(N, Q)`` int64, positions that look; all by default, and with shadows.
         block_size: positions of a block; None if all see all.
         num_shadows: columns at the end that are shadows.
     """
-    num_rows, width = positions.shape
-    seen = present[:, None, :].expand(num_rows, width, width)
+    queries = positions if queries is None else queries
+    seen = present[:, None, :].expand(-1, queries.shape[1], -1)
     if block_size is not None:
-        block = positions // block_size
-        seen = seen & (block[:, None, :] <= block[:, :, None])
+        seen = seen & (positions[:, None, :] // block_size <= queries[:, :, None] // block_size)
     if num_shadows:
+        width = positions.shape[1]
         columns = torch.arange(width, device=positions.device)
         is_shadow = columns >= width - num_shadows
         own = positions[:, :, None] == positions[:, None, :]

@@ -225,14 +225,10 @@ class ModelCall:
                 block_size=self._block_size,
                 num_shadows=wanted.shape[1],
             )
-            # A 2-D mask has no row for a shadow; models that take one take an additive one besides.
-            mask = seen if self.family.attention == "4d" else additive(seen, self.dtype)
-            options = {**options, "attention_mask": mask[:, None], "position_ids": positions + self.first_position}
+            options = self._seeing(options, positions, seen)
             tokens = torch.cat([tokens, torch.full_like(kept, mask_token_id)], dim=1)
             kept = torch.where(hidden, columns[width:], kept)
-        if self._body is not None:
-            return Output(take(self._body(tokens, options), kept), True)
-        return self.head.run(partial(self._run, tokens, options), tokens.shape, kept)
+        return self._output(tokens, options, kept)
 
     def storing(self, tokens: Tensor, options: dict[str, Any], wanted: Tensor, store: Store) -> Output:
         """One call of the model for some positions of rows; it attends to what is in the store, too.
@@ -244,10 +240,7 @@ class ModelCall:
             store: keys and values; gets those of this call.
         """
         if "past_key_values" in self.arguments:
-            options = with_cache(options, store)
-            if self._body is not None:
-                return Output(take(self._body(tokens, options), wanted), True)
-            return self.head.run(partial(self._run, tokens, options), tokens.shape, wanted)
+            return self._output(tokens, with_cache(options, store), wanted)
 
         def run() -> Any:
             with attention_through(self.module, store):
@@ -262,13 +255,9 @@ class ModelCall:
             positions: ``(N, P)`` int64.
             present: ``(N, W)`` bool, false for padding.
         """
-        seen = present[:, None].expand(-1, positions.shape[1], -1)
-        if self._block_size is not None:
-            columns = torch.arange(present.shape[1], device=positions.device)
-            seen = seen & (columns // self._block_size <= positions[..., None] // self._block_size)
-        mask = seen if self.family.attention == "4d" else additive(seen, self.dtype)
-        options = self.frame((1, 1), None, positions.device).options
-        return {**options, "attention_mask": mask[:, None], "position_ids": positions + self.first_position}
+        columns = torch.arange(present.shape[1], device=positions.device).expand_as(present)
+        seen = visibility(columns, present, queries=positions, block_size=self._block_size)
+        return self._seeing(self.frame((1, 1), None, positions.device).options, positions, seen)
 
     def learn(self, tokens: Tensor, wanted: Tensor) -> Tensor:
         """Find out what there is to know about the output layer, see :meth:`Head.learn`.
@@ -305,6 +294,18 @@ class ModelCall:
             "torch.nn.Linear that get_output_embeddings() names, whose output is returned as it is, in a model that is "
             "neither compiled nor split over devices already. Use it as it is"
         )
+
+    def _output(self, tokens: Tensor, options: dict[str, Any], wanted: Tensor) -> Output:
+        """Of one call, compiled if this is."""
+        if self._body is not None:
+            return Output(take(self._body(tokens, options), wanted), True)
+        return self.head.run(partial(self._run, tokens, options), tokens.shape, wanted)
+
+    def _seeing(self, options: dict[str, Any], positions: Tensor, seen: Tensor) -> dict[str, Any]:
+        """Arguments for tokens that stand at ``(N, Q)`` positions and see ``(N, Q, W)`` others."""
+        # A 2-D mask has one row for all; models that take one take an additive one besides.
+        mask = seen if self.family.attention == "4d" else additive(seen, self.dtype)
+        return {**options, "attention_mask": mask[:, None], "position_ids": positions + self.first_position}
 
     def _run(self, tokens: Tensor, options: dict[str, Any]) -> Any:
         return self.model(input_ids=tokens, **options)

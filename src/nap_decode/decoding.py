@@ -16,7 +16,7 @@ from nap_decode.denoiser import Denoiser
 from nap_decode.errors import NapDecodeError
 from nap_decode.prediction import Prediction
 from nap_decode.reuse import Kept
-from nap_decode.rows import Rows, host_tensor, join, narrow, pad_to, select, to_device, to_rows
+from nap_decode.rows import Rows, append, host_tensor, join, narrow, select, to_device, to_rows
 from nap_decode.schedulers import BlockScheduler, Plan
 from nap_decode.slots import Slots
 from nap_decode.state import RowState
@@ -119,7 +119,7 @@ class Finished:
                 state=join(whole.state, group.state, {}),
                 passes=torch.cat([whole.passes, group.passes]),
                 steps_saved=torch.cat([whole.steps_saved, group.steps_saved]),
-                computed=_stacked([whole.computed, group.computed]),
+                computed=append(whole.computed, group.computed),
             )
         order = torch.tensor(whole.numbers).argsort()
         return whole if len(groups) == 1 else whole.rows(order)
@@ -474,12 +474,6 @@ def _computed(kept: dict[str, Kept], passes: Tensor) -> Tensor:
     index = next(iter(kept.values())).start.cpu()[:, None] + number
     own = counts.gather(1, index.clamp(max=counts.shape[1] - 1))
     return torch.where(number < passes[:, None], own, 0)
-
-
-def _stacked(parts: Sequence[Tensor]) -> Tensor:
-    """The rows of all, which may have other numbers of columns."""
-    width = max(part.shape[1] for part in parts)
-    return torch.cat([pad_to(part, [width]) for part in parts])
 
 
 class _Predict:

@@ -173,7 +173,8 @@ class Denoiser:
             raise NapDecodeError(f"{self._call.name} cannot be compiled here; compile it before, with torch.compile")
         other = copy.copy(self)
         with torch.no_grad():
-            other._compiled, other._pass = self._call.compiled(self._probed.tokens, **options), None
+            other._compiled = self._call.compiled(self._probed.tokens, **options)
+            other._pass = other._reusing_pass = None
         return other
 
     # ---------------------------------------------------------------------------------------- facts
@@ -591,14 +592,12 @@ class Denoiser:
             places = (first + places).flatten()
         shadows = None
         if hidden is not None:
-            is_slot = torch.zeros_like(hidden).flatten().index_fill_(0, places, True).view_as(hidden)
-            shadows = hidden, is_slot & (wanted >= 0)
+            shadows = hidden, _are_slots(wanted, places)
         if self.reuse is None or kept is None or shadows is not None or alternatives is not None:
             source, is_hidden = self._forward(rows, tokens, wanted, shadows)
             self._count(rows, kept)
         else:
-            is_slot = torch.zeros_like(wanted, dtype=torch.bool).flatten().index_fill_(0, places, True).view_as(wanted)
-            source, is_hidden = self._reused(rows, tokens, wanted, is_slot & (wanted >= 0), kept)
+            source, is_hidden = self._reused(rows, tokens, wanted, _are_slots(wanted, places), kept)
         head = self._call.head if is_hidden else None
         vocab_size = source.shape[2] if head is None else head.vocab_size
         return Prediction(
@@ -675,6 +674,12 @@ class Denoiser:
         """What the unconditional branch of guidance sees."""
         prompt = rows.prompt.repeat(len(tokens) // len(rows.prompt), 1)
         return torch.where(prompt, self.mask_token_id, tokens)
+
+
+def _are_slots(wanted: Tensor, places: Tensor) -> Tensor:
+    """Bool in the shape of ``wanted``: which of its entries are slots, and not there to fill up."""
+    is_slot = torch.zeros_like(wanted, dtype=torch.bool).flatten().index_fill_(0, places, True).view_as(wanted)
+    return is_slot & (wanted >= 0)
 
 
 def _as_tuple(processors: LogitsProcessor | Sequence[LogitsProcessor]) -> tuple[LogitsProcessor, ...]:

@@ -163,10 +163,15 @@ def join(first: Batched, second: Batched, fills: Mapping[str, float]) -> Batched
             return join(one, other, fills)
         if not isinstance(one, Tensor):
             return one
-        sizes = [max(pair) for pair in zip(one.shape[1:], other.shape[1:], strict=True)]
-        return torch.cat([pad_to(tensor, sizes, fills.get(name, 0)) for tensor in (one, other)])
+        return append(one, other, fills.get(name, 0))
 
     return replace(first, **{f.name: joined(f.name) for f in fields(first)})  # type: ignore[type-var, arg-type]
+
+
+def append(first: Tensor, second: Tensor, fill: float = 0) -> Tensor:
+    """The rows of one tensor, then those of another, each padded at the end of its other dimensions."""
+    sizes = [max(pair) for pair in zip(first.shape[1:], second.shape[1:], strict=True)]
+    return torch.cat([pad_to(tensor, sizes, fill) for tensor in (first, second)])
 
 
 def pad_to(values: Tensor, sizes: Sequence[int], fill: float = 0) -> Tensor:
