@@ -9,7 +9,7 @@ from models import MASK, PAD, TRANSFORMERS_5, VOCABULARY, DreamLike, LLaDALike, 
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from nap_decode import AnyOrderScheduler, Canvas, CanvasTemplate, Denoiser, NapDecodeError, Sampler
+from nap_decode import foreign, AnyOrderScheduler, Canvas, CanvasTemplate, Denoiser, NapDecodeError, Sampler
 from nap_decode.rows import Rows
 
 
@@ -177,18 +177,17 @@ def test_who_is_not_handed_a_mask_like_that(monkeypatch):
         """May do something else with its mask."""
 
     monkeypatch.setitem(globals(), "create_causal_mask", None)
-    assert Denoiser(tiny_model(), mask_token_id=MASK)._call._takes_expanded
-    mine = tiny_model()
-    mine.__class__ = Mine
-    assert not Denoiser(mine, mask_token_id=MASK)._call._takes_expanded
+    model = tiny_model()
+    assert foreign.takes_expanded_mask(model, model.config)
+    model.__class__ = Mine
+    assert not foreign.takes_expanded_mask(model, model.config)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     windows = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
     for options in ({}, windows):
         config = transformers.Qwen2Config(
             vocab_size=VOCABULARY, num_key_value_heads=2, is_causal=False, **sizes, **options
         )
-        denoiser = Denoiser(transformers.Qwen2ForCausalLM(config).eval(), mask_token_id=MASK)
-        assert denoiser._call._takes_expanded == (not options)
+        assert foreign.takes_expanded_mask(transformers.Qwen2ForCausalLM(config), config) == (not options)
 
 
 class Quantised(nn.Linear):

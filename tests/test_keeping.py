@@ -1,13 +1,11 @@
-"""The store of keys and values, and the two ways into a model."""
+"""The store of keys and values."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from models import MASK, VOCABULARY, needs_transformers_5
-from transformers import BertConfig, BertForMaskedLM
 
-from nap_decode.keeping import Store, attention_through
+from nap_decode.keeping import Store
 
 ROWS, WIDTH = 3, 5
 
@@ -50,32 +48,3 @@ def test_a_store_begins_empty():
     assert (keys.sum(), values.sum()) == (7, 8)
     assert sorted(states) == ["keys 0", "values 0"]
     assert states["keys 0"].shape == (ROWS, 1, WIDTH, 1)
-
-
-@needs_transformers_5
-def test_nothing_is_left_behind():
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    config = BertConfig(
-        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
-    )
-    model = BertForMaskedLM(config).eval()
-
-    def state():
-        return dict(ALL_ATTENTION_FUNCTIONS), model.config._attn_implementation, vars(model.config).copy()
-
-    before, ids, store = state(), torch.full((1, 4), MASK), Store({}, 1, 4)
-    with torch.no_grad(), attention_through(model, store):
-        model(input_ids=ids)
-        assert state() != before
-    assert state() == before
-    assert len(store.states) == 4
-
-    def fail(*_):
-        raise RuntimeError("in the middle")
-
-    handle = model.bert.encoder.layer[1].register_forward_pre_hook(fail)
-    with pytest.raises(RuntimeError, match="in the middle"), torch.no_grad(), attention_through(model, store):
-        model(input_ids=ids)
-    handle.remove()
-    assert state() == before

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import MASK, PAD, VOCABULARY, Words, needs_transformers_5, tiny_model
+from models import MASK, PAD, VOCABULARY, DreamLike, Words, needs_transformers_5, tiny_model
 from test_denoiser import build
 from test_presets import NAMES, OPTIONS, PROMPTS, TEMPLATE
 from transformers import BertConfig, BertForMaskedLM
@@ -418,8 +418,19 @@ def test_models_that_cannot_are_refused(tiny):
         Denoiser(lambda ids, mask: torch.zeros(*ids.shape, VOCABULARY), Words(), reuse=CommittedReuse())
 
 
-def test_a_model_that_keeps_its_keys_to_itself_is_refused():
-    from models import DreamLike
+class ByHand(DreamLike):
+    """Attention that is written out, and no cache."""
 
-    with pytest.raises(NapDecodeError, match="cannot reuse keys and values"):
-        Denoiser(DreamLike("Dream", mask_token_id=MASK), Words(), reuse=CommittedReuse())
+    def run(self, input_ids, position_ids, seen):
+        def attend(query, key, value, attn_mask=None):
+            scores = query @ key.transpose(-1, -2)
+            return (scores if attn_mask is None else scores.masked_fill(~attn_mask, -99.0)).softmax(-1) @ value
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+            return super().run(input_ids, position_ids, seen)
+
+
+def test_a_model_that_keeps_its_keys_to_itself_is_refused():
+    with pytest.raises(NapDecodeError, match="cannot reuse keys and values: it takes no cache, and its attention is not"):
+        Denoiser(ByHand("Dream", mask_token_id=MASK), Words(), reuse=CommittedReuse())

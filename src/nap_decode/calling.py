@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -13,86 +11,109 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from nap_decode import foreign
 from nap_decode.attention import additive, visibility
 from nap_decode.compiling import CompiledBody
 from nap_decode.cost import Cost
 from nap_decode.errors import NapDecodeError
 from nap_decode.families import ModelFamily, find_family
 from nap_decode.heads import Head, Output, take
-from nap_decode.keeping import Store, attention_through, with_cache
+from nap_decode.keeping import Store
 
-Model: TypeAlias = "nn.Module | Callable[[Tensor, Tensor], Any]"
-"""A transformers model, or anything called as ``model(input_ids, attention_mask)`` that returns logits
-``(B, L, V)`` or an object with them as ``.logits``.  Rows are padded on the right."""
-
-
-# transformers' own, which do nothing with a 2-D attention mask but make a 4-D one of it.
-# fmt: off
-_EXPANDS_MASKS = frozenset({
-    "bert", "camembert", "distilbert", "electra", "eurobert", "roberta", "xlm-roberta",
-    "gemma", "granite", "llama", "olmo2", "qwen2", "qwen3",
-})
-# fmt: on
+Model: TypeAlias = "nn.Module | Callable[..., Any]"
+"""A transformers model, also in a wrapper (DataParallel, DDP, FSDP, PEFT, torch.compile), or anything called as
+``model(input_ids, attention_mask)``, or ``model(input_ids)``, that returns logits ``(B, L, V)`` or an object with them as
+``.logits``.  Rows are padded on the right."""
 
 
 class ModelCall:
     """Calls a model with rows of tokens and returns its logits at some of their positions, as it gives them.
+
+    Facts come from the innermost module whose signature counts, see :func:`~nap_decode.foreign.unwrapped`; calls go
+    through the model as it was given.
 
     Args:
         model: see :data:`Model`.
         family: how it behaves, if that is not to be found from its config.
 
     Raises:
-        NapDecodeError: the model is of a kind that cannot be decoded by unmasking.
+        NapDecodeError: the model is of a kind that cannot be decoded by unmasking, or its forward cannot be read.
     """
 
     def __init__(self, model: Model, family: ModelFamily | None) -> None:
         self.model: Any = model
-        self.name = type(getattr(model, "_orig_mod", model)).__name__
-        # The module itself, behind torch.compile's wrapper; None for a function.
-        self.module: Any = getattr(model, "_orig_mod", model) if isinstance(model, nn.Module) else None
+        self._chain = foreign.unwrapped(model)
+        # The module itself, behind its wrappers; None for a function.
+        self.module: Any = self._chain[-1] if isinstance(model, nn.Module) else None
+        self.name = type(self._chain[-1]).__name__
         # A research module may have a config of its own; what takes input_ids is called as transformers models are.
-        config = getattr(model, "config", None) if "input_ids" in self.arguments else None
-        if config is not None and hasattr(config, "get_text_config"):
-            config = config.get_text_config()
-        self.config: Any = config
-        if getattr(config, "is_encoder_decoder", False):
+        self.config: Any = foreign.text_config(self.module)
+        if self.config is None and getattr(self.module, "config", None) is not None and foreign.passes_on(self.module):
+            raise NapDecodeError(
+                f"{self.name} has a config, but its forward names no arguments, and what it wraps is not to be found, so "
+                "that nothing is known of how it wants to be called. Give its forward an argument input_ids, or pass a "
+                "function (input_ids, attention_mask) -> logits that calls it"
+            )
+        if getattr(self.config, "is_encoder_decoder", False):
             raise NapDecodeError(f"{self.name} is an encoder-decoder; only models of one stack fill in masks")
-        self.family = family or find_family(config)
+        self.family = family or find_family(self.config)
         if self.family.refusal is not None:
             raise NapDecodeError(f"{self.family.name} cannot be decoded here: {self.family.refusal}")
+        self.must_be_told = False
+        """Whether the model looks ahead only if a mask of its own for every query says so."""
         self._body: CompiledBody | None = None
 
     # ---------------------------------------------------------------------------------------- facts
 
+    def fingerprint(self) -> tuple[object, ...]:
+        """Changes whenever the module is not what it was found to be: other parts, precision, device or attention."""
+        parts = self.module.modules() if self.module is not None else ()
+        weights = [next(layer.parameters(), None) for layer in (self.input_embeddings, self.head.layer) if layer]
+        return (
+            hash(tuple((id(part), type(part)) for part in parts)),
+            *((tuple(w.shape), w.dtype, w.device) for w in weights if w is not None),
+            foreign.attention_kind(self.config),
+            foreign.claims_both_ways(self.config),
+        )
+
+    @property
+    def wrappers(self) -> tuple[int, ...]:
+        """Tells ways of wrapping the module from each other."""
+        return (*map(id, self._chain[:-1]), self.head.num_virtual)
+
     @cached_property
     def arguments(self) -> frozenset[str]:
         """Names that a module's forward takes."""
-        return frozenset() if self.module is None else frozenset(inspect.signature(self.module.forward).parameters)
+        return frozenset(() if self.module is None else foreign.parameters_of(self.module) or ())
+
+    @cached_property
+    def cache_argument(self) -> str | None:
+        """The argument for keys and values, if there is one."""
+        return None if self.config is None else foreign.cache_argument(foreign.parameters_of(self.module) or {})
 
     @cached_property
     def takes_mask(self) -> bool:
         """Whether there is an attention mask to pass; functions and modules called with ids and mask have one."""
-        return self.family.attention != "none" and (self.config is None or "attention_mask" in self.arguments)
+        if self.family.attention == "none":
+            return False
+        return not foreign.takes_ids_alone(self.model) if self.config is None else "attention_mask" in self.arguments
+
+    @property
+    def attention(self) -> str:
+        """How the model is told who may look at whom, see :class:`ModelFamily`."""
+        return "additive" if self.must_be_told and self.family.attention == "2d" else self.family.attention
 
     @cached_property
     def input_embeddings(self) -> nn.Module | None:
         """The input embeddings, if the model says which they are."""
-        return self._part("get_input_embeddings")
+        return foreign.part_of(self.module, "get_input_embeddings")
 
     @cached_property
     def head(self) -> Head:
         """The output layer."""
-        # The code of a model compiled as a whole may not run the hooks of a call, or keep them.
-        is_compiled = self.module is not self.model or self.module._compiled_call_impl is not None
-        return Head(None if is_compiled else self._part("get_output_embeddings"))
-
-    def _part(self, getter: str) -> nn.Module | None:
-        try:
-            part = getattr(self.model, getter, lambda: None)()
-        except NotImplementedError:  # so transformers' own say that they do not know
-            return None
-        return part if isinstance(part, nn.Module) else None
+        is_in_reach = self.config is not None and not foreign.is_compiled(self._chain)
+        layer = foreign.part_of(self.module, "get_output_embeddings") if is_in_reach else None
+        return Head(layer, num_virtual=foreign.virtual_tokens(self._chain))
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         """Those of the input embeddings, which quantisation leaves alone; all, if those are not known."""
@@ -101,8 +122,26 @@ class ModelCall:
 
     @property
     def device(self) -> torch.device:
-        """Where a module takes its input; the CPU for a function."""
-        return next((tensor.device for tensor in self._parameters()), torch.device("cpu"))
+        """Where a module takes its input; the CPU for a function.
+
+        Raises:
+            NapDecodeError: its weights are loaded when they are needed, by something that is not known.
+        """
+        device = next((tensor.device for tensor in self._parameters()), torch.device("cpu"))
+        if device.type != "meta":
+            return device
+        found = foreign.execution_device(self.input_embeddings or self.module) or foreign.execution_device(self.model)
+        if found is None:
+            raise NapDecodeError(
+                f"the weights of {self.name} are on no device (meta); load them, or pass device= to say where whatever "
+                "loads them takes its input"
+            )
+        return found
+
+    @property
+    def is_split(self) -> bool:
+        """Whether the model's parameters are on several devices."""
+        return self.module is not None and len({parameter.device for parameter in self.module.parameters()}) > 1
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -116,13 +155,9 @@ class ModelCall:
         return getattr(self.input_embeddings, "num_embeddings", None) or getattr(self.config, "vocab_size", None)
 
     @cached_property
-    def max_positions(self) -> int | None:
-        """Positions that the model has, if that is known."""
-        for name in ("max_position_embeddings", "max_sequence_length", "model_length"):
-            limit = getattr(self.config, name, None)
-            if isinstance(limit, int) and limit > 0:
-                return limit - self.first_position
-        return None
+    def position_limit(self) -> tuple[int | None, bool]:
+        """See :func:`~nap_decode.foreign.position_limit`."""
+        return foreign.position_limit(self.module, self.config, self.input_embeddings)
 
     @cached_property
     def cost(self) -> Cost | None:
@@ -133,35 +168,13 @@ class ModelCall:
 
     @cached_property
     def first_position(self) -> int:
-        """Where the model starts to count: RoBERTa-like ones, which derive positions from the ids, not at 0."""
-        for name, module in self.module.named_modules() if self.module is not None else ():
-            if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-                return module.padding_idx + 1 if module.padding_idx is not None else 0
-        return 0
-
-    @cached_property
-    def attends_locally(self) -> bool:
-        """Whether the config says that some layers see a window only."""
-        kinds = getattr(self.config, "layer_types", None)
-        if kinds is not None:
-            return any(kind != "full_attention" for kind in kinds)
-        every = getattr(self.config, "global_attn_every_n_layers", None)  # ModernBERT before transformers 5
-        return (every or 1) > 1
+        """See :func:`~nap_decode.foreign.first_position`."""
+        return foreign.first_position(self.module)
 
     @property
-    def _takes_expanded(self) -> bool:
-        """Whether to pass the 4-D mask that transformers itself would make of a 2-D one for this model.
-
-        It would first wait for the device, to see whether the mask hides anything.
-        """
-        defined_in = vars(sys.modules[type(self.module).__module__])
-        return (
-            getattr(self.config, "model_type", None) in _EXPANDS_MASKS
-            and type(self.module).__module__.startswith("transformers.")
-            and ("create_bidirectional_mask" in defined_in or "create_causal_mask" in defined_in)
-            and self.config._attn_implementation == "sdpa"  # it may be exchanged at any time
-            and not self.attends_locally
-        )
+    def attention_window(self) -> int | None:
+        """See :func:`~nap_decode.foreign.attention_window`."""
+        return foreign.attention_window(self.config)
 
     # ---------------------------------------------------------------------------------------- the call
 
@@ -175,10 +188,8 @@ class ModelCall:
         """
         options: dict[str, Any] = {}
         if self.config is None:
-            options["attention_mask"] = torch.ones(shape, dtype=torch.int64, device=device)
-            if present is not None:
-                options["attention_mask"] = present.long()
-            return Frame(present, options)
+            mask = torch.ones(shape, dtype=torch.int64, device=device) if present is None else present.long()
+            return Frame(present, {"attention_mask": mask})
         if "use_cache" in self.arguments:
             options["use_cache"] = False
         if "timesteps" in self.arguments:
@@ -211,8 +222,6 @@ class ModelCall:
             mask_token_id: what stands in shadows.
         """
         kept, options = wanted.clamp(min=0), frame.options
-        if self.config is None:
-            return Head(None).run(lambda: self.model(tokens, options["attention_mask"]), tokens.shape, kept)
         if shadows is not None:
             hidden, is_seen = shadows
             width = tokens.shape[1]
@@ -239,11 +248,11 @@ class ModelCall:
             wanted: ``(N, K)`` int64, which of them to return.
             store: keys and values; gets those of this call.
         """
-        if "past_key_values" in self.arguments:
-            return self._output(tokens, with_cache(options, store), wanted)
+        if self.cache_argument is not None:
+            return self._output(tokens, {**options, self.cache_argument: foreign.as_cache(store.update, store.width)}, wanted)
 
         def run() -> Any:
-            with attention_through(self.module, store):
+            with foreign.through_attention(store.update):
                 return self._run(tokens, options)
 
         return self.head.run(run, tokens.shape, wanted)
@@ -259,15 +268,12 @@ class ModelCall:
         seen = visibility(columns, present, queries=positions, block_size=self._block_size)
         return self._seeing(self.frame((1, 1), None, positions.device).options, positions, seen)
 
-    def learn(self, tokens: Tensor, wanted: Tensor) -> Tensor:
+    def learn(self, tokens: Tensor, wanted: Tensor) -> tuple[Tensor, bool]:
         """Find out what there is to know about the output layer, see :meth:`Head.learn`.
 
         Args:
             tokens: ``(N, W)`` int64, rows to try it with.
             wanted: ``(N, K)`` int64, positions to try it at.
-
-        Returns:
-            ``(N, K, V)``: the logits.
         """
         frame = self.frame(tokens.shape, None, tokens.device)
         return self.head.learn(partial(self._run, tokens, frame.options), tokens.shape, wanted)
@@ -304,11 +310,20 @@ class ModelCall:
     def _seeing(self, options: dict[str, Any], positions: Tensor, seen: Tensor) -> dict[str, Any]:
         """Arguments for tokens that stand at ``(N, Q)`` positions and see ``(N, Q, W)`` others."""
         # A 2-D mask has one row for all; models that take one take an additive one besides.
-        mask = seen if self.family.attention == "4d" else additive(seen, self.dtype)
+        mask = seen if self.attention == "4d" else additive(seen, self.dtype)
         return {**options, "attention_mask": mask[:, None], "position_ids": positions + self.first_position}
 
     def _run(self, tokens: Tensor, options: dict[str, Any]) -> Any:
-        return self.model(input_ids=tokens, **options)
+        tokens = tokens.clone()  # the model's own, whatever it does to them
+        mask = options.get("attention_mask")
+        written = None if mask is None or mask.is_inference() else mask._version
+        if self.config is not None:
+            output = self.model(input_ids=tokens, **options)
+        else:
+            output = self.model(tokens, mask) if self.takes_mask else self.model(tokens)
+        if written is not None and mask._version != written:
+            raise NapDecodeError(f"{self.name} writes into its attention mask, which the next call needs as it was")
+        return output
 
     @property
     def _block_size(self) -> int | None:
@@ -317,12 +332,14 @@ class ModelCall:
 
     def _mask(self, shape: tuple[int, int] | torch.Size, present: Tensor | None, device: torch.device) -> Tensor | None:
         """The attention mask as the family wants it; None if all see all, which is faster without one."""
-        attention, block_size = self.family.attention, self._block_size
-        if (present is None and block_size is None) or not self.takes_mask:
+        attention, block_size = self.attention, self._block_size
+        if not self.takes_mask or (present is None and block_size is None and not self.must_be_told):
             return None
+        if present is None and block_size is None:
+            return torch.zeros(1, dtype=self.dtype, device=device).expand(shape[0], 1, shape[1], shape[1])
         if present is None:
             present = torch.ones(1, shape[1], dtype=torch.bool, device=device)
-        if attention == "2d" and not self._takes_expanded:
+        if attention == "2d" and not foreign.takes_expanded_mask(self.module, self.config):
             return present.long()
         if block_size is None:
             seen = present[:, None].expand(-1, shape[1], -1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nap_decode.errors import NapDecodeError
 
 _CALLING = threading.RLock()
+"""Held while hooks are on a model.  They look at the calls of their own thread only; the lock is for their list."""
 
 
 class Output(NamedTuple):
@@ -37,16 +38,18 @@ class Head:
 
     Args:
         layer: None if it is not known, or if hooks on it cannot be trusted.
+        num_virtual: positions that the model puts in front of every row, whose logits are cut off.
     """
 
-    def __init__(self, layer: nn.Module | None) -> None:
+    def __init__(self, layer: nn.Module | None, *, num_virtual: int = 0) -> None:
         self.layer = layer
+        self.num_virtual = num_virtual
         self.is_late = False
         """Whether calls give hidden states."""
         self.dtype = torch.get_default_dtype()
         """Precision of the logits, if so."""
-        self.memory: Tensor | None = None
-        """What :class:`Passing` works in, while nobody does."""
+        self.memory: list[Tensor] = []
+        """What :class:`Passing` works in, while nobody does: one tensor, or none."""
 
     @property
     def vocab_size(self) -> int:
@@ -73,14 +76,15 @@ class Head:
             shape: ``(N, W)`` of the ids it is called with.
             wanted: ``(N, K)`` int64, positions of which the output is wanted.
         """
-        # The hooks are on the model, which other threads may call.
-        with _CALLING, self._watched(shape, _nothing if self.is_late else partial(take, wanted=wanted)) as (inputs, _):
-            logits = _logits(call())
+        with self._watched(shape, _nothing if self.is_late else partial(take, wanted=wanted)) as (inputs, _):
+            output = call()
+        columns = shape[1] if not inputs else 0 if self.is_late else wanted.shape[1]
+        logits = self._logits(output, shape, columns)
         if inputs:
             return Output(take(inputs[0], wanted), True) if self.is_late else Output(logits, False)
         return Output(take(logits, wanted), False)
 
-    def learn(self, call: Callable[[], Any], shape: torch.Size, wanted: Tensor) -> Tensor:
+    def learn(self, call: Callable[[], Any], shape: torch.Size, wanted: Tensor) -> tuple[Tensor, bool]:
         """Call the model, and find out whether the output layer can be applied later.
 
         Args:
@@ -89,20 +93,43 @@ class Head:
             wanted: ``(N, K)`` int64, positions to look at.
 
         Returns:
-            ``(N, K, V)``: the logits.
+            ``(N, K, V)``: the logits; and whether it can, which :attr:`is_late` is still to be told.
         """
         with self._watched(shape, partial(take, wanted=wanted)) as (inputs, outputs):
-            logits = _logits(call())
+            output = call()
+        logits = self._logits(output, shape, wanted.shape[1] if inputs else shape[1])
         if not inputs:
-            return take(logits, wanted)
-        if type(self.layer) is nn.Linear:  # a quantised one may not take what is empty
-            self.dtype = logits.dtype
-            again = self.logits(Output(take(inputs[0], wanted), True)).to(logits.device)
-            # To the bit; and untouched but for a cast or a move, because a bias that is added behind the layer may
-            # be 0 now, and trained tomorrow.
-            made = outputs[-1]
-            is_untouched = made is logits or made.dtype != logits.dtype or made.device != logits.device
-            self.is_late = is_untouched and torch.equal(again, logits)
+            return take(logits, wanted), False
+        # A quantised one may not take what is empty.
+        if type(self.layer) is not nn.Linear or not _is_plain(self.layer.weight):
+            return logits, False
+        hidden = take(inputs[0], wanted)
+        again = self.layer(hidden).to(logits)
+        # To the bit; and untouched but for a cast or a move, because a bias that is added behind the layer may be 0
+        # now, and trained tomorrow.
+        made = outputs[-1]
+        is_untouched = made is logits or made.dtype != logits.dtype or made.device != logits.device
+        return logits, is_untouched and torch.equal(again, logits)
+
+    def _logits(self, output: Any, shape: torch.Size, columns: int) -> Tensor:
+        """``(N, columns, V)`` of what the model returned for ids ``(N, W)``."""
+        if isinstance(output, Mapping) and not hasattr(output, "logits"):
+            output = output.get("logits", output)
+        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+        if logits is None and isinstance(output, tuple):
+            logits = output[0]
+        if not isinstance(logits, Tensor) or logits.ndim != 3:
+            got = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(output).__name__
+            raise NapDecodeError(f"the model must return logits (B, L, V) or an object with such .logits, not {got}")
+        found, wanted = tuple(logits.shape[:2]), (shape[0], columns)
+        if self.num_virtual and found == (shape[0], columns + self.num_virtual):
+            return logits[:, self.num_virtual :]
+        if found != wanted:
+            raise NapDecodeError(
+                f"the model must return logits for every position, but returned {found[1]} in {found[0]} rows where "
+                f"{wanted[1]} in {wanted[0]} were due, of ids {tuple(shape)}. Wrap it into a function "
+                "(input_ids, attention_mask) -> logits that cuts off what stands for no id, or adds what is left out"
+            )
         return logits
 
     @contextmanager
@@ -112,9 +139,12 @@ class Head:
         """While open, the layer sees only what ``keep`` leaves; yields what it was to see, and what it made."""
         inputs: list[Tensor] = []
         outputs: list[Tensor] = []
+        own_thread = threading.get_ident()
 
         def before(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
             hidden = arguments[0] if arguments else None
+            if threading.get_ident() != own_thread:  # a call of somebody else's
+                return None
             # A tied output layer may be the input embedding itself, which is called with ids.
             if not isinstance(hidden, Tensor) or hidden.ndim != 3 or hidden.shape[:2] != shape:
                 return None
@@ -122,18 +152,23 @@ class Head:
             return (keep(hidden), *arguments[1:])
 
         def after(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
-            outputs.append(output)
+            if threading.get_ident() == own_thread:
+                outputs.append(output)
 
-        handles = []
-        if self.layer is not None:
-            # Before hooks that there are already: they see what passes the layer later.
-            handles.append(self.layer.register_forward_pre_hook(before, prepend=True))
-            handles.append(self.layer.register_forward_hook(after))
-        try:
+        if self.layer is None:
             yield inputs, outputs
-        finally:
-            for handle in handles:
-                handle.remove()
+            return
+        with _CALLING:
+            # Before hooks that there are already: they see what passes the layer later.
+            handles = [
+                self.layer.register_forward_pre_hook(before, prepend=True),
+                self.layer.register_forward_hook(after),
+            ]
+            try:
+                yield inputs, outputs
+            finally:
+                for handle in handles:
+                    handle.remove()
 
 
 class Passing:
@@ -153,11 +188,12 @@ class Passing:
     def __call__(self, rows: Tensor) -> Tensor:
         """Logits ``(R, V)`` of hidden states ``(R, H)``."""
         layer = self.head.layer
-        if rows.device.type != "cpu" or torch.is_grad_enabled() or type(layer) is not nn.Linear or not _is_plain(layer):
+        if not self._is_just_a_product(rows):
             return self.head(rows)
+        assert isinstance(layer, nn.Linear)
         size = len(rows) * layer.out_features
-        if self._memory is None:  # taken, so that nobody else works in it
-            self._memory, self.head.memory = self.head.memory, None
+        if self._memory is None:
+            self._memory = self._taken()
         memory = self._memory
         if (
             memory is None
@@ -165,7 +201,7 @@ class Passing:
             or memory.dtype != rows.dtype
             or memory.is_inference() != torch.is_inference_mode_enabled()
         ):
-            memory = self._memory = torch.empty(size, dtype=rows.dtype)
+            memory = self._memory = torch.empty(size, dtype=rows.dtype, device="cpu")
         logits = memory[:size].view(len(rows), layer.out_features)
         if layer.bias is None:
             torch.mm(rows, layer.weight.T, out=logits)
@@ -173,17 +209,32 @@ class Passing:
             torch.addmm(layer.bias, rows, layer.weight.T, out=logits)
         return logits.to(self.head.dtype)
 
+    def _taken(self) -> Tensor | None:
+        """The memory, taken so that nobody else works in it; popped, because that cannot happen twice."""
+        try:
+            return self.head.memory.pop()
+        except IndexError:
+            return None
+
     def release(self) -> None:
         """Give the memory back."""
         if self._memory is not None:
-            self.head.memory, self._memory = self._memory, None
+            self.head.memory[:], self._memory = [self._memory], None
+
+    def _is_just_a_product(self, rows: Tensor) -> bool:
+        """Whether calling the layer, on a CPU, is nothing but its product: no hooks, no parameters of another kind."""
+        layer = self.head.layer
+        if rows.device.type != "cpu" or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return False
+        if type(layer) is not nn.Linear or layer._forward_pre_hooks or layer._forward_hooks or "forward" in vars(layer):
+            return False
+        parameters = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
+        return all(_is_plain(p) and p.device.type == "cpu" and p.dtype == rows.dtype for p in parameters)
 
 
-def _is_plain(layer: nn.Linear) -> bool:
-    """Whether calling it is nothing but its product: no hooks, no parameters of another kind."""
-    parameters = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
-    hooked = layer._forward_pre_hooks or layer._forward_hooks or "forward" in vars(layer)
-    return not hooked and all(type(p) is nn.Parameter and p.device.type == "cpu" for p in parameters)
+def _is_plain(parameter: Tensor) -> bool:
+    """Whether it is numbers and nothing else; quantised ones are of kinds of their own."""
+    return type(parameter) is nn.Parameter
 
 
 def take(rows: Tensor, wanted: Tensor) -> Tensor:
@@ -197,13 +248,3 @@ def take(rows: Tensor, wanted: Tensor) -> Tensor:
 def _nothing(rows: Tensor) -> Tensor:
     """``(N, W, H) -> (N, 0, H)``."""
     return rows[:, :0]
-
-
-def _logits(output: Any) -> Tensor:
-    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if logits is None and isinstance(output, tuple):
-        logits = output[0]
-    if not isinstance(logits, Tensor) or logits.ndim != 3:
-        got = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(output).__name__
-        raise NapDecodeError(f"the model must return logits (B, L, V) or an object with such .logits, not {got}")
-    return logits

@@ -1,24 +1,10 @@
-"""Making a model keep its keys and values, and use those that were kept, through transformers' own interfaces.
-
-Two are there.  A decoder takes a ``Cache``, whose ``update`` gets the keys and values of the tokens that the model is
-called with and returns those to attend to.  For an encoder an attention function does the same: it is registered and
-named in the config while the model runs, and neither is left behind.
-"""
+"""Keys and values that passes keep for the next ones."""
 
 from __future__ import annotations
 
-import functools
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
-from torch import Tensor, nn
-
-from nap_decode.errors import NapDecodeError
-
-_ATTENTION = "nap_decode_reuse"
+from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,70 +46,3 @@ class Store:
         if self.rows is not None:
             kept.index_copy_(0, self.rows, some)
         return some
-
-
-@functools.cache
-def _cache_class() -> type[Any]:
-    from transformers import Cache
-
-    class StoreCache(Cache):  # type: ignore[misc]
-        """A store, as transformers' decoders take it."""
-
-        def __init__(self, store: Store) -> None:
-            self.store = store
-            self.layers: list[Any] = []  # none that transformers knows of
-
-        def update(
-            self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-        ) -> tuple[Tensor, Tensor]:
-            return self.store.update(layer_idx, key_states, value_states)
-
-        def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
-            return 0
-
-        def get_query_offset(self, *args: Any, **kwargs: Any) -> int:
-            return 0
-
-        def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-            return self.store.width, 0
-
-    return StoreCache
-
-
-def with_cache(options: dict[str, Any], store: Store) -> dict[str, Any]:
-    """Arguments of a call that uses a store."""
-    return {**options, "past_key_values": _cache_class()(store)}
-
-
-@contextmanager
-def attention_through(module: nn.Module, store: Store) -> Iterator[None]:
-    """While open, the attention layers of a transformers model use a store.
-
-    Raises:
-        NapDecodeError: the installed transformers has no registry of attention functions.
-    """
-    try:
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-    except ImportError:
-        raise NapDecodeError("reuse needs transformers 5; run pip install 'transformers>=5'") from None
-    configs: dict[int, Any] = {id(part.config): part.config for part in module.modules() if hasattr(part, "config")}
-    names = {key: config._attn_implementation for key, config in configs.items()}
-    layers: dict[int, int] = {}  # numbers of attention layers, in the order in which they come
-
-    def attend(layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Any:
-        keys, values = store.update(layers.setdefault(id(layer), len(layers)), key, value)
-        original = names[id(layer.config)]
-        eager = getattr(sys.modules[type(layer).__module__], "eager_attention_forward", None)
-        attention: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get(original, eager)
-        return attention(layer, query, keys, values, mask, **options)
-
-    name = f"{_ATTENTION}_{id(store)}"
-    ALL_ATTENTION_FUNCTIONS.register(name, attend)
-    try:
-        for config in configs.values():
-            config._attn_implementation_internal = name
-        yield
-    finally:
-        for key, config in configs.items():
-            config._attn_implementation_internal = names[key]
-        ALL_ATTENTION_FUNCTIONS._global_mapping.pop(name, None)

@@ -1,12 +1,23 @@
-"""What a model does, found out by calling it with a few short rows instead of trusting its name."""
+"""What a model does, found out by calling it with a few short rows instead of trusting its name.
+
+What was found out about a module is remembered as long as it lives, so that nobody asks twice: neither a second
+Denoiser, nor a drop-in that makes one at every call.  A module that has changed is asked again.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from nap_decode import foreign
+from nap_decode.calling import ModelCall
+from nap_decode.passes import ForwardPass, ReusingPass
+from nap_decode.reuse import CommittedReuse, Kept, PromptReuse
+from nap_decode.rows import Rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +117,9 @@ class ProbeRows:
 
     def shift(self, logits: Tensor, mask_token_id: int) -> bool | None:
         """Where the riddles are answered, if all of them are, and none in the other place."""
-        guesses = logits[3:].index_fill(2, torch.tensor([mask_token_id], device=logits.device), -torch.inf).argmax(2)
+        logits = logits[3:].clone()
+        logits[:, :, mask_token_id : mask_token_id + 1] = -torch.inf  # which need not be scored
+        guesses = logits.argmax(2)
         before, in_place = (guesses == self.answers[:, None].to(guesses.device)).unbind(1)
         if len(self.answers) == 0 or bool(before.any()) == bool(in_place.any()):
             return None
@@ -126,3 +139,230 @@ class ProbeRows:
         """How much a prediction differs between two equal rows, and between two with different futures."""
         row, again, other = logits[:3, 0]
         return (row - again).abs().max(), (row - other).abs().max()
+
+
+@dataclass
+class Answers:
+    """What was found out about a model; holds nothing of the model itself.
+
+    Args:
+        alone: ``(N, 2, V)``, what the model says to rows without padding.
+        is_late: whether its output layer can be applied later.
+        must_be_told: whether it looks ahead only if a mask says so, see :class:`ModelCall`.
+        hides_padding: see :class:`Probe`; None if that was not asked yet.
+        leaves_one_out: whether it was seen to predict with slots left out.
+        reuses: whether it was seen to compute some positions only.
+    """
+
+    alone: Tensor
+    is_late: bool
+    must_be_told: bool = False
+    hides_padding: bool | None = None
+    leaves_one_out: bool = False
+    reuses: bool = False
+
+
+_REMEMBERED: WeakKeyDictionary[nn.Module, tuple[object, dict[object, Answers]]] = WeakKeyDictionary()
+_MOST = 16
+"""Ways of asking one module that are remembered."""
+
+
+class Probing:
+    """Asks a model what it does, once.
+
+    Args:
+        call: calls the model.
+        mask_token_id: see :class:`~nap_decode.Denoiser`.
+        pad_token_id: see there.
+        avoid: ids that end a text.
+        device: where the model takes its input.
+    """
+
+    def __init__(
+        self, call: ModelCall, *, mask_token_id: int, pad_token_id: int, avoid: Sequence[int], device: torch.device
+    ) -> None:
+        self.call, self.mask_token_id, self.device = call, mask_token_id, device
+        self.fingerprint = call.fingerprint()
+        self.rows: ProbeRows | None = None
+        """What the model is asked; None for functions, modules without a config, and models of few ids."""
+        self.answers: Answers | None = None
+        if call.config is None:
+            return
+        self.rows = ProbeRows.make(
+            mask_token_id=mask_token_id,
+            pad_token_id=pad_token_id,
+            avoid=avoid,
+            num_ids=call.num_embeddings or 0,
+            max_positions=call.position_limit[0],
+            device=device,
+        )
+        self._key = call.wrappers, call.family, mask_token_id, pad_token_id, tuple(avoid), device
+
+    def ask(self) -> None:
+        """Find out what rows without padding tell, or remember it."""
+        if self.rows is None:
+            return
+        # Of a module's last state only: the ids that tell states apart may be given again.
+        state, known = _REMEMBERED.get(self.call.module, (None, {}))
+        if state != self.fingerprint or len(known) >= _MOST:
+            known = {}
+            _REMEMBERED[self.call.module] = self.fingerprint, known
+        answers = known.get(self._key)
+        if answers is None:
+            answers = known[self._key] = self._ask(self.rows)
+        self.answers = answers
+        self._tell(answers)
+
+    def _ask(self, rows: ProbeRows) -> Answers:
+        """What rows without padding tell."""
+        answers = Answers(*self._learn(rows))
+        if not rows.sees_future(answers.alone) and foreign.claims_both_ways(self.call.config):
+            # Releases that do not read this of a config still do what a mask says for every query.
+            told = Answers(answers.alone, answers.is_late, must_be_told=True)
+            self._tell(told)
+            try:
+                told.alone, told.is_late = self._learn(rows)
+            except Exception:  # whatever foreign code says to a mask that it does not take
+                return answers
+            return told if rows.sees_future(told.alone) else answers
+        return answers
+
+    def _learn(self, rows: ProbeRows) -> tuple[Tensor, bool]:
+        with torch.no_grad():
+            return self.call.learn(rows.tokens, rows.wanted)
+
+    def _tell(self, answers: Answers) -> None:
+        """Let calls be made as was found out."""
+        self.call.must_be_told = answers.must_be_told
+        self.call.head.is_late, self.call.head.dtype = answers.is_late, answers.alone.dtype
+
+    @property
+    def sees_future(self) -> bool | None:
+        """See :class:`Probe`."""
+        return None if self.rows is None or self.answers is None else self.rows.sees_future(self.answers.alone)
+
+    @property
+    def shift(self) -> bool | None:
+        """See :class:`Probe`."""
+        if self.rows is None or self.answers is None:
+            return None
+        return self.rows.shift(self.answers.alone, self.mask_token_id)
+
+    @property
+    def hides_padding(self) -> bool:
+        """Whether what the attention mask hides behind a row leaves the row's predictions alone."""
+        call, rows, answers = self.call, self.rows, self.answers
+        if not call.takes_mask or rows is None or answers is None:
+            return call.takes_mask
+        if answers.hides_padding is None:
+            with torch.no_grad():
+                frame = call.frame(rows.padded.shape, rows.present, self.device)
+                padded = call(rows.padded, frame, rows.wanted[:2, :1])
+                answers.hides_padding = rows.hides_padding(answers.alone, call.head.logits(padded))
+        return answers.hides_padding
+
+    def is_random(self) -> bool:
+        """Whether the model says different things to equal rows: dropout, of whatever kind; one small forward pass."""
+        like = self.mask_token_id if self.rows is None else int(self.rows.tokens[0, 1])
+        tokens = torch.full((32, 3), like, device=self.device)
+        tokens[:, 1] = self.mask_token_id
+        wanted = torch.ones(32, 1, dtype=torch.int64, device=self.device)
+        with torch.no_grad():
+            logits = self.call.learn(tokens, wanted)[0]
+        return bool((logits - logits[:1]).abs().max() > 64 * torch.finfo(logits.dtype).eps * logits.abs().max())
+
+    # ---------------------------------------------------------------------------------------- leaving one out
+
+    def why_not_leave_one_out(self) -> str | None:
+        """What is wrong with leave-one-out predictions, if anything; two small forward passes, made once."""
+        call, answers = self.call, self.answers
+        if answers is not None and answers.leaves_one_out:
+            return None
+        name = call.name
+        if call.family.shift:
+            return f"{name} ({call.family.name}) predicts position p at p - 1, where no slot can be left out alone"
+        if call.config is None or "position_ids" not in call.arguments or not call.takes_mask:
+            return (
+                f"leave-one-out predictions need a model that takes position_ids and a 4-D attention_mask; {name} does "
+                "not"
+            )
+        if call.attention_window is not None:
+            return f"some layers of {name} attend to a window only, which a 4-D attention mask would override"
+        with torch.no_grad():
+            reason = self._try_shadows()
+        if reason is None and answers is not None:
+            answers.leaves_one_out = True
+        return reason
+
+    def _try_shadows(self) -> str | None:
+        """The shadow of a masked slot says what the slot itself says, and the canvas what it says without shadows."""
+        call, mask = self.call, self.mask_token_id
+        same, other = (0, mask) if self.rows is None else self.rows.tokens[1:3, 1].tolist()
+        rows = torch.tensor([[same, mask, other, same], [other, mask, same, other]] * 2, device=self.device)
+        wanted = torch.ones(4, 1, dtype=torch.int64, device=self.device)
+        frame = call.frame(rows.shape, None, self.device)
+        shadows = torch.arange(4, device=self.device)[:, None] >= 2, wanted >= 0
+        plain = call.head.logits(call(rows, frame, wanted))
+        try:
+            shadow = call.head.logits(call(rows, frame, wanted, shadows, mask_token_id=mask))
+        except Exception as error:
+            return f"leave-one-out predictions need a 4-D attention mask, which {call.name} does not take: {error}"
+        if _differ(shadow, plain, effect=(plain[0] - plain[1]).abs().max()):
+            return (
+                f"{call.name} does not do what a 4-D attention mask and position_ids say, which leave-one-out "
+                "predictions need; attn_implementation='sdpa' may"
+            )
+        return None
+
+    # ---------------------------------------------------------------------------------------- reuse
+
+    def why_not_reuse(self) -> str | None:
+        """What is wrong with calls for some positions, if anything; a few small forward passes, made once."""
+        call, answers = self.call, self.answers
+        if self.rows is None or answers is None or "position_ids" not in call.arguments:
+            return "it takes no position_ids"
+        if answers.reuses:
+            return None
+        if call.attention_window is not None:
+            return "some of its layers attend to a window only"
+        if call.is_split:
+            return "it is split over devices"
+        if not self.hides_padding:
+            return "it does not hide padding"
+        with torch.no_grad():
+            reason = self._try_reuse(self.rows)
+        answers.reuses = reason is None
+        return reason
+
+    def _try_reuse(self, probed: ProbeRows) -> str | None:
+        """They must agree with calls for all positions."""
+        call, wanted = self.call, probed.wanted[:2, :1]
+        rows = Rows(tuple(probed.present.sum(1).tolist()), torch.zeros_like(probed.present), probed.present)
+        exact = ForwardPass(call, rows, False, self.mask_token_id)
+        before = probed.padded.clone()
+        before[:, 1] = probed.tokens[2, 1]
+        expected = [call.head.logits(exact(tokens, wanted, None)) for tokens in (before, probed.padded)]
+        kept, found = Kept.nothing(len(before), rows.width, before.device), []
+        # The whole of other rows; then all positions of these, called for as some; then one, though nothing is new.
+        steps = ((PromptReuse(refresh_every=1), before), (CommittedReuse(delay=9), probed.padded))
+        try:
+            for policy, tokens in (*steps, (CommittedReuse(), probed.padded)):
+                output, kept = ReusingPass(call, rows, policy)(tokens, wanted, wanted >= 0, kept)
+                found.append(call.head.logits(output))
+                if not kept.states:
+                    return (
+                        "it takes no cache, and its attention is not torch's scaled_dot_product_attention; "
+                        "attn_implementation='sdpa' may"
+                    )
+        except Exception as error:
+            return f"asked for some positions, it fails ({type(error).__name__}: {error})"
+        effect = (expected[0] - expected[1]).abs().max()
+        if any(_differ(a, b, effect) for a, b in zip(found, [*expected, expected[1]], strict=True)):
+            return "asked for some positions, it does not say what it says when it is asked for all"
+        return None
+
+
+def _differ(found: Tensor, expected: Tensor, effect: Tensor) -> bool:
+    """Whether logits differ by more than rounding and a thousandth of what other tokens would have changed."""
+    rounding = 16 * torch.finfo(expected.dtype).eps * expected.abs().max()
+    return bool((found - expected).abs().max() > 1e-3 * effect + rounding)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nap_decode.demo.problems import NUM_DIGITS, NUM_PATHS, PATH_LENGTH, SUMMARY_LENGTH, NimSum, sample_problems
-from nap_decode.errors import NapDecodeError, check_name
+from nap_decode.errors import check_name
 
 __all__ = [
     "CHAIN_CHECKPOINT",
@@ -39,7 +39,7 @@ def load(trained_on: str = "paths") -> tuple[Any, Any]:
         trained_on: ``"paths"``, three solutions under headers and a summary, or ``"chain"``, one long solution.
 
     Raises:
-        NapDecodeError: another name; transformers is older than 5, so that its Llama attends to the past only.
+        NapDecodeError: another name.
 
     Example:
         >>> model, tokenizer = load()
@@ -50,15 +50,9 @@ def load(trained_on: str = "paths") -> tuple[Any, Any]:
         >>> sampler("6 0 6 4 6 2 1 2 4 7 0 6 =", max_new_tokens=35).text
         '6 0 6 6 6 0 0 4 4 4 6 2 2 2 0 0 1 1 1 2 3 3 4 7 7 7 0 0 0 0 0 6 6 6'
     """
-    import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     check_name("embedded model", trained_on, ("paths", "chain"))
-    if int(transformers.__version__.split(".")[0]) < 5:
-        raise NapDecodeError(
-            "the embedded model is a decoder that attends both ways, which transformers can do since version 5, but "
-            f"{transformers.__version__} is installed; run pip install 'transformers>=5'"
-        )
     directory = CHECKPOINT if trained_on == "paths" else CHAIN_CHECKPOINT
     model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True)
     return model.eval(), AutoTokenizer.from_pretrained(directory, local_files_only=True)

@@ -1,0 +1,289 @@
+"""Other people's code: torch's wrappers, transformers, PEFT, accelerate and what comes with checkpoints.
+
+Everything that is known of it by name is known here, and nowhere else; the rest of the package asks these functions.
+Each looks for what code can do, not for its version, and says what follows if it is not found: less speed, or a refusal
+with the reason, but never another decode.  What is found here is still tried out, see :mod:`nap_decode.probing`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+Update = Callable[[int, Tensor, Tensor], "tuple[Tensor, Tensor]"]
+"""``(number of the layer, keys, values (n, heads, P, D)) -> keys and values (n, heads, W, D)`` to attend to."""
+
+
+# ---------------------------------------------------------------------------------------------- signatures
+
+
+def parameters_of(function: Any) -> Mapping[str, inspect.Parameter] | None:
+    """The parameters of a function or a module's forward, by name; None if its code does not tell."""
+    if isinstance(function, nn.Module):
+        function = function.forward
+    schema = getattr(function, "schema", None)  # TorchScript
+    if schema is not None and hasattr(schema, "arguments"):
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        return {a.name: inspect.Parameter(a.name, kind) for a in schema.arguments if a.name != "self"}
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return None
+
+
+def takes_ids_alone(function: Any) -> bool:
+    """Whether a function, or a module's forward, has room for a single argument."""
+    parameters = parameters_of(function)
+    if parameters is None:
+        return False
+    kinds = [parameter.kind for parameter in parameters.values()]
+    named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return inspect.Parameter.VAR_POSITIONAL not in kinds and sum(kind in named for kind in kinds) == 1
+
+
+def passes_on(module: nn.Module) -> bool:
+    """Whether a module's forward names none of its arguments, or cannot be read: what it takes is for another to say."""
+    parameters = parameters_of(module)
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return parameters is None or all(parameter.kind in variable for parameter in parameters.values())
+
+
+def takes_ids_by_name(module: Any) -> bool:
+    """Whether a module is called as transformers models are."""
+    return isinstance(module, nn.Module) and "input_ids" in (parameters_of(module) or {})
+
+
+def unwrapped(model: Any) -> list[Any]:
+    """A model, the wrappers in it, and last the module that facts come from.
+
+    A wrapper passes on what it is called with (``torch.compile``, DataParallel, DDP, FSDP, accelerate's, PEFT's without
+    a task), or it names arguments and shares config and output layer with what it wraps (PEFT's with a task).  Facts
+    come from the innermost module whose signature counts; calls go through the outermost one.
+    """
+    found = [model]
+    if isinstance(model, nn.Module) and not isinstance(model, torch.jit.ScriptModule):
+        inside = [chain for child in model.children() if takes_ids_by_name((chain := unwrapped(child))[-1])]
+        inside = [chain for chain in inside if _wraps(model, chain[-1])]
+        if len(inside) == 1:
+            found += inside[0]
+    return found
+
+
+def _wraps(outer: nn.Module, inner: nn.Module) -> bool:
+    config = getattr(outer, "config", None)
+    same_config = config is getattr(inner, "config", None)
+    if passes_on(outer):
+        return config is None or same_config
+    layer = part_of(outer, "get_output_embeddings")
+    return takes_ids_by_name(outer) and same_config and layer is part_of(inner, "get_output_embeddings") is not None
+
+
+def innermost(model: Any) -> Any:
+    """The module that facts about a model come from, see :func:`unwrapped`; a function itself."""
+    return unwrapped(model)[-1]
+
+
+def is_compiled(chain: list[Any]) -> bool:
+    """Whether torch compiled any of these as a whole: such code may not run hooks that come later, or keep them."""
+    return any(hasattr(one, "_orig_mod") or getattr(one, "_compiled_call_impl", None) is not None for one in chain)
+
+
+def part_of(model: Any, getter: str) -> nn.Module | None:
+    """What a model names by one of transformers' getters, such as ``get_output_embeddings``; None if it does not."""
+    try:
+        part = getattr(model, getter, lambda: None)()
+    except NotImplementedError:  # so transformers' own say that they do not know
+        return None
+    return part if isinstance(part, nn.Module) else None
+
+
+# ---------------------------------------------------------------------------------------------- configs
+
+
+def text_config(module: Any) -> Any:
+    """The config of a module that is called as transformers models are, or its part about text; None for others."""
+    config = getattr(module, "config", None) if takes_ids_by_name(module) else None
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def claims_both_ways(config: Any) -> bool:
+    """Whether a config says of a decoder that it attends both ways."""
+    return getattr(config, "is_causal", None) is False
+
+
+def attention_kind(config: Any) -> str | None:
+    """The name of the attention implementation, which may be exchanged at any time."""
+    return getattr(config, "_attn_implementation", None)
+
+
+def attention_window(config: Any) -> int | None:
+    """Positions that a layer with a window looks at, 1 if the config only says that there are some; None for none."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and all(kind == "full_attention" for kind in kinds):
+        return None
+    every = getattr(config, "global_attn_every_n_layers", None) or 1  # ModernBERT before transformers 5
+    uses = getattr(config, "use_sliding_window", True)  # Qwen's
+    size = getattr(config, "sliding_window", None) if uses else None
+    if kinds is None and every <= 1:
+        return size
+    return size or getattr(config, "local_attention", None) or 1
+
+
+def first_position(module: nn.Module | None) -> int:
+    """Where a model starts to count: RoBERTa-like ones, which derive positions from the ids, not at 0."""
+    for name, part in module.named_modules() if module is not None else ():
+        if name.endswith("position_embeddings") and isinstance(part, nn.Embedding):
+            return part.padding_idx + 1 if part.padding_idx is not None else 0
+    return 0
+
+
+def position_limit(module: nn.Module | None, config: Any, embeddings: nn.Module | None) -> tuple[int | None, bool]:
+    """Positions that a model has or was trained with, None if nothing tells; and whether they are a table that ends.
+
+    Rotary positions go on behind the number that a config names, with scaling as far as that says.
+    """
+    names = ("max_position_embeddings", "max_sequence_length", "model_length")
+    limits = [value for name in names if isinstance(value := getattr(config, name, None), int) and value > 0]
+    if not limits:
+        return None, False
+    limit = limits[0]
+    for part in module.modules() if module is not None else ():
+        if isinstance(part, nn.Embedding) and part is not embeddings and part.num_embeddings == limit:
+            return limit - first_position(module), True
+    scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for rope in (scaling, *scaling.values()):  # those of each kind of layer may be apart
+        if isinstance(rope, Mapping) and rope.get("factor"):
+            limit = max(limit, int(rope["factor"] * (rope.get("original_max_position_embeddings") or limits[0])))
+    return limit, False
+
+
+# transformers' own, which do nothing with a 2-D attention mask but make a 4-D one of it.
+# fmt: off
+_EXPANDS_MASKS = frozenset({
+    "bert", "camembert", "distilbert", "electra", "eurobert", "roberta", "xlm-roberta",
+    "gemma", "granite", "llama", "olmo2", "qwen2", "qwen3",
+})
+# fmt: on
+
+
+def takes_expanded_mask(module: nn.Module, config: Any) -> bool:
+    """Whether to pass the 4-D mask that transformers itself would make of a 2-D one for this model.
+
+    It would first wait for the device, to see whether the mask hides anything.  If nothing is known of the model, it is
+    given the 2-D mask, and waits.
+    """
+    defined_in = vars(sys.modules[type(module).__module__])
+    return (
+        getattr(config, "model_type", None) in _EXPANDS_MASKS
+        and type(module).__module__.startswith("transformers.")
+        and ("create_bidirectional_mask" in defined_in or "create_causal_mask" in defined_in)
+        and attention_kind(config) == "sdpa"
+        and attention_window(config) is None
+    )
+
+
+# ---------------------------------------------------------------------------------------------- keys and values
+
+
+def cache_argument(parameters: Mapping[str, inspect.Parameter]) -> str | None:
+    """The argument by which a decoder takes a ``Cache``; None if there is none.
+
+    It is the one that is annotated so, since its name changes: ``cache`` from transformers 5.24 on,
+    ``past_key_values`` before, and in code without annotations.
+    """
+    for name, parameter in parameters.items():
+        if "Cache" in str(parameter.annotation):
+            return name
+    return next((name for name in ("cache", "past_key_values") if name in parameters), None)
+
+
+@functools.cache
+def _cache_class() -> type[Any]:
+    from transformers import Cache
+
+    class UpdatingCache(Cache):  # type: ignore[misc]
+        """What a decoder hands its keys and values to; knows of no past, so that positions are those passed."""
+
+        def __init__(self, update: Update, width: int) -> None:
+            self.put, self.width = update, width
+            self.layers: list[Any] = []  # none that transformers knows of
+
+        def update(
+            self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+        ) -> tuple[Tensor, Tensor]:
+            return self.put(layer_idx, key_states, value_states)
+
+        def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
+            return 0
+
+        def get_query_offset(self, *args: Any, **kwargs: Any) -> int:
+            return 0
+
+        def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+            return self.width, 0
+
+    return UpdatingCache
+
+
+def as_cache(update: Update, width: int) -> Any:
+    """What a decoder takes as its cache of keys and values, for rows of W columns."""
+    return _cache_class()(update, width)
+
+
+class _Attention(TorchFunctionMode):
+    """Lets attention of the calls inside, in this thread alone, go through an update of keys and values."""
+
+    def __init__(self, update: Update) -> None:
+        super().__init__()
+        self.update, self.calls = update, 0
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        named = dict(kwargs or {})
+        if function is scaled_dot_product_attention:
+            named |= zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False)
+            named["key"], named["value"] = self.update(self.calls, named["key"], named["value"])
+            args = ()
+            self.calls += 1
+        return function(*args, **named)
+
+
+def through_attention(update: Update) -> AbstractContextManager[_Attention]:
+    """While open, torch's attention attends to what ``update`` makes of its keys and values, layer by layer.
+
+    That is for models without a cache, such as encoders.  Nothing of the model is exchanged, and other threads see
+    nothing of it; attention that is written out by hand does not pass here, and ``calls`` stays 0.
+    """
+    return _Attention(update)
+
+
+# ---------------------------------------------------------------------------------------------- wrappers
+
+
+def execution_device(module: nn.Module) -> torch.device | None:
+    """Where a module computes whose weights accelerate loads when they are needed; None if nothing tells."""
+    hook = getattr(module, "_hf_hook", None)
+    for one in (hook, *getattr(hook, "hooks", ())):
+        device = getattr(one, "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return None
+
+
+def virtual_tokens(chain: list[Any]) -> int:
+    """Positions that PEFT's prompt tuning puts in front of every row; 0 for none."""
+    for one in chain:
+        config = getattr(one, "active_peft_config", None) if hasattr(one, "peft_config") else None
+        if getattr(config, "is_prompt_learning", False):
+            return int(config.num_virtual_tokens)
+    return 0
