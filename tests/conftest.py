@@ -5,7 +5,7 @@ import signal
 import pytest
 import torch
 from hypothesis import settings
-from models import TRANSFORMERS_5, tiny_model
+from models import tiny_model
 from transformers.utils import logging
 
 settings.register_profile("ci", deadline=None, derandomize=True)
@@ -30,6 +30,4 @@ def tiny():
 def embedded():
     from nap_decode import demo
 
-    if not TRANSFORMERS_5:
-        pytest.skip("the embedded model needs transformers 5")
     return demo.load()

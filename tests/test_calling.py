@@ -9,7 +9,7 @@ from models import MASK, PAD, TRANSFORMERS_5, VOCABULARY, DreamLike, LLaDALike, 
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from nap_decode import foreign, AnyOrderScheduler, Canvas, CanvasTemplate, Denoiser, NapDecodeError, Sampler
+from nap_decode import AnyOrderScheduler, Canvas, CanvasTemplate, Denoiser, NapDecodeError, Sampler, foreign
 from nap_decode.rows import Rows
 
 
@@ -29,7 +29,6 @@ def ask(denoiser, num_rows, length, num_slots=2):
 
 
 @torch.no_grad()
-@needs_transformers_5
 @pytest.mark.parametrize("name", ["Bert", "Llama"])
 def test_shapes_cost_two_compilations(name):
     options = {"vocab_size": VOCABULARY, "pad_token_id": PAD}

@@ -19,7 +19,6 @@ def decode(model, reuse=None, **options):
     return Sampler(denoiser, scheduler=AnyOrderScheduler(tokens_per_step=3), template=TEMPLATE)([PROMPTS[0]])
 
 
-@needs_transformers_5
 def test_a_decoder_by_hand(tiny):
     position = 2 * LAYERS * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INNER)  # projections; gate, up and down
     pair = 4 * LAYERS * HIDDEN  # a score, and a weighted value
@@ -31,17 +30,16 @@ def test_a_decoder_by_hand(tiny):
     assert decode(tiny, cfg_scale=1.0).flops() == [2 * flops for flops in out.flops(exact=True)]
 
 
-@needs_transformers_5
 def test_it_is_what_the_modules_do(tiny):
     """Against torch's own counter, which sees the products of one forward pass."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = tiny_model()
-    model.set_attn_implementation("eager")  # the counter does not know every fused attention
+    model = tiny_model(attn_implementation="eager")  # the counter does not know every fused attention
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.model(input_ids=torch.full((1, 10), MASK), use_cache=False)
     cost = Denoiser(model, mask_token_id=MASK).cost
-    assert counter.get_total_flops() == cost.flops(10, 10)
+    # In some releases the angles of rotary positions are a product, too.
+    assert counter.get_total_flops() == pytest.approx(cost.flops(10, 10), rel=1e-3)
 
 
 def test_an_encoder_by_hand():
@@ -60,7 +58,6 @@ def test_an_encoder_by_hand():
     assert Cost.of(model, config, head) == Cost(expected, 4 * LAYERS * HIDDEN)
 
 
-@needs_transformers_5
 def test_of_experts_those_that_are_asked_count():
     from transformers import MixtralConfig, MixtralForCausalLM
 

@@ -204,7 +204,6 @@ def test_a_bias_that_is_trained_later(ragged):
 
 
 @torch.no_grad()
-@pytest.mark.skipif(not TRANSFORMERS_5, reason="models of transformers 4 take no mask for shadows")
 def test_shadows_of_what_is_not_asked_for_are_seen_by_none(ragged):
     denoiser = Denoiser(tiny_model(), mask_token_id=MASK)
     rows = Rows.of(ragged)

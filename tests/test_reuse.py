@@ -31,7 +31,6 @@ from nap_decode import (
 )
 from nap_decode.reuse import Kept
 
-pytestmark = needs_transformers_5
 POLICIES = [PromptReuse, CommittedReuse, BlockReuse, DriftReuse]
 PRESETS = [param.values[0] for param in NAMES]
 
@@ -66,14 +65,13 @@ def encoder():
         return BertForMaskedLM(config).to(torch.float64).eval()
 
 
-@pytest.fixture(scope="module", params=["decoder", "encoder", "decoder, eager"])
+@pytest.fixture(
+    scope="module", params=["decoder", pytest.param("encoder", marks=needs_transformers_5), "decoder, eager"]
+)
 def model(request, encoder):
     if request.param == "encoder":
         return encoder
-    model = tiny_model()
-    if "eager" in request.param:
-        model.set_attn_implementation("eager")
-    return model
+    return tiny_model(attn_implementation="eager" if "eager" in request.param else "sdpa")
 
 
 def sampler_of(model, reuse, scheduler=None, **options):
@@ -118,7 +116,7 @@ def test_computing_everything_as_a_choice_is_exact(model, guidance):
         ("Llama", ModelFamily(name="shifted", shift=True)),
         ("Llama", ModelFamily(name="blocks", attention="4d", block_size=4)),
         ("Qwen3", None),
-        ("Roberta", None),  # counts positions from another number
+        pytest.param("Roberta", None, marks=needs_transformers_5),  # counts positions from another number
     ],
 )
 def test_conventions_of_families_hold(name, family, policy):
@@ -309,7 +307,6 @@ def test_edited_tokens_are_computed(tiny):
 # ------------------------------------------------------------------------------------------------ what it says
 
 
-@needs_transformers_5
 def test_the_embedded_model_saves_most_of_its_work():
     model, tokenizer = demo.load()
     problems = demo.sample_problems(40, 20_261_122)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -45,6 +46,7 @@ class StepGraphs:
         self.record = record
         self._inputs: dict[object, StepInputs] = {}
         self._graphs: dict[object, _Graph] = {}
+        self._turn = threading.Lock()  # threads that share these graphs work in the same tensors
 
     @property
     def count(self) -> int:
@@ -68,19 +70,20 @@ class StepGraphs:
         shape = (num_rows, num_columns, inputs.quota.shape[1], rows.is_padded)
         unit = -(-most // _BUCKETS)
         width = -(-width // unit) * unit
-        own = self._inputs.get(shape)
-        if own is None:
-            if len(self._inputs) == _SHAPES:
-                self._inputs.clear()
-                self._graphs.clear()
-            own = self._inputs[shape] = copy_of(inputs)
-        _copy(inputs, own)
-        graph = self._graphs.get((shape, width))
-        if graph is None:
-            graph = self._graphs[shape, width] = self._capture(take_step, own, rows, width)
-        graph.replay()
-        # A copy, because somebody else may decode with these graphs before the caller goes on.
-        return copy_of(own.state), None, graph.passes
+        with self._turn:
+            own = self._inputs.get(shape)
+            if own is None:
+                if len(self._inputs) == _SHAPES:
+                    self._inputs.clear()
+                    self._graphs.clear()
+                own = self._inputs[shape] = copy_of(inputs)
+            _copy(inputs, own)
+            graph = self._graphs.get((shape, width))
+            if graph is None:
+                graph = self._graphs[shape, width] = self._capture(take_step, own, rows, width)
+            graph.replay()
+            # A copy, because somebody else may decode with these graphs before the caller goes on.
+            return copy_of(own.state), None, graph.passes
 
     def _capture(self, take_step: TakeStep, own: StepInputs, rows: Rows, width: int) -> _Graph:
         before, passes = copy_of(own.state), 0

@@ -269,7 +269,6 @@ class Denoiser:
             UserWarning: more positions than the config names, which rotary models take, but may not have seen.
         """
         self.refresh()
-        self._check_dropout()
         if canvas.tokens.device.type != self.device.type:
             raise NapDecodeError(
                 f"the canvas is on {canvas.tokens.device}, but the model takes its input on {self.device}; make the "
@@ -283,6 +282,7 @@ class Denoiser:
         if bool((canvas.tokens[canvas.decodable] != self.mask_token_id).any()):
             raise NapDecodeError(f"every slot to decode must hold the mask id {self.mask_token_id} at the start")
         self._check_length(canvas.longest)
+        self._check_dropout(canvas.tokens)
         if canvas.is_padded:
             self._warn_of_groups()
 
@@ -331,9 +331,8 @@ class Denoiser:
         self._probing.ask()
         self._check_probe()
 
-    def _check_dropout(self) -> None:
-        module = self._call.module
-        if module is not None and any(m.training for m in module.modules()) and self._probing.is_random():
+    def _check_dropout(self, tokens: Tensor | None = None) -> None:
+        if self._probing.is_random(tokens):
             raise NapDecodeError(
                 f"{self._call.name} is in training mode and drops activations at random: it says different things to "
                 "equal rows; call model.eval()"

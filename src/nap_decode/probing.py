@@ -186,6 +186,7 @@ class Probing:
         self.rows: ProbeRows | None = None
         """What the model is asked; None for functions, modules without a config, and models of few ids."""
         self.answers: Answers | None = None
+        self._calm: list[bool] = []  # which modules were in training mode, and drew nothing
         if call.config is None:
             return
         self.rows = ProbeRows.make(
@@ -261,15 +262,28 @@ class Probing:
                 answers.hides_padding = rows.hides_padding(answers.alone, call.head.logits(padded))
         return answers.hides_padding
 
-    def is_random(self) -> bool:
-        """Whether the model says different things to equal rows: dropout, of whatever kind; one small forward pass."""
-        like = self.mask_token_id if self.rows is None else int(self.rows.tokens[0, 1])
-        tokens = torch.full((32, 3), like, device=self.device)
-        tokens[:, 1] = self.mask_token_id
-        wanted = torch.ones(32, 1, dtype=torch.int64, device=self.device)
+    def is_random(self, tokens: Tensor | None) -> bool:
+        """Whether a model in training mode says different things to equal rows: dropout, of whatever kind.
+
+        That is asked once for what is in training mode, with one small forward pass; of a model that is not probed
+        otherwise, with two of the rows ``(B, W)`` that it is to be called with.
+        """
+        module = self.call.module
+        mode = [part.training for part in module.modules()] if module is not None else []
+        if not any(mode) or mode == self._calm or (self.rows is None and tokens is None):
+            return False
+        if self.rows is not None:
+            tokens = torch.full((32, 3), int(self.rows.tokens[0, 1]), device=self.device)
+            tokens[:, 1] = self.mask_token_id
+        assert tokens is not None
+        wanted = torch.ones_like(tokens[:, :1])
         with torch.no_grad():
             logits = self.call.learn(tokens, wanted)[0]
-        return bool((logits - logits[:1]).abs().max() > 64 * torch.finfo(logits.dtype).eps * logits.abs().max())
+            again = logits[:1] if self.rows is not None else self.call.learn(tokens, wanted)[0]
+        if bool((logits - again).abs().max() > 64 * torch.finfo(logits.dtype).eps * logits.abs().max()):
+            return True
+        self._calm = mode
+        return False
 
     # ---------------------------------------------------------------------------------------- leaving one out
 

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 from nap_decode.denoiser import Denoiser
 from nap_decode.errors import NapDecodeError
+from nap_decode.foreign import innermost
 from nap_decode.sampler import Sampler
 
 AnySampler: TypeAlias = "Sampler | Callable[[Denoiser], Sampler]"
@@ -30,7 +31,7 @@ def bind(sampler: AnySampler, model: Any, denoiser: Callable[[], Denoiser]) -> S
             "sampler must be a Sampler, or a function from a Denoiser to one, such as presets.klass or "
             f"functools.partial(presets.klass, threshold=0.8), but gives {bound!r:.80}"
         )
-    if _module(bound.denoiser.model) is not _module(model):
+    if innermost(bound.denoiser.model) is not innermost(model):
         raise NapDecodeError(
             f"the sampler is for another model ({type(bound.denoiser.model).__name__}) than it is run with "
             f"({type(model).__name__}); make it with this model, or pass a preset instead, such as presets.klass"
@@ -49,7 +50,3 @@ def refuse(options: Mapping[str, Any], defaults: Mapping[str, Any], why: str) ->
     given = [f"{name}={value!r:.80}" for name, value in options.items() if value != defaults.get(name)]
     if given:
         raise NapDecodeError(f"{', '.join(given)} would have no effect: {why}. Leave it out")
-
-
-def _module(model: Any) -> Any:
-    return getattr(model, "_orig_mod", model)  # what torch.compile wraps

@@ -1,0 +1,158 @@
+"""How often a model is asked what it does, and when it is asked again."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from models import MASK, BlockLike, Words, tiny_model
+from torch import nn
+
+from nap_decode import AnyOrderScheduler, CommittedReuse, Denoiser, NapDecodeError, Sampler, likelihood, presets
+from nap_decode.integrations import llada
+
+
+def watched(model):
+    calls = []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    return calls
+
+
+def test_every_call_that_is_no_pass():
+    """As docs/families.md says."""
+    model = tiny_model()
+    told = Denoiser(model, mask_token_id=MASK)._call.must_be_told  # a release that does not read is_causal
+    model = tiny_model()
+    calls = watched(model)
+    denoiser = Denoiser(model, mask_token_id=MASK)
+    assert len(calls) == 1 + told
+    denoiser.probe()
+    assert len(calls) == 2 + told
+    denoiser.check_leave_one_out()
+    assert len(calls) == 4 + told
+    reusing = Denoiser(model, mask_token_id=MASK, reuse=CommittedReuse())
+    assert len(calls) == 9 + told
+    denoiser.check_leave_one_out()
+    reusing.replace(reuse=CommittedReuse(delay=3)).probe()
+    Denoiser(model, mask_token_id=MASK, cfg_scale=1.0).probe()
+    assert len(calls) == 9 + told
+    other = Denoiser(model, mask_token_id=7)  # is asked with another mask
+    assert len(calls) == 10 + 2 * told
+    assert other.probe() == denoiser.probe()
+
+
+def test_block_models_are_asked_twice():
+    model = BlockLike("llada2_moe")
+    calls = watched(model)
+    Denoiser(model, mask_token_id=MASK)
+    assert len(calls) == 2
+    Denoiser(model, mask_token_id=MASK)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("name", ["llada", "preset", "sampler", "likelihood"])
+def test_the_second_time_every_call_is_a_pass(name):
+    model, prompt = tiny_model(), torch.tensor([[5, 6, 7]])
+
+    def run():
+        if name == "llada":
+            llada.generate(model, prompt, steps=4, gen_length=4, block_length=4, mask_id=MASK)
+        elif name == "preset":
+            presets.llada_low_confidence(model, mask_token_id=MASK, steps=4)([[5, 6, 7]], max_new_tokens=4)
+        elif name == "sampler":
+            sampler = Sampler(model, mask_token_id=MASK, scheduler=AnyOrderScheduler(steps=4))
+            sampler([[5, 6, 7]], max_new_tokens=4)
+        else:
+            likelihood.chain_log_likelihood(Denoiser(model, mask_token_id=MASK), [[5]], [[6, 7, 8, 9]], batch_size=1)
+
+    run()
+    calls = watched(model)
+    run()
+    assert len(calls) == 4
+
+
+def change_dtype(model):
+    return model.bfloat16()
+
+
+def resize(model):
+    return model.resize_token_embeddings(30)
+
+
+def exchange_head(model):
+    model.lm_head = nn.Sequential(nn.Linear(16, 24, bias=False).double())
+
+
+def exchange_attention(model):
+    model.config._attn_implementation = "eager"
+
+
+def add_adapters(model):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["lm_head", "q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    torch.manual_seed(3)
+    peft.get_peft_model(model, config).eval()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("change", [change_dtype, resize, exchange_head, exchange_attention, add_adapters])
+@pytest.mark.parametrize("reuse", [None, CommittedReuse()])
+def test_a_model_that_has_changed_is_asked_again(change, reuse):
+    """What was made before decodes as what is made after."""
+    model = tiny_model()
+    before = Sampler(
+        Denoiser(model, mask_token_id=MASK, reuse=reuse), scheduler=AnyOrderScheduler(tokens_per_step=1)
+    )
+    before([[5, 6, 7]], max_new_tokens=2)
+    with torch.random.fork_rng():
+        change(model)
+    after = Sampler(Denoiser(model, mask_token_id=MASK, reuse=reuse), scheduler=AnyOrderScheduler(tokens_per_step=1))
+    prompts = [[5, 6, 7], [8, 28 if change is resize else 9]]
+    ours, theirs = (one(prompts, max_new_tokens=6, progress=False) for one in (before, after))
+    assert ours.sequences.tolist() == theirs.sequences.tolist()
+    torch.testing.assert_close(ours.trace.confidence, theirs.trace.confidence, equal_nan=True, rtol=0, atol=0)
+
+
+def test_weights_that_are_trained_are_no_change():
+    model = tiny_model()
+    sampler = Sampler(model, mask_token_id=MASK, scheduler=AnyOrderScheduler(steps=2))
+    sampler([[5]], max_new_tokens=2)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(-1)
+    calls = watched(model)
+    sampler([[5]], max_new_tokens=2)
+    assert len(calls) == 2
+
+
+def test_what_is_remembered_keeps_no_model():
+    model = tiny_model()
+    Denoiser(model, Words(), reuse=CommittedReuse()).check_leave_one_out()
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+class TestTrainingMode:
+    def test_dropout_of_any_kind(self):
+        class ByHand(nn.Module):
+            def forward(self, ids, mask):
+                return nn.functional.dropout(torch.ones(*ids.shape, 24), 0.1, training=self.training)
+
+        for model in (tiny_model(attention_dropout=0.05), ByHand()):
+            sampler = Sampler(model.eval(), mask_token_id=MASK, scheduler=AnyOrderScheduler(steps=1))
+            sampler([[5]], max_new_tokens=1)
+            model.train()
+            with pytest.raises(NapDecodeError, match=r"is in training mode and drops .* call model.eval\(\)"):
+                sampler([[5]], max_new_tokens=1)
+        with pytest.raises(NapDecodeError, match=r"LlamaForCausalLM is in training mode and drops"):
+            Denoiser(tiny_model(attention_dropout=0.05).train(), mask_token_id=MASK)
+
+    def test_without_dropout_it_may_be(self):
+        model = tiny_model().train()
+        expected = Sampler(tiny_model(), mask_token_id=MASK, scheduler=AnyOrderScheduler(steps=2))
+        found = Sampler(model, mask_token_id=MASK, scheduler=AnyOrderScheduler(steps=2))
+        ours, theirs = (one([[5], [6, 7]], max_new_tokens=4).sequences.tolist() for one in (found, expected))
+        assert ours == theirs
