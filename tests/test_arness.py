@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import MASK, Words
+from models import MASK, VOCABULARY, Words
 from reference import kendall_tau_b, order_measures
 from torch import nn
 
@@ -277,7 +277,7 @@ class TestWatch:
 class Taken(nn.Module):
     """A stand-in for a model: loops here commit by a plan, so that nothing need be computed."""
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, **kwargs):
+    def forward(self, *args, **kwargs):
         return None
 
 
@@ -475,7 +475,7 @@ def shadow_columns(model, plan):  # WINO
 def with_likelihoods(model, plan):
     def call(x, *_):
         model(x)
-        model(torch.tensor([[9, MASK, 9, 9, 9]]))
+        model(torch.tensor([[10, MASK, 9, 9, 9]]))
         model(torch.full_like(x, 19))
 
     return plan.decode(call)
@@ -486,7 +486,7 @@ def under_another_name(model, plan):
 
 
 def in_second_place(model, plan):
-    return plan.decode(lambda x, *_: nn.Module.__call__(model, None, x))
+    return plan.decode(lambda x, *_: model(torch.zeros(len(x)), x))
 
 
 def past_the_wrapper(model, plan):
@@ -516,6 +516,9 @@ LOOPS = [
     in_second_place,
     past_the_wrapper,
 ]
+
+
+PLAN = Plan([[9, 3, 4]], [[2, 0, 1, 5, 4, 3]], 3)
 
 
 def ranks(step):
@@ -556,6 +559,221 @@ class TestWatchForeignCalls:
             assert ranks(got.step[:, plan.start :]) == ranks(plan.steps)
             meter.update(got)
         assert meter.compute().sequences == sum(plan.rows for plan in many)
+
+    @pytest.mark.parametrize("loop", [whole, prefix_cache, stored_blocks, guided_blocks, stacked, shadow_columns])
+    def test_follows_one_decode_after_another(self, loop):
+        many = [Plan([[9, 3, 4]], [[1, 0, 1, 2, 3, 2]], 3), Plan([[9, 5]], [[0, 1, 1, 4, 2, 3]], 3), PLAN]
+        model = Taken()
+        with ARnessMeter.watch(model, MASK) as watch:
+            for plan in many:
+                loop(model, plan)
+        assert [ranks(got.step[:, plan.start :]) for got, plan in zip(watch.traces(), many, strict=True)] == [
+            ranks(plan.steps) for plan in many
+        ]
+        assert torch.equal(watch.trace(PLAN.tokens).tokens, PLAN.tokens)
+
+    def test_decodes_that_take_turns_are_told_apart(self):
+        model, plans = Taken(), [Plan([[9, 3]], [[1, 0, 2]], 3), Plan([[9, 4]], [[2, 0, 1]], 3)]
+        rows = [plan.canvas() for plan in plans]
+        with ARnessMeter.watch(model, MASK) as watch:
+            for time in range(3):
+                for x, plan in zip(rows, plans, strict=True):
+                    model(x)
+                    plan.commit(x, time)
+        assert [got.step[0, 2:].tolist() for got in watch.traces()] == [plan.steps[0].tolist() for plan in plans]
+        assert torch.equal(watch.trace(rows[0]).tokens, rows[0])
+
+    def test_caches_tell_which_decode_is_meant(self):
+        model, plans = Taken(), [Plan([[9, 3]], [[1, 0]], 2), Plan([[9, 4]], [[0, 1]], 2)]
+        rows, caches = [plan.canvas() for plan in plans], [Grown(), Grown()]
+        with ARnessMeter.watch(model, MASK) as watch:
+            for x, cache in zip(rows, caches, strict=True):
+                model(x[:, :2], past_key_values=cache)
+                cache.length = 2
+            for time in range(2):
+                for x, cache, plan in zip(rows, caches, plans, strict=True):
+                    model(x[:, 2:], past_key_values=cache)
+                    plan.commit(x, time)
+        assert [ranks(got.step[:, 2:]) for got in watch.traces()] == [ranks(plan.steps) for plan in plans]
+
+    def test_finished_rows_may_leave(self):
+        model = Taken()
+        with ARnessMeter.watch(model, MASK) as watch:
+            model(torch.tensor([[9, MASK, MASK], [8, MASK, MASK], [9, MASK, MASK]]))
+            model(torch.tensor([[9, 5, 6], [8, MASK, 5], [9, MASK, 7]]))
+            model(torch.tensor([[8, 4, 5], [9, MASK, 7]]))
+            model(torch.tensor([[9, MASK, 7]]))
+        got = watch.trace(torch.tensor([[9, 5, 6], [8, 4, 5], [9, 8, 7]]))
+        assert got.step.tolist() == [[-1, 0, 0], [-1, 1, 0], [-1, 3, 0]]
+        assert got.forward_passes.tolist() == [2, 3, 4]
+
+    def test_left_padding_moves_positions_but_not_columns(self):
+        positions = torch.tensor([[1, 1, 0, 1, 2, 3, 4]])
+        model, plan = Taken(), Plan([[0, 0, 9]], [[1, 0, 3, 2]], 2)
+        x = plan.canvas()
+        with ARnessMeter.watch(model, MASK) as watch:
+            for time in range(4):
+                if time in (0, 2):
+                    model(x, position_ids=positions)
+                else:
+                    start = 3 if time == 1 else 5
+                    model(x[:, start:], position_ids=positions[:, start:], past_key_values=keys(start))
+                plan.commit(x, time)
+        assert ranks(watch.trace(x).step[:, 3:]) == ranks(plan.steps)
+
+    def test_what_the_loop_left_masked_was_not_decoded(self):
+        model = Taken()
+        with ARnessMeter.watch(model, MASK) as watch:
+            model(torch.tensor([[9, MASK, MASK, MASK]]))
+            model(torch.tensor([[9, 5, MASK, MASK]]))
+        got = watch.trace(torch.tensor([[9, 5, 6, MASK]]))
+        assert got.step.tolist() == [[-1, 0, 1, -1]]
+        assert got.masked().tolist() == [[False, False, False, True]]
+
+    def test_without_sequences_masks_that_no_call_shows_again_are_refused(self):
+        model = Taken()
+        with ARnessMeter.watch(model, MASK) as watch:
+            x = dual_cache(model, Plan([[9, 3]], [[3, 1, 2, 0]], 4))
+            model(x[:, 4:6], None, past_key_values=keys(6), cache_position=torch.tensor([4, 5]))
+        with pytest.raises(NapDecodeError, match="1 of 4 slots were masked when"):
+            watch.trace()
+
+    @pytest.mark.parametrize("keep", [(), (0,)], ids=["all masked", "one kept"])
+    @pytest.mark.parametrize("num_rows", [None, 1])
+    def test_stacked_guidance_never_counts_the_prompt(self, keep, num_rows):
+        def call(x, *_):
+            below = PLAN.masked(x)
+            below[:, list(keep)] = x[:, list(keep)]
+            model(torch.cat([x, below]))
+
+        model = Taken()
+        with ARnessMeter.watch(model, MASK, num_rows=num_rows) as watch:
+            x = PLAN.decode(call)
+        for got in (watch.trace(), watch.trace(x)):
+            assert (got.block >= 0).tolist() == [[False] * 3 + [True] * 6]
+            assert ranks(got.step[:, 3:]) == ranks(PLAN.steps)
+
+    def test_texts_with_holes_are_no_guidance(self):
+        rows = torch.tensor([[9, 5, MASK, 7], [9, MASK, MASK, 7]])
+        done = torch.tensor([[9, 5, 6, 7], [9, 5, 6, 7]])
+        model = Taken()
+        with ARnessMeter.watch(model, MASK) as watch:
+            model(rows)
+        with pytest.raises(NapDecodeError, match="or texts with other holes"):
+            watch.trace()
+        assert watch.trace(done).block.tolist() == [[-1, -1, 0, -1], [-1, 0, 0, -1]]
+        assert watch.trace(done[:1]).block.tolist() == [[-1, -1, 0, -1]]
+        with ARnessMeter.watch(model, MASK, num_rows=2) as watch:
+            model(rows)
+        assert len(watch.trace().tokens) == 2
+        with ARnessMeter.watch(model, MASK) as watch:
+            model(rows)
+            model(done)
+        assert len(watch.trace().tokens) == 2
+
+    @pytest.mark.parametrize(
+        ("calls", "match"),
+        [
+            pytest.param(
+                [{"inputs_embeds": torch.zeros(1, 6, 4)}], "call 1 came without ids", id="embeddings in between"
+            ),
+            pytest.param(
+                [{"input_ids": [[MASK, 5, MASK]], "past_query_key_values": [keys(6), (torch.ones(1, 6), None)]}],
+                "comes with past_query_key_values, which does not say",
+                id="dKV-Cache, LLaDA",
+            ),
+            pytest.param(
+                [
+                    {
+                        "input_ids": [[MASK, 5, MASK]],
+                        "past_key_values": Grown(3),
+                        "position_ids": torch.arange(6)[None],
+                        "cache_position": torch.ones(1, 6, dtype=torch.bool),
+                    }
+                ],
+                "comes with position_ids and cache_position, which",
+                id="dKV-Cache, Dream",
+            ),
+            pytest.param(
+                [{"input_ids": [[9, 3, 4, 5, MASK, MASK], [9, 3, 4, MASK, 5, MASK]]}],
+                "2 rows that go on from 1: of alternatives",
+                id="LoPA",
+            ),
+            pytest.param([{"input_ids": [[5, MASK, MASK]]}], "shows 3 of 6 columns", id="a cache inside of the model"),
+            pytest.param(
+                [{"input_ids": [[8, MASK]], "past_key_values": keys(1)}], "does not go on from", id="another prompt"
+            ),
+            pytest.param(
+                [{"input_ids": [[5, MASK]], "past_key_values": keys(9)}], "does not go on from", id="beyond the row"
+            ),
+            pytest.param(
+                [{"input_ids": [[5, MASK]], "past_key_values": Grown(6), "replace_position": torch.ones(1, 6) > 0}],
+                "comes with replace_position",
+                id="another number of places",
+            ),
+        ],
+    )
+    def test_what_cannot_be_followed_is_refused_but_stops_no_loop(self, calls, match):
+        model, passed = Taken(), []
+        model.register_forward_hook(lambda *_: passed.append(1))
+        with ARnessMeter.watch(model, MASK) as watch:
+            model(torch.tensor([[9, 3, 4, MASK, MASK, MASK]]))
+            for call in calls:
+                model(**{name: torch.tensor(value) if name == "input_ids" else value for name, value in call.items()})
+            model(torch.tensor([[9, 3, 4, 5, MASK, MASK]]))
+            watch.begin()
+            whole(model, PLAN)
+        assert len(passed) == 2 + len(calls) + 6
+        assert ranks(watch.trace().step[:, 3:]) == ranks(PLAN.steps)
+        with pytest.raises(NapDecodeError, match=match):
+            watch.traces()
+
+    def test_a_decode_that_began_before_the_watch_is_refused(self):
+        model = Taken()
+        with ARnessMeter.watch(model, MASK) as watch:
+            model(torch.tensor([[MASK, MASK]]), past_key_values=keys(4))
+            model(torch.tensor([[9, 3, 4, 5, MASK, 6]]))
+        with pytest.raises(NapDecodeError, match="call 1 shows a part of a row, by its cache"):
+            watch.trace()
+
+    def test_an_unconditional_branch_that_is_called_first_is_refused(self):
+        model = Taken()
+        with ARnessMeter.watch(model, MASK) as watch:
+            for ids in ([3, MASK, MASK], [3, 5, MASK]):
+                model(torch.tensor([[MASK, *ids[1:]]]))
+                model(torch.tensor([ids]))
+        with pytest.raises(NapDecodeError, match="an unconditional branch that is called first"):
+            watch.trace()
+
+    def test_parts_that_fit_into_several_decodes_are_refused(self):
+        model = Taken()
+        with ARnessMeter.watch(model, MASK) as watch:
+            for prompt in (3, 4):
+                model(torch.tensor([[9, prompt, MASK, MASK]]))
+            model(torch.tensor([[MASK, 5]]), past_key_values=keys(2))
+        with pytest.raises(NapDecodeError, match="fits into several decodes"):
+            watch.trace()
+
+    def test_a_wrong_mask_id_is_named(self):
+        model = Taken()
+        with ARnessMeter.watch(model, 17) as watch:
+            whole(model, PLAN)
+        with pytest.raises(NapDecodeError, match="never called with the mask id 17; is mask_token_id right"):
+            watch.trace()
+
+    @pytest.mark.parametrize("compiled", [torch.jit.script, lambda model: torch.compile(model, backend="eager")])
+    def test_compiled_models_are_seen_and_left_as_they_were(self, compiled):
+        model = compiled(nn.Embedding(VOCABULARY, 2))
+        before = model.forward
+        with ARnessMeter.watch(model, MASK) as watch:
+            x = whole(model, PLAN)
+        assert ranks(watch.trace(x).step[:, 3:]) == ranks(PLAN.steps)
+        with ARnessMeter.watch(model, MASK) as watch:
+            pass
+        assert model.forward == before
+        model(x)
+        with pytest.raises(NapDecodeError, match="not called inside"):
+            watch.trace()
 
 
 def test_words_stand_for_a_tokenizer():

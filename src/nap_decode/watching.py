@@ -100,7 +100,7 @@ class Watch:
         self._recent[-1].refuse(reason)
 
     def trace(self, sequences: Tensor | None = None) -> DecodeTrace:
-        """The last decode.
+        """The last decode; with ``sequences`` the last that they can have come from.
 
         Args:
             sequences: ``(B, L)`` what the loop returned, for the tokens of the last commits; without it
@@ -112,7 +112,10 @@ class Watch:
                 were masked when a call last showed them are not in their row's last call.
         """
         decodes = self._with_masks()
-        last = next((decode for decode in reversed(self._recent) if decode in decodes), decodes[-1])
+        recent = [decode for decode in reversed(self._recent) if decode in decodes] or decodes[-1:]
+        for decode in recent:  # what could not be followed may have been a call of any of them
+            decode.check_followed()
+        last = next((decode for decode in recent if decode.can_give(sequences, self.num_rows)), recent[0])
         return last.trace(sequences, self.end_token_ids, self.num_rows)
 
     def traces(self) -> list[DecodeTrace]:
@@ -324,7 +327,15 @@ class _Watched:
         if bool((best.sum(1) > 1).any()) or len(rows.unique()) < len(rows):
             self.refuse(f"shows {len(ids)} of {len(self.ids)} rows, and the ids do not say which; {_BEGIN}")
             return True
+        left = self._conditional(len(rows))
+        if torch.equal(rows, left):  # guidance that is switched off
+            self._keep(left)
+            rows = torch.arange(len(rows))
         return self._follow(ids, rows, columns, call, resume=False)
+
+    def _keep(self, rows: Tensor) -> None:
+        self.ids, self.step, self.decodable = self.ids[rows], self.step[rows], self.decodable[rows]
+        self.masked_at, self.passes, self.last_call = self.masked_at[rows], self.passes[rows], self.last_call[rows]
 
     def _has_progress(self, ids: Tensor, rows: Tensor, columns: Tensor) -> bool:
         """Whether something that is to be decoded is no longer masked."""
@@ -408,9 +419,20 @@ class _Watched:
         self.decodable, self.masked_at = pad(self.decodable, False), pad(self.masked_at, -1)
         self.decodable[rows[:, None], columns[new][None]] = masked[:, new]
 
-    def trace(self, sequences: Tensor | None, end_token_ids: tuple[int, ...], num_rows: int | None) -> DecodeTrace:
+    def check_followed(self) -> None:
         if self.problem:
             raise NapDecodeError(f"the watched decode could not be followed: {self.problem}")
+
+    def can_give(self, sequences: Tensor | None, num_rows: int | None) -> bool:
+        """Whether sequences contradict nothing that was seen."""
+        if sequences is None:
+            return True
+        ids = self.ids if num_rows is not None else self.ids[self._conditional(len(sequences))]
+        tokens = sequences[:num_rows].cpu()
+        return tokens.shape == ids.shape and bool(((tokens == ids) | (ids == self.mask_token_id)).all())
+
+    def trace(self, sequences: Tensor | None, end_token_ids: tuple[int, ...], num_rows: int | None) -> DecodeTrace:
+        self.check_followed()
         tokens = None if sequences is None else sequences[:num_rows].detach().cpu().clone()
         kept = torch.arange(len(self.ids))
         if num_rows is None:
