@@ -621,6 +621,15 @@ class TestWatchForeignCalls:
                 plan.commit(x, time)
         assert ranks(watch.trace(x).step[:, 3:]) == ranks(plan.steps)
 
+    def test_positions_of_padded_rows_place_nothing_by_themselves(self):
+        positions = torch.tensor([[1, 1, 0, 1, 2, 3, 4]])
+        model = Taken()
+        with ARnessMeter.watch(model, MASK) as watch:
+            model(torch.tensor([[0, 0, 9, MASK, MASK, MASK, MASK]]), position_ids=positions)
+            model(torch.tensor([[MASK, 5]]), position_ids=positions[:, 5:])
+        with pytest.raises(NapDecodeError, match="does not go on from what was seen"):
+            watch.trace()
+
     def test_what_the_loop_left_masked_was_not_decoded(self):
         model = Taken()
         with ARnessMeter.watch(model, MASK) as watch:

@@ -50,6 +50,7 @@ class ARness:
             tokens end a block, or nothing stands before them.
 
     Example:
+        >>> import torch
         >>> meter = ARnessMeter(ks=(1, 2))
         >>> meter.update(DecodeTrace(
         ...     tokens=torch.tensor([[7, 7, 7, 7]]), block=torch.zeros(1, 4, dtype=torch.int64),
@@ -222,14 +223,14 @@ class ARnessMeter:
         watch = Watch(mask_token_id, tuple(end_token_ids), num_rows)
         # A hook would miss loops and wrappers that call model.forward.
         own = vars(model).get("forward")
-        model.forward = watch._seeing(model.forward)  # type: ignore[method-assign]
+        model.forward = watch._seeing(model.forward)
         try:
             yield watch
         finally:
             if own is None:
                 del model.forward
             else:
-                model.forward = own  # type: ignore[method-assign]
+                model.forward = own
 
 
 def _measure(step: _Ints, confidence: NDArray[np.float32], ks: Sequence[int]) -> dict[str, float]:

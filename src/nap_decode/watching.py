@@ -324,7 +324,7 @@ class _Watched:
         rows = best.int().argmax(1)
         if not self._has_progress(ids, rows, columns):
             return False
-        if bool((best.sum(1) > 1).any()) or len(rows.unique()) < len(rows):
+        if bool((best.sum(1) > 1).any()) or len(set(rows.tolist())) < len(rows):
             self.refuse(f"shows {len(ids)} of {len(self.ids)} rows, and the ids do not say which; {_BEGIN}")
             return True
         left = self._conditional(len(rows))
