@@ -28,6 +28,7 @@ LAYERS = [
         "schedules",
     },
     {"token_texts", "trace"},
+    {"watching"},
     {"arness", "calling", "canvas", "parallelism", "prediction"},
     {"rows", "schedulers"},
     {"reuse", "slots"},

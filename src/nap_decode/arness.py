@@ -17,15 +17,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from nap_decode.errors import NapDecodeError, check_integer
 from nap_decode.trace import DecodeTrace
+from nap_decode.watching import Watch
 
 _Ints = NDArray[np.int64]
 
@@ -51,6 +50,7 @@ class ARness:
             tokens end a block, or nothing stands before them.
 
     Example:
+        >>> import torch
         >>> meter = ARnessMeter(ks=(1, 2))
         >>> meter.update(DecodeTrace(
         ...     tokens=torch.tensor([[7, 7, 7, 7]]), block=torch.zeros(1, 4, dtype=torch.int64),
@@ -193,128 +193,44 @@ class ARnessMeter:
                 ids = foreign_generate(model, prompt, ...)
             meter.update(watch.trace(ids))
 
-        What a call finds unmasked that was masked at the call before was committed in between.  The last
-        commits are seen by no call; ``trace`` counts them as made after the last one.  A call with another
-        number of rows, with fewer columns, or with a changed prompt begins a new decode, and so does
-        ``watch.begin()`` (needed between decodes of one prompt that take one call each);
-        ``watch.traces()`` returns one trace for each.  A loop that appends masked blocks on the right as it
-        goes is followed.  A call that differs from the decode by a masked prompt only is taken for the
-        unconditional branch of guidance and left out.
+        What a call finds unmasked that was masked when a call last showed it was committed by that one.  The last
+        commits are seen by no call; ``trace`` counts them as made by the last call that showed the slot.  A call may
+        show the whole row or, with a cache, a part of it: what stands behind the positions in the cache (which may be a
+        block that is appended), or the columns that ``replace_position``, ``cache_position`` or ``position_ids`` name.
+        A call with another number of rows, with fewer columns and no cache, or with a changed prompt begins a new
+        decode, and so does ``watch.begin()`` (needed between decodes of one prompt that take one call each);
+        ``watch.traces()`` returns one trace for each.  Rows may leave when they are finished, decodes may take turns
+        if their prompts differ, and calls without a mask that belong to no decode are left out.
+
+        Guidance: a call that differs from the decode by a masked prompt only is left out, and so are rows that are
+        others with their prompt masked, and masked to the end.  The columns that WINO repeats at the end are too.
+
+        A call that does not tell what it shows, as with dKV-Cache's or with several alternatives at once, does not stop
+        the loop: ``trace`` and ``traces`` refuse with the reason.  Not to be told from a decode are a call in between
+        with the prompt and the length of the decode but other masks, and rows that are exchanged for one another.
+        What is appended without having been masked counts as prompt.
 
         Args:
-            model: the module that the loop calls with ``input_ids`` (by name, or as first argument).
+            model: the module that the loop calls (or whose ``forward``) with ``input_ids``, or with one tensor of whole
+                numbers ``(B, L)`` under another name.
             mask_token_id: the mask id.
             end_token_ids: ids that end a text, to tell tokens from the padding after them.
-            num_rows: look at the first rows only; a loop with classifier-free guidance usually stacks the
-                unconditional branch below the conditional one.
+            num_rows: look at the first rows only, and take all of them for rows to be decoded.
+
+        Raises:
+            NapDecodeError: at the first call, if it has no such ids.
         """
         watch = Watch(mask_token_id, tuple(end_token_ids), num_rows)
-        handle = model.register_forward_pre_hook(watch._see, with_kwargs=True)
+        # A hook would miss loops and wrappers that call model.forward.
+        own = vars(model).get("forward")
+        model.forward = watch._seeing(model.forward)
         try:
             yield watch
         finally:
-            handle.remove()
-
-
-class Watch:
-    """What :meth:`ARnessMeter.watch` saw."""
-
-    def __init__(self, mask_token_id: int, end_token_ids: tuple[int, ...], num_rows: int | None) -> None:
-        self.mask_token_id = mask_token_id
-        self.end_token_ids = end_token_ids
-        self.num_rows = num_rows
-        self._decodes: list[_Watched] = []
-        self._fresh = True
-
-    def begin(self) -> None:
-        """Take the next call for the first one of a new decode."""
-        self._fresh = True
-
-    def _see(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
-            raise NapDecodeError("the watched model was called without input_ids (B, L) of whole numbers")
-        ids = ids[: self.num_rows].detach().cpu().clone()
-        if self._fresh or not self._decodes[-1].advance(ids):
-            self._decodes.append(_Watched.begin(ids, self.mask_token_id))
-        self._fresh = False
-
-    def trace(self, sequences: Tensor | None = None) -> DecodeTrace:
-        """The last decode.
-
-        Args:
-            sequences: ``(B, L)`` what the loop returned, for the tokens of the last commits; without it
-                they are unknown and stay the mask id.
-
-        Raises:
-            NapDecodeError: the model was not called; ``sequences`` is not what it was called with.
-        """
-        if not self._decodes:
-            raise NapDecodeError("the watched model was not called inside the with block")
-        return self._decodes[-1].trace(sequences, self.end_token_ids)
-
-    def traces(self) -> list[DecodeTrace]:
-        """All decodes, in order."""
-        return [decode.trace(None, self.end_token_ids) for decode in self._decodes]
-
-
-@dataclass
-class _Watched:
-    ids: Tensor  # (B, L) as of the last call
-    step: Tensor  # (B, L) call after which a slot was committed, -1 for none yet
-    decodable: Tensor  # (B, L) masked when first seen
-    mask_token_id: int
-    calls: int = 1
-
-    @classmethod
-    def begin(cls, ids: Tensor, mask_token_id: int) -> _Watched:
-        return cls(ids, torch.full_like(ids, -1), ids == mask_token_id, mask_token_id)
-
-    def advance(self, ids: Tensor) -> bool:
-        """Take in one more call; False if it does not belong to this decode."""
-        old = self.ids.shape[1]
-        if ids.shape[0] != self.ids.shape[0] or ids.shape[1] < old:
-            return False
-        masked = ids == self.mask_token_id
-        changed = (ids[:, :old] != self.ids) & ~self.decodable
-        if bool(changed.any()):
-            # With no change but masks, it is the unconditional branch of guidance.
-            return ids.shape[1] == old and bool(masked[changed].all())
-        if bool((self.decodable & masked[:, :old]).sum() == self.decodable.sum()) and self.step.max() >= 0:
-            return False  # everything is masked again: the same prompt decoded anew
-        grown = ids.shape[1] - old
-        self.decodable = torch.cat([self.decodable, masked[:, old:]], dim=1)
-        step = torch.nn.functional.pad(self.step, (0, grown), value=-1)
-        # A slot that is masked again (a loop that revises) counts when it is committed for good.
-        step = torch.where(masked, -1, step)
-        self.step = torch.where(self.decodable & ~masked & (step < 0), self.calls - 1, step)
-        self.ids = ids
-        self.calls += 1
-        return True
-
-    def trace(self, sequences: Tensor | None, end_token_ids: tuple[int, ...]) -> DecodeTrace:
-        tokens = self.ids if sequences is None else sequences[: len(self.ids)].detach().cpu().clone()
-        if tokens.shape != self.ids.shape:
-            raise NapDecodeError(
-                f"sequences {tuple(tokens.shape)} must have the shape of the ids that the model was called with, "
-                f"{tuple(self.ids.shape)}"
-            )
-        if bool(((tokens != self.ids) & (self.ids != self.mask_token_id)).any()):
-            raise NapDecodeError(
-                "sequences differ from the ids that the model was called with where those were not masked; are the "
-                "rows padded on another side, or was this another decode?"
-            )
-        last = self.decodable & (self.step < 0)
-        return DecodeTrace(
-            tokens=tokens,
-            block=torch.where(self.decodable, 0, -1),
-            step=torch.where(last, self.calls - 1, self.step),
-            confidence=torch.full(tokens.shape, torch.nan),
-            forward_passes=torch.full((len(tokens),), self.calls),
-            block_names=("completion",),
-            mask_token_id=self.mask_token_id,
-            end_token_ids=end_token_ids,
-        )
+            if own is None:
+                del model.forward
+            else:
+                model.forward = own
 
 
 def _measure(step: _Ints, confidence: NDArray[np.float32], ks: Sequence[int]) -> dict[str, float]:
