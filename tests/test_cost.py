@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import MASK, VOCABULARY, Words, needs_transformers_5, tiny_model
+from models import MASK, VOCABULARY, Words, tiny_model
 from test_presets import PROMPTS, TEMPLATE
 from transformers import BertConfig, BertForMaskedLM
 

@@ -692,7 +692,8 @@ class TestLeaveOneOut:
 
     @torch.no_grad()
     @pytest.mark.parametrize(
-        "name", [pytest.param(n, marks=needs_transformers_5) for n in ("Bert", "Roberta", "Electra", "EuroBert")] + ["Qwen3"]
+        "name",
+        [pytest.param(n, marks=needs_transformers_5) for n in ("Bert", "Roberta", "Electra", "EuroBert")] + ["Qwen3"],
     )
     def test_native_models(self, ragged, attention, name):
         model = build(name, attn_implementation=attention)

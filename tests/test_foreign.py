@@ -205,7 +205,7 @@ class TestWhatIsNoWrapper:
 
 
 class TestIdsAlone:
-    ROW = [[5, MASK, 6, MASK]]
+    ROW = ((5, MASK, 6, MASK),)
 
     def test_functions_modules_and_torchscript(self):
         class Alone(nn.Module):
@@ -337,7 +337,7 @@ class TestPositions:
     def test_a_table_ends(self):
         model = self.Table(80)  # the table of a StandIn
         self.decode(model, 80)
-        with pytest.raises(NapDecodeError, match="takes 81 positions .* but the model has 80; shorten"):
+        with pytest.raises(NapDecodeError, match=r"takes 81 positions .* but the model has 80; shorten"):
             self.decode(model, 81)
 
     @pytest.mark.parametrize(
@@ -398,9 +398,13 @@ class TestVirtualTokens:
 
         module = Other("other")
         model = module if kind == "module" else lambda ids, mask: module(ids)
-        with pytest.raises(NapDecodeError, match="must return logits for every position, but returned"):
+
+        def decode():
             sampler = Sampler(model, mask_token_id=MASK, scheduler=AnyOrderScheduler(steps=1))
             sampler([[5, 6, 7, 8, 9]], max_new_tokens=2)
+
+        with pytest.raises(NapDecodeError, match="must return logits for every position, but returned"):
+            decode()
 
 
 def test_a_model_whose_weights_are_nowhere():

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import MASK, PAD, TRANSFORMERS_5, VOCABULARY, BlockLike, DreamLike, LLaDALike, MDLMLike, Remote, tiny_model
+from models import MASK, PAD, VOCABULARY, BlockLike, DreamLike, LLaDALike, MDLMLike, Remote, tiny_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -102,9 +102,7 @@ def add_adapters(model):
 def test_a_model_that_has_changed_is_asked_again(change, reuse):
     """What was made before decodes as what is made after."""
     model = tiny_model()
-    before = Sampler(
-        Denoiser(model, mask_token_id=MASK, reuse=reuse), scheduler=AnyOrderScheduler(tokens_per_step=1)
-    )
+    before = Sampler(Denoiser(model, mask_token_id=MASK, reuse=reuse), scheduler=AnyOrderScheduler(tokens_per_step=1))
     before([[5, 6, 7]], max_new_tokens=2)
     with torch.random.fork_rng():
         change(model)

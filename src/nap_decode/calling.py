@@ -22,8 +22,8 @@ from nap_decode.keeping import Store
 
 Model: TypeAlias = "nn.Module | Callable[..., Any]"
 """A transformers model, also in a wrapper (DataParallel, DDP, FSDP, PEFT, torch.compile), or anything called as
-``model(input_ids, attention_mask)``, or ``model(input_ids)``, that returns logits ``(B, L, V)`` or an object with them as
-``.logits``.  Rows are padded on the right."""
+``model(input_ids, attention_mask)``, or ``model(input_ids)``, that returns logits ``(B, L, V)`` or an object with them
+as ``.logits``.  Rows are padded on the right."""
 
 
 class ModelCall:
@@ -48,11 +48,12 @@ class ModelCall:
         self.name = type(self._chain[-1]).__name__
         # A research module may have a config of its own; what takes input_ids is called as transformers models are.
         self.config: Any = foreign.text_config(self.module)
-        if self.config is None and getattr(self.module, "config", None) is not None and foreign.passes_on(self.module):
+        has_config = getattr(self.module, "config", None) is not None
+        if self.config is None and has_config and foreign.passes_on(self.module):
             raise NapDecodeError(
-                f"{self.name} has a config, but its forward names no arguments, and what it wraps is not to be found, so "
-                "that nothing is known of how it wants to be called. Give its forward an argument input_ids, or pass a "
-                "function (input_ids, attention_mask) -> logits that calls it"
+                f"{self.name} has a config, but its forward names no arguments, and what it wraps is not to be found, "
+                "so that nothing is known of how it wants to be called. Give its forward an argument input_ids, or "
+                "pass a function (input_ids, attention_mask) -> logits that calls it"
             )
         if getattr(self.config, "is_encoder_decoder", False):
             raise NapDecodeError(f"{self.name} is an encoder-decoder; only models of one stack fill in masks")
@@ -188,8 +189,8 @@ class ModelCall:
         """
         options: dict[str, Any] = {}
         if self.config is None:
-            mask = torch.ones(shape, dtype=torch.int64, device=device) if present is None else present.long()
-            return Frame(present, {"attention_mask": mask})
+            whole = torch.ones(shape, dtype=torch.int64, device=device)
+            return Frame(present, {"attention_mask": whole if present is None else present.long()})
         if "use_cache" in self.arguments:
             options["use_cache"] = False
         if "timesteps" in self.arguments:
@@ -249,7 +250,9 @@ class ModelCall:
             store: keys and values; gets those of this call.
         """
         if self.cache_argument is not None:
-            return self._output(tokens, {**options, self.cache_argument: foreign.as_cache(store.update, store.width)}, wanted)
+            return self._output(
+                tokens, {**options, self.cache_argument: foreign.as_cache(store.update, store.width)}, wanted
+            )
 
         def run() -> Any:
             with foreign.through_attention(store.update):
@@ -316,12 +319,12 @@ class ModelCall:
     def _run(self, tokens: Tensor, options: dict[str, Any]) -> Any:
         tokens = tokens.clone()  # the model's own, whatever it does to them
         mask = options.get("attention_mask")
-        written = None if mask is None or mask.is_inference() else mask._version
+        written = -1 if mask is None or mask.is_inference() else mask._version
         if self.config is not None:
             output = self.model(input_ids=tokens, **options)
         else:
             output = self.model(tokens, mask) if self.takes_mask else self.model(tokens)
-        if written is not None and mask._version != written:
+        if mask is not None and written not in (-1, mask._version):
             raise NapDecodeError(f"{self.name} writes into its attention mask, which the next call needs as it was")
         return output
 

@@ -402,8 +402,8 @@ class Denoiser:
                 else "A decoder attends both ways after model.config.is_causal = False"
             )
             raise NapDecodeError(
-                f"{name} ignores the future: tokens to the right of a position do not change what it predicts there, so "
-                f"it cannot fill in masks. {said}; its weights must have been trained so"
+                f"{name} ignores the future: tokens to the right of a position do not change what it predicts there, "
+                f"so it cannot fill in masks. {said}; its weights must have been trained so"
             )
         if self.family.block_size is not None and self._call.takes_mask and not self.hides_padding:
             raise NapDecodeError(

@@ -50,8 +50,8 @@ def takes_ids_alone(function: Any) -> bool:
     return inspect.Parameter.VAR_POSITIONAL not in kinds and sum(kind in named for kind in kinds) == 1
 
 
-def passes_on(module: nn.Module) -> bool:
-    """Whether a module's forward names none of its arguments, or cannot be read: what it takes is for another to say."""
+def passes_on(module: Any) -> bool:
+    """Whether a module's forward names none of its arguments, or cannot be read: another says what it takes."""
     parameters = parameters_of(module)
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return parameters is None or all(parameter.kind in variable for parameter in parameters.values())
@@ -112,7 +112,8 @@ def part_of(model: Any, getter: str) -> nn.Module | None:
 def text_config(module: Any) -> Any:
     """The config of a module that is called as transformers models are, or its part about text; None for others."""
     config = getattr(module, "config", None) if takes_ids_by_name(module) else None
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+    part: Any = getattr(config, "get_text_config", lambda: config)()
+    return part
 
 
 def claims_both_ways(config: Any) -> bool:
@@ -283,7 +284,7 @@ def execution_device(module: nn.Module) -> torch.device | None:
 def virtual_tokens(chain: list[Any]) -> int:
     """Positions that PEFT's prompt tuning puts in front of every row; 0 for none."""
     for one in chain:
-        config = getattr(one, "active_peft_config", None) if hasattr(one, "peft_config") else None
+        config: Any = getattr(one, "active_peft_config", None) if hasattr(one, "peft_config") else None
         if getattr(config, "is_prompt_learning", False):
             return int(config.num_virtual_tokens)
     return 0
