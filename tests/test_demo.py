@@ -110,11 +110,3 @@ def test_the_chain_model_solves_held_out_problems():
 def test_there_are_two_models():
     with pytest.raises(NapDecodeError, match=r"there is no embedded model 'path'\. Did you mean 'paths'"):
         demo.load("path")
-
-
-def test_old_transformers_are_told(monkeypatch):
-    import transformers
-
-    monkeypatch.setattr(transformers, "__version__", "4.57.6")
-    with pytest.raises(NapDecodeError, match=r"since version 5, but 4.57.6 is installed; run pip install"):
-        demo.load()

@@ -14,25 +14,15 @@ SOURCE = Path(nap_decode.__file__).parent
 
 # The parts, and those that each may import; every one may import what its imports may.
 LAYERS = [
-    {"errors", "lazy", "loading"},
-    {
-        "attention",
-        "compiling",
-        "cost",
-        "distribution",
-        "families",
-        "heads",
-        "keeping",
-        "probing",
-        "randomness",
-        "schedules",
-    },
+    {"errors", "foreign", "lazy", "loading"},
+    {"attention", "compiling", "cost", "distribution", "families", "heads", "keeping", "randomness", "schedules"},
     {"token_texts", "trace"},
     {"watching"},
     {"arness", "calling", "canvas", "parallelism", "prediction"},
     {"rows", "schedulers"},
     {"reuse", "slots"},
     {"passes"},
+    {"probing"},
     {"confidence", "denoiser", "state"},
     {"capturing", "credit", "likelihood", "selections"},
     {"revisers"},
