@@ -426,11 +426,20 @@ class TestProcessors:
         with pytest.raises(NapDecodeError, match="with prompt_ignore_length reads its input as a prefix"):
             generate(logits_processor=[processor])
 
-    def test_the_default_warper_of_the_callers_own(self, model, generate):
+    def test_warpers_that_are_not_generates(self, model, generate):
+        """Like its default, but the caller's own; and other than its default, slipped in on the way."""
         sampler = presets.llada_low_confidence(model, mask_token_id=MASK, tokens_per_step=2, temperature=0.8)
-        own = [transformers.TopKLogitsWarper(50)]
-        with pytest.raises(NapDecodeError, match="TopKLogitsWarper reads"):
-            generate(custom_generate=sampler.custom_generate, do_sample=True, top_k=None, logits_processor=own)
+        own, other = transformers.TopKLogitsWarper(50), transformers.TopKLogitsWarper(3)
+
+        def slipped_in(model, ids, logits_processor, **passed):
+            return sampler.custom_generate(model, ids, logits_processor=[*logits_processor, other], **passed)
+
+        for more in (
+            {"custom_generate": sampler.custom_generate, "logits_processor": [own]},
+            {"custom_generate": slipped_in},
+        ):
+            with pytest.raises(NapDecodeError, match="TopKLogitsWarper reads"):
+                generate(do_sample=True, **more)
 
     def test_inherited_code_is_known(self, generate):
         class Mine(transformers.NoRepeatNGramLogitsProcessor):
