@@ -228,10 +228,13 @@ class Sampler:
         """For ``model.generate(**inputs, custom_generate=sampler.custom_generate)`` of transformers 4.57 or later.
 
         See :func:`~nap_decode.integrations.huggingface.custom_generate`.
-        """
-        from nap_decode.integrations.huggingface import custom_generate
 
-        return partial(custom_generate, self)
+        Raises:
+            NapDecodeError: this release of transformers would not call it.
+        """
+        from nap_decode.integrations.huggingface import for_generate
+
+        return for_generate(self)
 
     def decode(
         self,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,22 +18,90 @@ from nap_decode.output import SamplerOutput
 from nap_decode.sampler import Sampler
 from nap_decode.trace import ends_before
 
-# What generate(...) makes for its own loops, or leaves to the logits processors, which are looked at one by one.
+# ---- What is known of transformers ----
+# Names that users write, and names of logits processors.  What is not here is refused if somebody gave it.
+
+_ARGUMENTS = ("inputs", "generation_config", "use_model_defaults", "logits_processor", "stopping_criteria")
+_INPUTS = ("input_ids", "attention_mask")
+
 _LENGTH = ("max_length", "max_new_tokens", "num_return_sequences", "return_dict_in_generate")
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-_CACHE = ("use_cache", "cache_implementation", "cache_config", "disable_compile", "compile_config")
 _PROCESSED = ("suppress_tokens", "bad_words_ids", "sequence_bias", "repetition_penalty", "remove_invalid_values")
+_NEITHER = ("use_cache", "disable_compile", "transformers_version", "renormalize_logits")
+_HONOURED = {*_LENGTH, *_IDS, *_PROCESSED, *_NEITHER, "do_sample"}
+# A checkpoint says these of its usual decoding.  They ask for something if it is the call that has them.
+_CACHE = ("cache_implementation", "cache_config", "compile_config")
 _DRAWS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
-_HONOURED = {*_LENGTH, *_IDS, *_CACHE, *_PROCESSED, "do_sample", "transformers_version", "renormalize_logits"}
-_PREPARED = ("use_cache", "past_key_values", "cache_position", "logits_to_keep", "position_ids", "token_type_ids")
-_PROCESSORS = (
-    "SuppressTokensLogitsProcessor",
-    "RepetitionPenaltyLogitsProcessor",
-    "InfNanRemoveLogitsProcessor",
-    "LogitNormalization",
-)
-_BIASES = ("SequenceBiasLogitsProcessor", "NoBadWordsLogitsProcessor")
-_CRITERIA = ("MaxLengthCriteria", "EosTokenCriteria")
+
+_PENALTY = "RepetitionPenaltyLogitsProcessor"
+_BIAS = "SequenceBiasLogitsProcessor"  # from which that of bad_words_ids inherits
+_PROCESSORS = {"SuppressTokensLogitsProcessor", "InfNanRemoveLogitsProcessor", "LogitNormalization", _PENALTY, _BIAS}
+
+
+@dataclass(frozen=True)
+class _Given:
+    """Arguments of a call of ``generate``, as opposed to what it makes for its own loops."""
+
+    named: Mapping[str, Any]
+    """Those in its signature that do not have their defaults."""
+    keywords: Mapping[str, Any]
+    """The others, for the generation config and the model, without those of :func:`custom_generate`."""
+
+    @staticmethod
+    def to_generate(model: Any) -> _Given | None:
+        """Arguments of the call of the model's ``generate`` that is under way; None if there is none.
+
+        ``generate`` drops some of its arguments (a streamer, an assistant model), and passes others on among what it
+        makes, whose names change from release to release.  Its frame has them all, under the names that users write.
+        """
+        from transformers import GenerationMixin
+
+        function = inspect.unwrap(GenerationMixin.generate)
+        (this, *parameters) = inspect.signature(function).parameters.values()
+        frame = inspect.currentframe()
+        while frame is not None and (
+            frame.f_code is not function.__code__ or frame.f_locals.get(this.name) is not model
+        ):
+            frame = frame.f_back
+        if frame is None:
+            return None
+        named, keywords = {}, {}
+        for parameter in parameters:
+            value = frame.f_locals.get(parameter.name, parameter.default)
+            if parameter.kind is parameter.VAR_KEYWORD:
+                keywords = dict(value)
+            elif value is not parameter.default:
+                named[parameter.name] = value
+        return _Given(named, keywords)
+
+
+def _calls_functions() -> bool:
+    """Whether ``generate`` takes a function as ``custom_generate``; before 4.57, if any, the name of a repository."""
+    from transformers import GenerationMixin
+
+    parameter = inspect.signature(GenerationMixin.generate).parameters.get("custom_generate")
+    return parameter is not None and (
+        parameter.annotation is parameter.empty or "Callable" in str(parameter.annotation)
+    )
+
+
+# ---- The integration ----
+
+
+def for_generate(sampler: Sampler) -> Callable[..., Tensor | SamplerOutput]:
+    """:func:`custom_generate` with the sampler filled in.
+
+    Raises:
+        NapDecodeError: ``generate`` of this release of transformers calls no functions.
+    """
+    if not _calls_functions():
+        import transformers
+
+        raise NapDecodeError(
+            f"generate(custom_generate=) of transformers {transformers.__version__} takes no function; install 4.57 or "
+            "later, or call sampler.generate(input_ids, attention_mask, max_new_tokens=...)"
+        )
+    return partial(custom_generate, sampler)
 
 
 def custom_generate(
@@ -56,7 +126,7 @@ def custom_generate(
         model: the model whose ``generate`` was called; the sampler's.
         input_ids: ``(B, P)`` int64, expanded to ``num_return_sequences``.
         logits_processor: added to those of the sampler's Denoiser.
-        stopping_criteria: the length and the end token only.
+        stopping_criteria: those that ``generate`` makes of the length and the end tokens.
         generation_config: prepared by ``generate``.
         seed: see :meth:`Sampler.decode`.
         row_seeds: see :meth:`Sampler.decode`.
@@ -72,19 +142,19 @@ def custom_generate(
         NapDecodeError: something that is not honoured.
     """
     bind(sampler, model, lambda: sampler.denoiser)
-    _check_config(generation_config, sampler)
+    given = _Given.to_generate(model)
     attention_mask = model_kwargs.pop("attention_mask", None)
-    _check_inputs(input_ids, attention_mask, model_kwargs)
-    for criterion in stopping_criteria:
-        if type(criterion).__name__ not in _CRITERIA:
-            raise NapDecodeError(
-                f"{type(criterion).__name__} cannot stop a decoder that fills in slots in any order; leave it out, and "
-                "cut the text afterwards"
-            )
+    if given is None:  # somebody else calls, and means what is passed
+        given = _Given({"stopping_criteria": stopping_criteria, "logits_processor": logits_processor}, model_kwargs)
+    _check_made({name: value for name, value in model_kwargs.items() if name not in given.keywords})
+    _check_named(given.named)
+    _check_config(generation_config, sampler, getattr(model, "generation_config", None), given.keywords)
+    rest = {name: value for name, value in given.keywords.items() if not hasattr(generation_config, name)}
+    _check_inputs(input_ids, attention_mask, rest)
     prompt = input_ids.shape[1]
     ends, pad = generation_config.eos_token_id, generation_config.pad_token_id
     denoiser = sampler.denoiser.replace(
-        logits_processor=(*sampler.denoiser.logits_processor, *_processors(logits_processor, generation_config)),
+        logits_processor=(*sampler.denoiser.logits_processor, *_processors(logits_processor, generation_config, given)),
         end_token_ids=[ends] if isinstance(ends, int) else ends,
     )
     bound = sampler.replace(denoiser=denoiser)
@@ -116,55 +186,105 @@ def custom_generate(
     return replace(output, sequences=sequences) if generation_config.return_dict_in_generate else sequences
 
 
-def _check_config(config: Any, sampler: Sampler) -> None:
+def _check_named(arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments that ``generate`` has for its own loops alone, and criteria other than those it makes."""
+    known = (*_ARGUMENTS, "custom_generate")
+    dropped = {name: value for name, value in arguments.items() if name not in known and value is not False}
+    why = "it is for generate's own loops"
+    refuse(dropped, {}, f"{why}; a streamer can be passed as stream_to=" if "streamer" in dropped else why)
+    for criterion in arguments.get("stopping_criteria") or ():
+        raise NapDecodeError(
+            f"{type(criterion).__name__} cannot stop a decoder that fills in slots in any order; leave it out, and "
+            "cut the text afterwards, or pass max_new_tokens= or eos_token_id="
+        )
+
+
+def _check_config(config: Any, sampler: Sampler, checkpoint: Any, keywords: Mapping[str, Any]) -> None:
+    """Refuse options that would have no effect, except what the checkpoint alone says of caches and of drawing."""
     from transformers import GenerationConfig
 
     neutral = vars(GenerationConfig()) | getattr(GenerationConfig, "_get_default_generation_params", dict)()
-    neutral = {name: value for name, value in neutral.items() if name[0] != "_" and name not in _HONOURED}
-    asked = {name: value for name in neutral if (value := getattr(config, name, None))}  # False, 0 and None ask nothing
-    draws = {name: asked.pop(name) for name in _DRAWS if name in asked}
+    usual = {} if checkpoint is None else vars(checkpoint)
+    options = {name: value for name, value in vars(config).items() if name[0] != "_" and name not in _HONOURED}
+    given = {
+        name: value
+        for name, value in options.items()
+        if name in keywords or value not in (usual.get(name), neutral.get(name))
+    }
+    draws = {name: given[name] for name in _DRAWS if name in given}
+    asked = {
+        name: value for name, value in options.items() if name in given or (name in neutral and name not in _CACHE)
+    }
+    asked = {name: value for name, value in asked.items() if value and name not in _DRAWS}  # False, 0 ask nothing
     refuse(asked, neutral, f"{type(sampler).__name__} does not implement it")
-    if getattr(config, "do_sample", False):
-        refuse(draws, neutral, "the sampler draws as it was made to; give these options to it")
-        if not sampler.committer.is_random:
+    why = "the sampler draws as it was made to; give these options to it"
+    if sampler.committer.is_random:
+        refuse(draws, {}, why)  # temperature=1.0, too, which need not be the sampler's
+        if keywords.get("do_sample") is False:
+            raise NapDecodeError(
+                "do_sample=False, but the sampler draws; make it without temperature=, or leave it out"
+            )
+    else:
+        refuse({name: value for name, value in draws.items() if value}, neutral, why)  # temperature=0 is what is done
+        if getattr(config, "do_sample", False):
             raise NapDecodeError(
                 "do_sample=True, but the sampler draws nothing; make it with temperature=, or pass do_sample=False"
             )
 
 
-def _check_inputs(input_ids: Tensor, attention_mask: Tensor | None, model_kwargs: dict[str, Any]) -> None:
-    given = {name: value for name, value in model_kwargs.items() if value is not None and name not in _PREPARED}
-    if given:
-        raise NapDecodeError(
-            f"generate(...) got {', '.join(sorted(given))}, which decoding by unmasking does not pass on to the model; "
-            "leave it out, or wrap the model in a function that adds it"
-        )
+def _check_made(made: Mapping[str, Any]) -> None:
+    """Refuse what is not of the kinds that ``generate`` makes for its own loops, by whatever name it is passed."""
+    for name, value in made.items():
+        is_flag = value is None or isinstance(value, bool) or value == 1  # use_cache, logits_to_keep
+        if not (isinstance(value, Tensor) or is_flag or type(value).__module__.startswith("transformers.")):
+            raise NapDecodeError(f"custom_generate(...) got {name}={value!r:.80}, which it does not know; leave it out")
+
+
+def _check_inputs(input_ids: Tensor, attention_mask: Tensor | None, given: Mapping[str, Any]) -> None:
+    """Refuse inputs of the model, but for those that a decode is the same with as without."""
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    positions = model_kwargs.get("position_ids")
-    if positions is not None and bool((positions != mask.cumsum(1) - 1)[mask.bool()].any()):
-        raise NapDecodeError("position_ids other than those that follow from attention_mask are not passed on")
-    types = model_kwargs.get("token_type_ids")
-    if types is not None and bool(types.any()):
-        raise NapDecodeError("token_type_ids other than 0 are not passed on to the model")
-    cache = model_kwargs.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
-        raise NapDecodeError("past_key_values cannot be used: what is masked later changes what earlier positions say")
+    for name, value in given.items():
+        if value is None or value is False or name in _INPUTS:
+            continue
+        if "position" in name and isinstance(value, Tensor):
+            if bool((value != mask.cumsum(1) - 1)[mask.bool()].any()):
+                raise NapDecodeError(f"{name} other than those that follow from attention_mask are not passed on")
+        elif name == "token_type_ids" and isinstance(value, Tensor):
+            if bool(value.any()):
+                raise NapDecodeError("token_type_ids other than 0 are not passed on to the model")
+        elif hasattr(value, "get_seq_length"):
+            if value.get_seq_length() > 0:
+                raise NapDecodeError(f"{name} cannot be used: what is masked later changes what earlier positions say")
+        else:
+            raise NapDecodeError(
+                f"generate(...) got {name}, which decoding by unmasking does not pass on to the model; leave it out, "
+                "or wrap the model in a function that adds it"
+            )
 
 
-def _processors(processors: Sequence[Any], config: Any) -> list[Any]:
-    """Those that may be called with a whole canvas.  Classes that are not transformers' are taken at their word."""
+def _processors(processors: Sequence[Any], config: Any, given: _Given) -> list[Any]:
+    """Those that may be called with a whole canvas.  A class that is not transformers' is taken at its word."""
     kept = []
     for processor in processors:
-        name = type(processor).__name__
-        if name == "TopKLogitsWarper" and config.do_sample and processor.top_k == config.top_k:
-            continue  # generate's own default, see _check_config
-        positional = name in _BIASES and any(len(ids) > 1 for ids in processor.sequence_bias)
-        if type(processor).__module__.startswith("transformers.") and (
-            positional or name not in (*_PROCESSORS, *_BIASES)
-        ):
+        kind = next(kind for kind in type(processor).__mro__ if "__call__" in vars(kind))  # whose code it runs
+        if not kind.__module__.startswith("transformers."):
+            kept.append(processor)
+            continue
+        is_given = any(processor is other for other in given.named.get("logits_processor") or ())
+        draws = {name: getattr(processor, name) for name in _DRAWS if hasattr(processor, name)}
+        if draws and config.do_sample and not is_given and draws.items() <= vars(config).items():
+            continue  # generate's or the checkpoint's default, see _check_config
+        if kind.__name__ == _PENALTY and not is_given:
+            processor = kind(processor.penalty)  # without generate's count of padding, which is on the left
+        what = None if kind.__name__ in _PROCESSORS else ""
+        if kind.__name__ == _BIAS and any(len(ids) > 1 for ids in processor.sequence_bias):
+            what = " for sequences of several tokens"
+        elif kind.__name__ == _PENALTY and processor.prompt_ignore_length:
+            what = " with prompt_ignore_length"
+        if what is not None:
             raise NapDecodeError(
-                f"{name}{' for sequences of several tokens' if positional else ''} reads its input as a prefix, or "
-                "warps what the sampler has options for; leave out what it is made for"
+                f"{type(processor).__name__}{what} reads its input as a prefix, or warps what the sampler has options "
+                "for; leave out what it is made for"
             )
         kept.append(processor)
     return kept
