@@ -169,12 +169,14 @@ def test_prompts_of_every_kind(tiny, tmp_path):
         ({"id": "", "prompt": "1 2 ="}, "every row needs an id"),
         ({"id": "a", "text": "1 2 ="}, "row 'a': a row has either prompt.* none of them, but text"),
         ({"id": "a", "prompt": "1", "input_ids": [1]}, "has prompt and input_ids"),
-        ({"id": "a", "prompt": ["1"]}, r"row 'a': prompt must be text, but is \['1'\]"),
+        ({"id": "a", "prompt": ["1"]}, r"row 'a': prompt must be text, or a mapping of messages .*, but is \['1'\]"),
+        ({"id": "a", "prompt": {"messages": []}}, "row 'a': messages must be a list of chat messages"),
+        ({"id": "a", "prompt": {"messages": [{"role": "user"}], "tools": [print]}}, "row 'a': .* are kept as JSON"),
         ({"id": "a", "messages": []}, "messages must be a list of chat messages"),
         ({"id": "a", "messages": ["1"]}, "messages must be a list of chat messages"),
         ({"id": "a", "input_ids": [1.0]}, "input_ids must be a list of token ids"),
         ({"id": "a", "prompt": "1", "seed": "x"}, "a seed must be a whole number"),
-        ({"id": "a", "prompt": "1", "when": object()}, r"row 'a': its other columns \['when'\] are kept as JSON"),
+        ({"id": "a", "prompt": "1", "when": object()}, r"row 'a': \['when'\] are kept as JSON"),
     ],
 )
 def test_rows_that_are_none(row, message):

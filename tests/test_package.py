@@ -17,6 +17,7 @@ LAYERS = [
     {"errors", "lazy", "loading"},
     {
         "attention",
+        "chats",
         "compiling",
         "cost",
         "distribution",
