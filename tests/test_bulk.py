@@ -147,10 +147,12 @@ def test_prompts_of_every_kind(tiny, tmp_path):
         {"id": "a", "prompt": "5 6", "messages": None, "level": 3},
         {"id": "b", "messages": [{"role": "user", "content": "5 6", "name": None}]},
         {"id": "c", "input_ids": np.array([3, 5, 6])},
+        {"id": "d", "prompt": {"messages": [{"role": "user", "content": "5 6", "name": None}]}},
     ]
     found = by_id(BulkDecoder(sampler, tmp_path)(rows))
     assert found["a"]["text"] == found["c"]["text"] == sampler("5 6").text
-    assert found["b"]["text"] == sampler([{"role": "user", "content": "5 6"}]).text
+    assert found["d"]["prompt"] == '{"messages": [{"role": "user", "content": "5 6"}]}'
+    assert found["b"]["text"] == found["d"]["text"] == sampler([{"role": "user", "content": "5 6"}]).text
     assert [json.loads(found[name]["prompt"]) for name in "bc"] == [[{"role": "user", "content": "5 6"}], [3, 5, 6]]
     assert json.loads(found["a"]["extra"]) == {"level": 3}
     assert found["a"]["summary"] is None

@@ -198,26 +198,33 @@ class SamplerOutput:
     @cached_property
     def _shown(self) -> Tensor:
         """``(B, L)`` bool: the slots that texts are made of, headers aside."""
-        tokens, block = self.trace.tokens, self.trace.block
+        block = self.trace.block
         # Whatever was decoded is shown, but for what stands at the end of a block just to say that it is the end.
         shown = self._before_end | self._gaps
-        goes_on = shown & (self._gaps | ~torch.isin(tokens, self._special(but=("unk", "bos", "cls"))))
+        goes_on = shown & (self._gaps | ~self._is_special(but=("unk", "bos", "cls")))
         for index in range(len(self.trace.block_names)):
             until = (goes_on & (block == index)).flip(1).cumsum(1).flip(1) > 0
             shown &= (block != index) | until
         given = self.canvas.attention_mask.bool().cpu() & (block < 0)
-        return shown | (given & ~torch.isin(tokens, self._special(but=("unk",))))
+        return shown | (given & ~self._is_special(but=("unk",)))
 
-    def _special(self, *, but: Sequence[str]) -> Tensor:
-        """Ids of special tokens, without those of some names (``unk``, ...) unless they also end texts."""
-        added = getattr(self.tokenizer, "added_tokens_decoder", {})  # has some that all_special_ids has not
-        special = {token for token, facts in added.items() if facts.special}
-        special |= {*getattr(self.tokenizer, "all_special_ids", ())}
+    def _is_special(self, *, but: Sequence[str]) -> Tensor:
+        """``(B, L)`` bool: special tokens, without those of some names (``unk``, ...) unless they also end texts."""
         spared, ends = (
             {getattr(self.tokenizer, f"{name}_token_id", None) for name in names}
             for names in (but, ("eos", "sep", "pad"))
         )
-        return torch.tensor(sorted(special - (spared - ends)), dtype=torch.int64)
+        return torch.isin(self.trace.tokens, torch.tensor(sorted(self._special - (spared - ends)), dtype=torch.int64))
+
+    @cached_property
+    def _special(self) -> set[int]:
+        """Those of the tokens that the tokenizer leaves out where it is to leave out special ones."""
+        there = self.canvas.attention_mask.bool().cpu() & ~self._gaps
+        return {
+            i
+            for i in {*self.trace.tokens[there].tolist()}
+            if not self._decode([i], skip_special_tokens=True) and self._decode([i])
+        }
 
     def _texts_of_blocks(self, row: int) -> list[str]:
         block = self.trace.block[row]
@@ -256,10 +263,10 @@ class SamplerOutput:
             pieces.append("[...]" if is_gap else _behind(before, whole))
         return "".join(pieces)
 
-    def _decode(self, ids: list[int]) -> str:
+    def _decode(self, ids: list[int], *, skip_special_tokens: bool = False) -> str:
         if self.tokenizer is None:
             raise NapDecodeError("texts need a tokenizer; pass one to the sampler, or read .sequences")
-        return str(self.tokenizer.decode(ids, skip_special_tokens=False)) if ids else ""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)) if ids else ""
 
 
 def _behind(before: str, whole: str) -> str:
