@@ -157,7 +157,7 @@ def test_prompts_of_every_kind(tiny, tmp_path):
     assert json.loads(found["a"]["extra"]) == {"level": 3}
     assert found["a"]["summary"] is None
     bare = presets.left_to_right(tiny, template=CanvasTemplate.plain(3), mask_token_id=1)
-    row = BulkDecoder(bare, tmp_path / "bare")(rows[2:]).to_pylist()[0]
+    row = BulkDecoder(bare, tmp_path / "bare")(rows[2:3]).to_pylist()[0]
     assert (row["text"], row["blocks"], row["tokens"]) == (None, None, found["c"]["tokens"])
 
 
