@@ -147,15 +147,17 @@ def test_prompts_of_every_kind(tiny, tmp_path):
         {"id": "a", "prompt": "5 6", "messages": None, "level": 3},
         {"id": "b", "messages": [{"role": "user", "content": "5 6", "name": None}]},
         {"id": "c", "input_ids": np.array([3, 5, 6])},
+        {"id": "d", "prompt": {"messages": [{"role": "user", "content": "5 6", "name": None}]}},
     ]
     found = by_id(BulkDecoder(sampler, tmp_path)(rows))
     assert found["a"]["text"] == found["c"]["text"] == sampler("5 6").text
-    assert found["b"]["text"] == sampler([{"role": "user", "content": "5 6"}]).text
+    assert found["d"]["prompt"] == '{"messages": [{"role": "user", "content": "5 6"}]}'
+    assert found["b"]["text"] == found["d"]["text"] == sampler([{"role": "user", "content": "5 6"}]).text
     assert [json.loads(found[name]["prompt"]) for name in "bc"] == [[{"role": "user", "content": "5 6"}], [3, 5, 6]]
     assert json.loads(found["a"]["extra"]) == {"level": 3}
     assert found["a"]["summary"] is None
     bare = presets.left_to_right(tiny, template=CanvasTemplate.plain(3), mask_token_id=1)
-    row = BulkDecoder(bare, tmp_path / "bare")(rows[2:]).to_pylist()[0]
+    row = BulkDecoder(bare, tmp_path / "bare")(rows[2:3]).to_pylist()[0]
     assert (row["text"], row["blocks"], row["tokens"]) == (None, None, found["c"]["tokens"])
 
 
@@ -169,12 +171,14 @@ def test_prompts_of_every_kind(tiny, tmp_path):
         ({"id": "", "prompt": "1 2 ="}, "every row needs an id"),
         ({"id": "a", "text": "1 2 ="}, "row 'a': a row has either prompt.* none of them, but text"),
         ({"id": "a", "prompt": "1", "input_ids": [1]}, "has prompt and input_ids"),
-        ({"id": "a", "prompt": ["1"]}, r"row 'a': prompt must be text, but is \['1'\]"),
+        ({"id": "a", "prompt": ["1"]}, r"row 'a': prompt must be text, or a mapping of messages .*, but is \['1'\]"),
+        ({"id": "a", "prompt": {"messages": []}}, "row 'a': messages must be a list of chat messages"),
+        ({"id": "a", "prompt": {"messages": [{"role": "user"}], "tools": [print]}}, "row 'a': .* are kept as JSON"),
         ({"id": "a", "messages": []}, "messages must be a list of chat messages"),
         ({"id": "a", "messages": ["1"]}, "messages must be a list of chat messages"),
         ({"id": "a", "input_ids": [1.0]}, "input_ids must be a list of token ids"),
         ({"id": "a", "prompt": "1", "seed": "x"}, "a seed must be a whole number"),
-        ({"id": "a", "prompt": "1", "when": object()}, r"row 'a': its other columns \['when'\] are kept as JSON"),
+        ({"id": "a", "prompt": "1", "when": object()}, r"row 'a': \['when'\] are kept as JSON"),
     ],
 )
 def test_rows_that_are_none(row, message):

@@ -143,6 +143,12 @@ def test_count_blocks():
         (BatchEncoding({"input_ids": torch.tensor([[0, 6]]), "attention_mask": torch.tensor([[0, 1]])}), [[6]], False),
         ([[]], [[]], False),
         ("", [[3]], True),
+        (({"role": "user", "content": "6"},), [[4, 6, 5]], True),
+        ([({"role": "user", "content": "6"},), "7"], [[4, 6, 5], [3, 7]], False),
+        ([{"role": "system", "content": "6"}], [[4, 6, 5]], True),
+        ({"messages": [{"role": "user", "content": "6"}]}, [[4, 6, 5]], True),
+        ([{"messages": [{"role": "user", "content": "6"}]}, "7"], [[4, 6, 5], [3, 7]], False),
+        ([BatchEncoding({"input_ids": [5, 6], "attention_mask": [0, 1]}), {"input_ids": [[7]]}], [[6], [7]], False),
     ],
 )
 def test_prompts_of_every_form(prompts, rows, single):
@@ -168,20 +174,20 @@ def test_an_attention_mask_removes_padding_wherever_it_is():
         ),
         (None, None, "prompts must be text, chat messages, token ids, or a list of these, not None"),
         (5, None, "prompts must be text"),
-        ({"role": "user", "content": "6"}, None, "must have input_ids, but has .*; put chat messages in a list"),
+        (
+            {"role": "user", "content": "6"},
+            None,
+            "either messages or input_ids, but has .*; put chat messages in a list",
+        ),
+        ({"messages": [], "input_ids": [5]}, None, "either messages or input_ids, but has"),
+        ([{"input_ids": [[5], [6]]}], None, "the input_ids of a single prompt must be one row, but are 2"),
+        ([{"role": "user", "content": "6"}, "7"], None, "a chat message must be a mapping such as .*, but is '7'"),
         ([None], None, "a prompt must be text"),
     ],
 )
 def test_bad_prompts(prompts, mask, message):
     with pytest.raises(NapDecodeError, match=message):
         encode_prompts(prompts, Words(), mask)
-
-
-def test_chat_needs_a_template():
-    words = Words()
-    words.chat_template = None
-    with pytest.raises(NapDecodeError, match="the tokenizer has no chat template"):
-        encode_prompts([{"role": "user", "content": "6"}], words)
 
 
 def test_text_needs_a_tokenizer():

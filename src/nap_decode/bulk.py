@@ -49,7 +49,7 @@ class BulkPrompt:
 
     Args:
         id: what the row is known by, different for every row.
-        prompt: text, chat messages or token ids.
+        prompt: text, chat messages, these with options of the chat template, or token ids.
         seed: the row's seed, a signed 64-bit integer.
         extra: the row's other columns, as a JSON object.
 
@@ -71,8 +71,9 @@ class BulkPrompt:
         """Check a row.
 
         Args:
-            row: ``id`` (text or a whole number), one of ``prompt`` (text), ``messages`` (chat) and ``input_ids``
-                (token ids); if it has a ``seed``, that is the row's.  A column that is None counts as missing.
+            row: ``id`` (text or a whole number), one of ``prompt`` (text, or a mapping of ``messages`` and options of
+                the chat template), ``messages`` (chat) and ``input_ids`` (token ids); if it has a ``seed``, that is the
+                row's.  A column that is None counts as missing.
             seed: of the run; rows without a seed of their own get one from it and their id.
 
         Raises:
@@ -541,12 +542,19 @@ def _record(prompt: BulkPrompt, output: SamplerOutput) -> dict[str, Any]:
 def _check_prompt(name: Any, kind: str, value: Any) -> Prompt:
     if kind == "prompt" and isinstance(value, str):
         return value
+    if kind == "prompt" and isinstance(value, Mapping) and "messages" in value:
+        _as_json(name, value)  # as which it is written
+        return {**value, "messages": _check_prompt(name, "messages", _plain(value["messages"]))}
     if kind == "messages" and isinstance(value, list) and value and all(isinstance(m, Mapping) for m in value):
         # Parquet gives all messages the same keys, and None where there was none.
         return [{key: item for key, item in message.items() if item is not None} for message in value]
     if kind == "input_ids" and isinstance(value, list) and all(isinstance(t, Integral) for t in value):
         return [int(token) for token in value]
-    meaning = {"prompt": "text", "messages": "a list of chat messages", "input_ids": "a list of token ids"}[kind]
+    meaning = {
+        "prompt": "text, or a mapping of messages and options of the chat template",
+        "messages": "a list of chat messages",
+        "input_ids": "a list of token ids",
+    }[kind]
     raise NapDecodeError(f"row {name!r}: {kind} must be {meaning}, but is {value!r:.80}")
 
 
@@ -555,8 +563,7 @@ def _as_json(name: Any, values: Mapping[str, Any]) -> str:
         return json.dumps(values, ensure_ascii=False)
     except TypeError as error:
         raise NapDecodeError(
-            f"row {name!r}: its other columns {list(values)} are kept as JSON, which cannot hold them ({error}); drop "
-            "or convert them"
+            f"row {name!r}: {list(values)} are kept as JSON, which cannot hold them ({error}); drop or convert them"
         ) from error
 
 

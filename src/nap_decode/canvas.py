@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nap_decode.chats import render_chat
 from nap_decode.errors import NapDecodeError, check_integer
 
 if TYPE_CHECKING:
@@ -28,10 +29,13 @@ if TYPE_CHECKING:
 
 Text: TypeAlias = "str | Sequence[int]"
 """Clamped text of a template: a string, tokenized without special tokens, or token ids."""
-Prompt: TypeAlias = "str | Sequence[Mapping[str, Any]] | Sequence[int] | Tensor"
-"""One prompt: text, chat messages, token ids, or a 1-D tensor of token ids."""
+Prompt: TypeAlias = "str | Sequence[Mapping[str, Any]] | Mapping[str, Any] | Sequence[int] | Tensor"
+"""One prompt: text, chat messages, ``{"messages": [...]}`` with options of the chat template (``tools``,
+``enable_thinking``, ...) beside them, token ids, a 1-D tensor of token ids, or what a tokenizer returns."""
 Prompts: TypeAlias = "Prompt | Sequence[Prompt]"
 """One prompt or a batch of them; a 2-D tensor is a batch of rows of equal length."""
+
+_FORMS = frozenset({"messages", "input_ids"})  # of a prompt that is a mapping
 
 
 @dataclass(frozen=True)
@@ -353,8 +357,9 @@ def encode_prompts(
     """Token ids of one prompt or of a batch.
 
     Args:
-        prompts: see :data:`Prompts`.  Chat messages go through the tokenizer's chat template with a
-            generation prompt.  What a tokenizer returns (``input_ids`` and ``attention_mask``) is taken too.
+        prompts: see :data:`Prompts`.  Chats go through the tokenizer's chat template: a last message of the
+            assistant's is continued, any other is answered.  What a tokenizer returns (``input_ids`` and
+            ``attention_mask``) is taken too.
         tokenizer: needed for anything but ids.
         attention_mask: 0 for ids to drop, wherever they are; in the shape of the ids.
 
@@ -362,22 +367,20 @@ def encode_prompts(
         One list of ids per row, and whether it was a single prompt.
 
     Raises:
-        NapDecodeError: an empty batch, an unknown form of prompt, or text without a tokenizer.
+        NapDecodeError: an empty batch, an unknown form of prompt, text without a tokenizer, or a chat that the
+            template does not render.
     """
-    if isinstance(prompts, Mapping):
-        if "input_ids" not in prompts:
-            raise NapDecodeError(
-                f"a mapping as prompt must have input_ids, but has {list(prompts)}; put chat messages in a list"
-            )
-        prompts, attention_mask = prompts["input_ids"], prompts.get("attention_mask", attention_mask)
+    if isinstance(prompts, Mapping) and _form(prompts) == "input_ids":
+        encoded: Mapping[Any, Any] = prompts
+        prompts, attention_mask = encoded["input_ids"], encoded.get("attention_mask", attention_mask)
     prompts = _plain(prompts)
-    if isinstance(prompts, str):
+    if isinstance(prompts, str | Mapping):
         return [_encode_prompt(prompts, tokenizer)], True
     if not isinstance(prompts, Sequence):
         raise NapDecodeError(f"prompts must be text, chat messages, token ids, or a list of these, not {prompts!r:.80}")
     if len(prompts) == 0:
         raise NapDecodeError("the batch of prompts is empty")
-    single = isinstance(prompts[0], Real | Mapping)
+    single = is_part(prompts[0])
     rows = [_encode_prompt(prompt, tokenizer) for prompt in ([prompts] if single else prompts)]
     if attention_mask is not None:
         mask = _plain(attention_mask)
@@ -392,6 +395,21 @@ def encode_prompts(
     return rows, single
 
 
+def is_part(prompt: Any) -> bool:
+    """Whether this is a token id or a message, of which prompts are made, and no prompt."""
+    return isinstance(prompt, Real) or (isinstance(prompt, Mapping) and _FORMS.isdisjoint(prompt))
+
+
+def _form(prompt: Mapping[Any, Any]) -> str:
+    forms = _FORMS.intersection(prompt)
+    if len(forms) != 1:
+        raise NapDecodeError(
+            f"a mapping as prompt must have either messages or input_ids, but has {list(prompt)}; put chat messages in "
+            "a list"
+        )
+    return next(iter(forms))
+
+
 def _plain(values: Any) -> Any:
     """Tensors and arrays as (nested) lists; everything else as it is."""
     return values.tolist() if isinstance(values, Tensor | np.ndarray) else values
@@ -399,18 +417,19 @@ def _plain(values: Any) -> Any:
 
 def _encode_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
     prompt = _plain(prompt)
-    if isinstance(prompt, str) or (isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping)):
+    if isinstance(prompt, Mapping) and _form(prompt) == "input_ids":
+        rows, _ = encode_prompts(prompt, tokenizer)
+        if len(rows) > 1:
+            raise NapDecodeError(f"the input_ids of a single prompt must be one row, but are {len(rows)}")
+        return rows[0]
+    first = prompt[0] if isinstance(prompt, Sequence) and prompt else prompt
+    if isinstance(prompt, str) or isinstance(first, Mapping):
         if tokenizer is None:
             raise NapDecodeError("a prompt that is text or chat messages needs a tokenizer; pass one, or token ids")
         if isinstance(prompt, str):
             return list(tokenizer(prompt)["input_ids"])
-        if getattr(tokenizer, "chat_template", None) is None:
-            raise NapDecodeError(
-                "the prompt is chat messages, but the tokenizer has no chat template; pass text or ids"
-            )
         # Templates write their own special tokens, so the tokenizer must not add a second <bos>.
-        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(tokenizer(render_chat(prompt, tokenizer), add_special_tokens=False)["input_ids"])
     if isinstance(prompt, Sequence) and all(isinstance(t, Integral) for t in prompt):
         return [int(t) for t in prompt]
     raise NapDecodeError(

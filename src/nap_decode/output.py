@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from nap_decode.canvas import Canvas
@@ -26,8 +28,9 @@ if TYPE_CHECKING:
 class SamplerOutput:
     """The decoded batch.
 
-    Texts are a string for a single prompt and a list of strings for a batch.  They are without special
-    tokens, and without a block's end token and what follows it.
+    Texts are a string for a single prompt and a list of strings for a batch.  They are read in the place where they
+    stand, so that a prompt and the text of its completion together are the text of both.  Left out are a block's end
+    token and what follows it, special tokens at a block's end, and those that were given, not decoded.
 
     Args:
         sequences: ``(B, L)`` int64, left padding, prompt and canvas.
@@ -144,9 +147,9 @@ class SamplerOutput:
 
     @cached_property
     def blocks(self) -> dict[str, str | list[str]]:
-        """The text of every block by its name."""
+        """The text of every block by its name, without spaces around it if there is more than one block."""
         return {
-            name: self._texts([self._block_text(row, j) for row in self._rows])
+            name: self._texts([texts[j] for texts in self._block_texts])
             for j, name in enumerate(self.trace.block_names)
         }
 
@@ -154,7 +157,7 @@ class SamplerOutput:
     def paths(self) -> list[str] | list[list[str]]:
         """Texts of the blocks that are not a summary, for each row."""
         paths = [j for j, held in enumerate(self.canvas.held) if not held]
-        rows = [[self._block_text(row, j) for j in paths] for row in self._rows]
+        rows = [[texts[j] for j in paths] for texts in self._block_texts]
         return rows[0] if self.canvas.is_single else rows
 
     @property
@@ -173,44 +176,105 @@ class SamplerOutput:
     def text(self) -> str | list[str]:
         """What was decoded: a plain completion as it is; a layout with a line for each block, behind its header.
 
-        For infill it is the whole text, with the holes filled.
+        A completion begins with the space that sets it off from its prompt, if there is one.  For infill it is the
+        whole text, with the holes filled.
         """
-        return self._texts([self._row_text(row) for row in self._rows])
-
-    @property
-    def _rows(self) -> range:
-        return range(len(self.sequences))
+        return self._texts([self._row_text(row) for row in range(len(self.sequences))])
 
     def _texts(self, rows: list[str]) -> str | list[str]:
         return rows[0] if self.canvas.is_single else rows
 
-    def _block_text(self, row: int, block: int) -> str:
-        inside = (self.trace.block[row] == block) & (self._before_end[row] | self._gaps[row])
-        slots = zip(self.trace.tokens[row][inside].tolist(), self._gaps[row][inside].tolist(), strict=True)
-        runs = [([token for token, _ in run], is_gap) for is_gap, run in groupby(slots, key=lambda slot: slot[1])]
-        pieces = ["[...]" if is_gap else self._decode(ids, skip_special_tokens=True) for ids, is_gap in runs]
-        return "".join(pieces)
+    @cached_property
+    def _block_texts(self) -> list[list[str]]:
+        """The text of each block of each row."""
+        return [self._texts_of_blocks(row) for row in range(len(self.sequences))]
+
+    @cached_property
+    def _is_plain(self) -> bool:
+        """Whether a completion is all that stands behind the prompts."""
+        given = self.canvas.attention_mask.bool() & ~self.canvas.prompt & ~self.canvas.decodable
+        return len(self.trace.block_names) == 1 and not self.canvas.is_infill and not bool(given.any())
+
+    @cached_property
+    def _shown(self) -> Tensor:
+        """``(B, L)`` bool: the slots that texts are made of, headers aside."""
+        block = self.trace.block
+        # Whatever was decoded is shown, but for what stands at the end of a block just to say that it is the end.
+        shown = self._before_end | self._gaps
+        goes_on = shown & (self._gaps | ~self._is_special(but=("unk", "bos", "cls")))
+        for index in range(len(self.trace.block_names)):
+            until = (goes_on & (block == index)).flip(1).cumsum(1).flip(1) > 0
+            shown &= (block != index) | until
+        given = self.canvas.attention_mask.bool().cpu() & (block < 0)
+        return shown | (given & ~self._is_special(but=("unk",)))
+
+    def _is_special(self, *, but: Sequence[str]) -> Tensor:
+        """``(B, L)`` bool: special tokens, without those of some names (``unk``, ...) unless they also end texts."""
+        spared, ends = (
+            {getattr(self.tokenizer, f"{name}_token_id", None) for name in names}
+            for names in (but, ("eos", "sep", "pad"))
+        )
+        return torch.isin(self.trace.tokens, torch.tensor(sorted(self._special - (spared - ends)), dtype=torch.int64))
+
+    @cached_property
+    def _special(self) -> set[int]:
+        """Those of the tokens that the tokenizer leaves out where it is to leave out special ones."""
+        there = self.canvas.attention_mask.bool().cpu() & ~self._gaps
+        return {
+            i
+            for i in {*self.trace.tokens[there].tolist()}
+            if not self._decode([i], skip_special_tokens=True) and self._decode([i])
+        }
+
+    def _texts_of_blocks(self, row: int) -> list[str]:
+        block = self.trace.block[row]
+        texts = [self._read(row, (block == index) & self._shown[row]) for index in range(len(self.trace.block_names))]
+        return texts if self._is_plain else [text.strip() for text in texts]
 
     def _row_text(self, row: int) -> str:
-        tokens, block = self.trace.tokens[row].tolist(), self.trace.block[row].tolist()
-        present, prompt = self.canvas.attention_mask[row].tolist(), self.canvas.prompt[row].tolist()
         if self.canvas.is_infill:
-            return self._decode([t for t, p in zip(tokens, present, strict=True) if p], skip_special_tokens=True)
-        columns = [c for c in range(len(block)) if present[c] and not prompt[c]]
-        runs = [(index, list(run)) for index, run in groupby(columns, key=lambda c: block[c])]
-        if len(runs) == 1:
-            return self._block_text(row, runs[0][0])
+            return self._read(row, self._shown[row])
+        texts = self._block_texts[row]
+        if self._is_plain:
+            return texts[0]
+        tokens, block = self.trace.tokens[row].tolist(), self.trace.block[row].tolist()
+        behind = (self.canvas.attention_mask.bool() & ~self.canvas.prompt)[row].tolist()
         lines, header = [], False
-        for index, run in runs:
+        for index, run in groupby((c for c in range(len(block)) if behind[c]), key=lambda c: block[c]):
             if index < 0:
-                lines.append(self._decode([tokens[c] for c in run], skip_special_tokens=False).strip())
+                lines.append(self._decode([tokens[c] for c in run]).strip())
             else:
                 before = lines.pop() + " " if header else ""
-                lines.append(before + self._block_text(row, index).strip())
+                lines.append(before + texts[index])
             header = index < 0
         return "\n".join(lines)
 
-    def _decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:
+    def _read(self, row: int, where: Tensor) -> str:
+        """The text of some of the shown slots, as it is behind all that are shown before them.
+
+        Decoded alone it might lack the space before it, be a part of a word for the tokenizer, or of a character.
+        """
+        tokens, gaps = self.trace.tokens[row], self._gaps[row]
+        pieces = []
+        for is_gap, run in groupby(where.nonzero()[:, 0].tolist(), key=lambda column: bool(gaps[column])):
+            columns = list(run)
+            known = tokens[: columns[0]][(self._shown[row] & ~gaps)[: columns[0]]].tolist()
+            before, whole = self._decode(known), self._decode(known + tokens[columns].tolist())
+            pieces.append("[...]" if is_gap else _behind(before, whole))
+        return "".join(pieces)
+
+    def _decode(self, ids: list[int], *, skip_special_tokens: bool = False) -> str:
         if self.tokenizer is None:
             raise NapDecodeError("texts need a tokenizer; pass one to the sampler, or read .sequences")
-        return str(self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
+        return str(self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)) if ids else ""
+
+
+def _behind(before: str, whole: str) -> str:
+    """What the whole has behind a text that it mostly begins with.
+
+    Not quite if that ends within a character, or if a tokenizer joins what it has separated (``don '``, but ``don't``).
+    """
+    if whole.startswith(before):
+        return whole[len(before) :]
+    differ = (place for place, (one, other) in enumerate(zip(before, whole, strict=False)) if one != other)
+    return whole[next(differ, len(whole)) :]

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from functools import partial
 from itertools import islice
-from numbers import Real
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from nap_decode.canvas import Canvas, CanvasTemplate, Prompt, Prompts, encode_prompts
+from nap_decode.canvas import Canvas, CanvasTemplate, Prompt, Prompts, encode_prompts, is_part
 from nap_decode.capturing import CudaRecorder, StepGraphs
 from nap_decode.committers import Committer, MicroConfidenceCommitter
 from nap_decode.confidence import Confidence
@@ -731,7 +730,7 @@ def _longest_first(
     while some := list(islice(numbered, window)):
         rows: list[_Waiting] = []
         for number, (prompt, seed) in some:
-            if isinstance(prompt, Mapping | Real):
+            if is_part(prompt):
                 raise NapDecodeError(
                     f"a stream takes many prompts, but number {number} of them is {prompt!r:.80}; put a single one "
                     "into a list of its own"

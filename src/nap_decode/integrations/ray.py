@@ -329,7 +329,7 @@ def run_bulk(args: argparse.Namespace, make: Callable[[argparse.Namespace], Samp
 
 def _as_chat(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row whose text is a user's message."""
-    if row.get("prompt") is None or row.get("messages") is not None:
+    if not isinstance(row.get("prompt"), str) or row.get("messages") is not None:
         return dict(row)
     others = {name: value for name, value in row.items() if name != "prompt"}
     return others | {"messages": [{"role": "user", "content": row["prompt"]}]}

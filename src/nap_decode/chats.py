@@ -1,0 +1,107 @@
+"""Chats as the text that a model goes on with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nap_decode.errors import NapDecodeError
+
+_MARK = "NAP_DECODE_CONTINUES_HERE"
+_TOKENIZING = frozenset({
+    "conversation", "max_length", "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors",
+    "sanitize_control_tokens", "tokenize", "tokenizer_kwargs", "truncation",
+})  # fmt: skip
+"""Arguments of ``apply_chat_template`` that are no options of a template."""
+
+
+def render_chat(chat: Sequence[Any] | Mapping[str, Any], tokenizer: Any) -> str:
+    """A chat by the tokenizer's template; a last message of the assistant's is left open, others are to be answered.
+
+    Args:
+        chat: messages, or a mapping of ``messages`` and options of the template.  Of these, ``add_generation_prompt``
+            and ``continue_final_message`` say otherwise how the chat goes on, if at all.
+        tokenizer: has ``apply_chat_template``.
+
+    Raises:
+        NapDecodeError: something else, no template, an option that it does not have, or a chat that it does not render.
+
+    Example:
+        >>> from nap_decode import demo
+        >>> tokenizer = demo.load()[1]
+        >>> tokenizer.chat_template = "{% for m in messages %}({{ m.role }}) {{ m.content }}. {% endfor %}"
+        >>> render_chat([{"role": "user", "content": "1 2 ="}, {"role": "assistant", "content": "3"}], tokenizer)
+        '(user) 1 2 =. (assistant) 3'
+    """
+    from jinja2 import TemplateError
+
+    given = dict(chat) if isinstance(chat, Mapping) else {"messages": chat}
+    options = {name: value for name, value in given.items() if value is not None}
+    messages = _check_messages(options.pop("messages", None))
+    is_answered, is_continued = options.pop("add_generation_prompt", None), options.pop("continue_final_message", None)
+    if is_continued is None:
+        is_continued = not is_answered and messages[-1]["role"] == "assistant"
+    if is_answered is None:
+        is_answered = not is_continued
+    if is_answered and is_continued:
+        raise NapDecodeError("a chat is either continued (continue_final_message) or answered (add_generation_prompt)")
+    _check_options(options, tokenizer)
+    if is_continued:
+        messages[-1] = _mark_end(messages[-1])
+    try:
+        text = str(
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_answered, **options)
+        )
+    except (TemplateError, TypeError, ValueError) as error:
+        raise NapDecodeError(f"the tokenizer's chat template does not render {given!r:.160}: {error}") from error
+    if not is_continued:
+        return text
+    before, mark, behind = text.rpartition(_MARK)
+    if not mark:
+        raise NapDecodeError(f"the chat cannot be continued, because the template leaves its end out: {given!r:.160}")
+    # A template that trims messages would have trimmed the end of this one, too.
+    return before if behind.startswith(" ") else before.rstrip()
+
+
+def _check_messages(messages: Any) -> list[dict[str, Any]]:
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise NapDecodeError(f"messages of a chat must be a list of at least one, but are {messages!r:.80}")
+    for message in messages:
+        if not isinstance(message, Mapping) or "role" not in message:
+            raise NapDecodeError(
+                f"a chat message must be a mapping such as {{'role': 'user', 'content': '...'}}, but is {message!r:.80}"
+            )
+    return [dict(message) for message in messages]
+
+
+def _check_options(options: Mapping[str, Any], tokenizer: Any) -> None:
+    """Raise unless the template mentions every option: it would pass over others without a word."""
+    templates = getattr(tokenizer, "chat_template", None), options.get("chat_template")
+    if templates == (None, None):
+        raise NapDecodeError("the prompt is chat messages, but the tokenizer has no chat template; pass text or ids")
+    for name in options:
+        if name in _TOKENIZING:
+            raise NapDecodeError(f"{name} cannot be given with a chat, which is rendered as text, then tokenized")
+        if name != "chat_template" and not re.search(rf"\b{re.escape(str(name))}\b", str(templates)):
+            raise NapDecodeError(f"the tokenizer's chat template has no option {name!r}; leave it out")
+
+
+def _mark_end(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message with a mark where it is to be continued.
+
+    ``continue_final_message`` of transformers works like this since 4.57.  Releases before look for the text itself,
+    which may stand in the template, too, and lose spaces at its end.
+    """
+    content = message.get("content")
+    if isinstance(content, str):
+        return {**message, "content": f"{content}{_MARK} "}
+    parts = [*content] if isinstance(content, Sequence) else []
+    for number, part in reversed([*enumerate(parts)]):
+        if isinstance(part, Mapping) and isinstance(part.get("text"), str):
+            parts[number] = {**part, "text": f"{part['text']}{_MARK} "}
+            return {**message, "content": parts}
+    raise NapDecodeError(
+        f"the chat's last message has no text to be continued: {message!r:.80}; add the message that is to be "
+        "answered, or add_generation_prompt=True beside the messages"
+    )
