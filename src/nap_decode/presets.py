@@ -20,6 +20,7 @@ Example:
 from __future__ import annotations
 
 import inspect
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -726,6 +727,20 @@ def find_preset(name: str) -> Callable[..., Sampler]:
     """
     check_name("preset", name, PRESETS)
     return PRESETS[name]
+
+
+def parse_value(text: str) -> Any:
+    """The value of an option as command lines write it: JSON, how Python writes it, or a name.
+
+    Example:
+        >>> [parse_value(text) for text in ("4", "[11, 12]", "null", "False", "margin")]
+        [4, [11, 12], None, False, 'margin']
+    """
+    text = text.strip()
+    try:
+        return json.loads(text)
+    except ValueError:
+        return {"True": True, "False": False, "None": None}.get(text, text)
 
 
 def make_preset(
