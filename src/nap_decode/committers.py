@@ -324,7 +324,7 @@ class MicroConfidenceCommitter(Committer):
         if self.top_p is not None:
             warpers.append(TopPLogitsWarper(float(self.top_p)))
         scores = logits / self.temperature if self.temperature > 0 else logits
-        unused = torch.empty(0, dtype=torch.long)  # the warpers look at the scores alone
+        unused = torch.empty(0, dtype=torch.long, device="cpu")  # the warpers look at the scores alone
         for warper in reversed(warpers) if self.scores_proposal else warpers:  # Dream cuts by top_p first
             scores = warper(unused, scores)
         return scores
