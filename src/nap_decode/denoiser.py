@@ -421,8 +421,8 @@ class Denoiser:
         """The shadow of a masked slot says what the slot itself says, and the canvas what it says without shadows."""
         name, head = self._call.name, self._call.head
         same, other = (0, self.mask_token_id) if self._probed is None else self._probed.tokens[1:3, 1].tolist()
-        shape = [[same, self.mask_token_id, other, same], [other, self.mask_token_id, same, other]] * 2
-        rows = torch.tensor(shape, device=self.device)
+        ids = [[same, self.mask_token_id, other, same], [other, self.mask_token_id, same, other]] * 2
+        rows = torch.tensor(ids, device=self.device)
         wanted = torch.ones(4, 1, dtype=torch.int64, device=self.device)
         frame = self._call.frame(rows.shape, None, self.device)
         shadows = torch.arange(4, device=self.device)[:, None] >= 2, wanted >= 0
