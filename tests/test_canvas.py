@@ -86,11 +86,53 @@ def test_text_of_a_template_is_tokenized_without_special_tokens():
         ),
         (lambda: CanvasTemplate.nap(3, total_length=10), "total_length must be a whole number of at least 35"),
         (lambda: CanvasTemplate.nap().encode(None, MASK), "the template's text '<think 1>' needs a tokenizer"),
+        (lambda: CanvasTemplate.nap(3, path_header=5), "path_header is 5, not a list of texts, for num_paths=3"),
+        (lambda: CanvasTemplate((None, Block("a", 1))), "a template's text must be a list of token ids, but is None"),
+        (lambda: CanvasTemplate(((5, (6,)), Block("a", 1))), r"a token id of a template's text .* but is \(6,\)"),
+        (lambda: Block(1, 1), "the name of a block must be a text, but is 1"),
+        (lambda: Block("a", 1, held="no"), "held of block 'a' must be True or False, but is 'no'"),
+        (lambda: CanvasTemplate(((5, 1), Block("a", 1))).encode(None, MASK), r"a mask token \(1\) in .*\(5, 1\)"),
+        (lambda: CanvasTemplate(("5 _", Block("a", 1))).encode(Words(), MASK), "a mask token .* text '5 _', which"),
     ],
 )
 def test_bad_templates(make, message):
     with pytest.raises(NapDecodeError, match=message):
         make()
+
+
+WRONG_IDS = [[1.9], [5.0], [True], [-1], ["5"], [None], [float("nan")], np.array([1.9]), torch.tensor([5.0]), "5", 5]
+
+
+@pytest.mark.parametrize("ids", WRONG_IDS, ids=repr)
+def test_ids_are_whole_numbers(ids):
+    """They become tensors of whole numbers in the end, which would round them."""
+    makers = {
+        "a template's text": lambda: CanvasTemplate((ids, Block("a", 1))),
+        "a prompt": lambda: Canvas.from_prompts([ids], TEMPLATE, mask_token_id=MASK),
+        "a text": lambda: Canvas.from_infill([ids], mask_token_id=MASK),
+    }
+    for what, make in makers.items():
+        if what == "a template's text" and ids == "5":
+            continue  # which is text
+        with pytest.raises(NapDecodeError, match=f"{what} must be a"):
+            make()
+    for text in () if isinstance(ids, str) else (CanvasTemplate.nap, lambda **o: CanvasTemplate.nap(1, **o)):
+        with pytest.raises(NapDecodeError, match="a template's text must be a"):
+            text(summary_header=ids)
+    with pytest.raises(NapDecodeError, match="mask_token_id must be a whole number"):
+        TEMPLATE.encode(None, 1.0)
+
+
+@pytest.mark.parametrize("ids", [[5, 6], (5, 6), np.array([5, 6], np.int32), torch.tensor([5, 6])], ids=repr)
+def test_ids_of_every_kind(ids):
+    template = CanvasTemplate((ids, Block("a", 1)))
+    assert template == CanvasTemplate(((5, 6), Block("a", 1)))
+    assert all(type(token) is int for token in template.parts[0])
+    assert CanvasTemplate.nap(1, path_length=1, path_header=[ids], summary_length=0).parts == (
+        (5, 6),
+        Block("path 1", 1),
+    )
+    assert Canvas.from_prompts([ids], TEMPLATE, mask_token_id=MASK).tokens[0, :2].tolist() == [5, 6]
 
 
 def test_bad_canvases():
@@ -111,6 +153,11 @@ def test_bad_canvases():
         ({"attention_mask": torch.tensor([[0, 1]]), "block": torch.tensor([[0, -1]])}, "padding of a canvas cannot be"),
         ({"attention_mask": torch.tensor([[1, 0]])}, "must be 0 for padding on the left, then 1 to the end"),
         ({"block": torch.tensor([[-1, -1]])}, "no slot of the canvas is to be decoded"),
+        ({"attention_mask": torch.tensor([[1, 2]])}, "must be 0 for padding on the left, then 1 to the end"),
+        ({"tokens": ids.double()}, "tokens of a canvas must be torch.int64, but is torch.float64"),
+        ({"block": ids.int() * 0}, "block of a canvas must be torch.int64"),
+        ({"attention_mask": torch.ones_like(ids).bool()}, "attention_mask of a canvas must be torch.int64"),
+        ({"prompt": ids}, "prompt of a canvas must be torch.bool"),
     ):
         with pytest.raises(NapDecodeError, match=message):
             Canvas(**(good | change))

@@ -2,16 +2,20 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
 from models import needs_transformers_5
+from safetensors.torch import load_file, save_file
 
-from nap_decode import CanvasTemplate, DecodeTrace, demo, presets
-from nap_decode.cli import main
+from nap_decode import CanvasTemplate, DecodeTrace, Denoiser, NapDecodeError, demo, presets
+from nap_decode.cli import _OF_PARTS, _make_sampler, _parser, main
 from nap_decode.decoding import Decoding
+from nap_decode.denoiser import no_model
+from nap_decode.integrations.ray import BULK
 
 pytestmark = needs_transformers_5
 MODEL = ["--model", str(demo.CHECKPOINT)]
@@ -215,3 +219,118 @@ def test_a_reader_that_goes_away_is_no_error():
     process.stderr.close()
     process.wait()
     assert "nap-decode: error" not in error
+
+
+# What each option is for; None if a falsy value has no meaning, and is refused by the option's name.
+REACHES = {
+    "--mask-token-id": lambda sampler, args: args.mask_token_id,
+    "--prompt": lambda sampler, args: args.prompt[-1],
+    "--summary-length": lambda sampler, args: sum(block.held for block in sampler.template.blocks),
+    "--hold-until": lambda sampler, args: sampler.scheduler.hold_until,
+    "--temperature": lambda sampler, args: sampler.committer.temperature,
+    "--top-p": lambda sampler, args: sampler.committer.top_p,
+    "--threshold": lambda sampler, args: sampler.committer.selection.threshold,
+    "--cfg-scale": lambda sampler, args: sampler.denoiser.cfg_scale,
+    "--seed": lambda sampler, args: args.seed,
+}
+GIVEN = {
+    "--block-length": ["--scheduler", "semi-autoregressive"],
+    "--top-k": ["--temperature", "1"],
+    "--top-p": ["--temperature", "1"],
+    "--refresh-every": ["--reuse", "prompt"],
+    "--set": ["--preset", "klass"],
+}
+
+
+def options_of_generate():
+    """All that take a value that is no choice among names, with whatever is falsy."""
+    (commands,) = (action for action in _parser()._actions if hasattr(action, "choices") and not action.option_strings)
+    for action in commands.choices["generate"]._actions:
+        if action.option_strings and action.nargs is None and action.choices is None:
+            for value in {int: ("0",), float: ("0", "0.0", "-0.0")}.get(action.type, ("",)):
+                yield pytest.param(action.option_strings[0], value, id=f"{action.option_strings[0]} {value!r}")
+
+
+@pytest.mark.parametrize(("option", "value"), list(options_of_generate()))
+def test_a_falsy_value_reaches_its_part_or_is_refused_by_name(capsys, monkeypatch, option, value):
+    """In a decoder of parts, with a preset, with a file, and in bulk."""
+    made = []
+    monkeypatch.setattr("nap_decode.cli._load", lambda args: (no_model, None))
+    monkeypatch.setattr("nap_decode.cli.ray.run_bulk", lambda args, make: made.append((make(args), args)))
+    make = _make_sampler
+
+    def keep(args):
+        made.append((make(args), args))
+        raise NapDecodeError("enough")
+
+    monkeypatch.setattr("nap_decode.cli._make_sampler", keep)
+    model = [] if option == "--mask-token-id" else ["--mask-token-id", "1"]
+    if option != "--model":
+        model += ["--model", "somewhere"]
+    arguments = ["generate", *PROMPT, *model, *GIVEN.get(option, ()), option, value]
+    _, _, err = run(capsys, *arguments)
+    if option in REACHES:
+        assert (err, len(made)) == ("nap-decode: error: enough\n", 1)
+        found = REACHES[option](*made[0])
+        assert found == type(found)(value or "")
+    else:
+        assert not made
+        names = option, option[2:].replace("-", "_"), f"{option[2:]} of "
+        assert any(name in err for name in names) or option == "--set", err
+
+
+@pytest.mark.parametrize("whole", [["--preset", "klass"], ["--sampler", "file.json"]], ids=lambda whole: whole[0])
+@pytest.mark.parametrize(("option", "value"), [(f"--{name.replace('_', '-')}", "0") for name in _OF_PARTS])
+def test_an_option_of_parts_does_not_go_with_a_whole_decoder(capsys, whole, option, value):
+    """Whatever its value: also the one that it has by default."""
+    value = {"--scheduler": ["macro-parallel"], "--confidence": ["probability"], "--share-last-step": []}.get(
+        option, [value]
+    )
+    status, _, err = run(capsys, "generate", *MODEL, *PROMPT, *whole, option, *value)
+    assert (status, err.split(" does not go with ")[0]) == (2, f"nap-decode: error: {option}")
+
+
+def test_options_of_parts_are_those_of_the_parser():
+    (commands,) = (action for action in _parser()._actions if hasattr(action, "choices") and not action.option_strings)
+    (group,) = (g for g in commands.choices["generate"]._action_groups if g.title == "how: parts of your choice")
+    assert sorted(action.dest for action in group._group_actions) == sorted(_OF_PARTS)
+    (group,) = (g for g in commands.choices["generate"]._action_groups if g.title.startswith("bulk"))
+    assert sorted(action.dest for action in group._group_actions) == sorted([*BULK, "input"])
+
+
+def test_guidance_of_zero_is_not_that_of_a_file(capsys, tmp_path, embedded):
+    file = tmp_path / "sampler.json"
+    presets.klass(Denoiser(*embedded, cfg_scale=1.5)).save(file)
+    status, _, err = run(capsys, "generate", *MODEL, *PROMPT, "--sampler", str(file), "--cfg-scale", "0")
+    assert status == 2
+    assert "--cfg-scale does not go with --sampler" in err
+
+
+@pytest.mark.parametrize("name", BULK)
+def test_options_of_bulk_need_prompts_from_a_file(capsys, name):
+    option = f"--{name.replace('_', '-')}"
+    status, _, err = run(capsys, "generate", *MODEL, *PROMPT, option, "0")
+    assert status == 2
+    assert f"{option} is for prompts from a file" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "threshold"], "--set must be written as OPTION=VALUE, but is 'threshold'"),
+        (["--set", "block_length=False"], "block_length must be a whole number of at least 1, but is False"),
+    ],
+)
+def test_values_of_set(capsys, arguments, message):
+    status, _, err = run(capsys, "generate", *MODEL, *PROMPT, "--preset", "klass", *arguments)
+    assert status == 2
+    assert message in err
+
+
+def test_a_checkpoint_without_its_weights(capsys, tmp_path):
+    shutil.copytree(demo.CHECKPOINT, tmp_path / "model")
+    file = next((tmp_path / "model").glob("*.safetensors"))
+    save_file({name + ".old": tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    status, out, err = run(capsys, "generate", "--model", str(tmp_path / "model"), *PROMPT, *PLACES)
+    assert (status, out) == (2, "")
+    assert "are not in the checkpoint" in err

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 
@@ -8,6 +9,7 @@ import torch
 from models import KNOWN, MASK, PAD, VOCABULARY, TableModel, Words, needs_transformers_5
 from reference import decode_row, law
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import EsmConfig, EsmForMaskedLM
 
 from nap_decode import (
     AncestralSchedule,
@@ -561,7 +563,7 @@ class TestBadInput:
         [
             ([[5]], "steps=15 is more than the 14 tokens to decode in row 0"),
             ([[5, 24]], "token id 24 is out of range: the model has ids from 0 to 23"),
-            ([[5, -1]], "token id -1 is out of range"),
+            ([[5, -1]], "a token id of a prompt must be a whole number of at least 0, but is -1"),
             ([], "the batch of prompts is empty"),
             ([[5], 3.5], "a prompt must be text, chat messages, or a list or 1-D tensor"),
             ([[5, 1]], "there is a mask token in prompt 0; infill"),
@@ -619,6 +621,28 @@ class TestBadInput:
         sampler = Sampler(broken, mask_token_id=4, scheduler=AnyOrderScheduler(tokens_per_step=2))
         with pytest.raises(NapDecodeError, match="were nan in places"):
             sampler([[1]], max_new_tokens=4)
+
+    def test_nan_of_a_row_of_nothing_but_masks(self):
+        """ESM scales its embeddings by the share of masks among all tokens."""
+        options = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config = EsmConfig(vocab_size=20, pad_token_id=PAD, mask_token_id=MASK, token_dropout=True, **options)
+        sampler = Sampler(
+            EsmForMaskedLM(config).eval(), mask_token_id=MASK, scheduler=AnyOrderScheduler(tokens_per_step=2)
+        )
+        with pytest.raises(
+            NapDecodeError, match=r"nan in places.* Row 1 held nothing but masks .* give it a prompt, or"
+        ):
+            sampler([[5, 6, 7], []], max_new_tokens=4)
+        assert sampler([[5, 6, 7], [8]], max_new_tokens=4).is_complete
+
+    def test_masks_that_nobody_would_decode(self, sampler):
+        canvas = Canvas.from_prompts([[5, 6]], TEMPLATE, mask_token_id=MASK)
+        prompt = canvas.tokens.clone()
+        prompt[0, 1] = MASK
+        with pytest.raises(
+            NapDecodeError, match=r"a mask token \(1\) in a slot of the canvas that is not to be decoded"
+        ):
+            sampler.decode(dataclasses.replace(canvas, tokens=prompt))
 
     def test_tokens_where_masks_should_be(self, sampler):
         canvas = Canvas.from_prompts([[5]], TEMPLATE, mask_token_id=9)

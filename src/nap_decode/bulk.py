@@ -20,13 +20,12 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nap_decode.canvas import Prompt, encode_prompts
-from nap_decode.errors import NapDecodeError, check_integer
+from nap_decode.errors import NapDecodeError, check_integer, is_whole
 from nap_decode.output import SamplerOutput
 from nap_decode.randomness import wrap
 from nap_decode.sampler import Sampler
@@ -83,7 +82,7 @@ class BulkPrompt:
             raise NapDecodeError(f"a row must be a mapping such as {{'id': 'a', 'prompt': '...'}}, but is {row!r:.80}")
         given = {name: plain for name, value in row.items() if (plain := _plain(value)) is not None}
         name = given.pop("id", None)
-        if isinstance(name, bool) or not isinstance(name, str | Integral) or name == "":
+        if name == "" or not (isinstance(name, str) or is_whole(name)):
             raise NapDecodeError(
                 f"every row needs an id, a text or a whole number, which a restart and the row's seed go by; this one "
                 f"has {name!r:.80}: {dict(row)!r:.200}"
@@ -548,7 +547,7 @@ def _check_prompt(name: Any, kind: str, value: Any) -> Prompt:
     if kind == "messages" and isinstance(value, list) and value and all(isinstance(m, Mapping) for m in value):
         # Parquet gives all messages the same keys, and None where there was none.
         return [{key: item for key, item in message.items() if item is not None} for message in value]
-    if kind == "input_ids" and isinstance(value, list) and all(isinstance(t, Integral) for t in value):
+    if kind == "input_ids" and isinstance(value, list) and all(map(is_whole, value)):
         return [int(token) for token in value]
     meaning = {
         "prompt": "text, or a mapping of messages and options of the chat template",

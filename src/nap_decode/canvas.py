@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Integral, Real
+from numbers import Real
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from nap_decode.chats import render_chat
-from nap_decode.errors import NapDecodeError, check_integer
+from nap_decode.errors import NapDecodeError, check_flag, check_ids, check_integer, is_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,7 +58,10 @@ class Block:
     held: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise NapDecodeError(f"the name of a block must be a text, but is {self.name!r:.80}")
         check_integer(f"the length of block {self.name!r}", self.length, 1)
+        check_flag(f"held of block {self.name!r}", self.held)
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class CanvasTemplate:
         parts: text (a string or token ids), which is clamped, and :class:`Block`, which is decoded.
 
     Raises:
-        NapDecodeError: no block, or two of one name.
+        NapDecodeError: no block, or two of one name; something else than texts, token ids and blocks.
 
     Example:
         >>> template = CanvasTemplate.nap(num_paths=3, total_length=1022)
@@ -87,7 +90,7 @@ class CanvasTemplate:
                 f"the parts of a template must be a tuple of texts and Blocks, but are {self.parts!r:.80}"
             )
         # Tuples all through, so that templates can be compared, hashed and saved.
-        whole = (part if isinstance(part, str | Block) else tuple(part) for part in self.parts)
+        whole = (p if isinstance(p, str | Block) else tuple(check_ids("a template's text", p)) for p in self.parts)
         object.__setattr__(self, "parts", tuple(whole))
         names = [block.name for block in self.blocks]
         if not names:
@@ -142,10 +145,14 @@ class CanvasTemplate:
             check_integer("total_length", total_length, num_paths + summary_length)
             base, rest = divmod(total_length - summary_length, num_paths)
             path_lengths = [base + (j < rest) for j in range(num_paths)]
-        elif not isinstance(path_length, Sequence):
-            path_lengths = [330 if path_length is None else int(path_length)] * num_paths
+        elif not isinstance(path_length, Sequence) or isinstance(path_length, str):
+            path_lengths = [330 if path_length is None else path_length] * num_paths
         else:
             path_lengths = list(path_length)
+        for length in path_lengths:
+            check_integer("path_length", length, 1)
+        if total_length is not None:
+            check_integer("total_length", total_length, 1)
         if len(path_lengths) != num_paths:
             raise NapDecodeError(f"path_length names {len(path_lengths)} lengths for num_paths={num_paths}")
         if total_length is not None and sum(path_lengths) + summary_length != total_length:
@@ -159,11 +166,17 @@ class CanvasTemplate:
         for j, (header, length, footer) in enumerate(zip(headers, path_lengths, footers, strict=True)):
             parts += [header, Block(f"path {j + 1}", length), footer]
         if summary_length:
-            parts += [summary_header, Block("summary", summary_length, held=True), summary_footer or ()]
-        return cls(tuple(part for part in parts if part))
+            parts += [summary_header, Block("summary", summary_length, held=True)]
+            parts += [] if summary_footer is None else [summary_footer]
+        return cls(tuple(part for part in map(_plain, parts) if not isinstance(part, str | Sequence) or len(part)))
 
     def encode(self, tokenizer: PreTrainedTokenizerBase | None, mask_token_id: int) -> tuple[list[int], list[int]]:
-        """Token ids of the layout (masks in the blocks) and the block of every slot (-1: clamped)."""
+        """Token ids of the layout (masks in the blocks) and the block of every slot (-1: clamped).
+
+        Raises:
+            NapDecodeError: text without a tokenizer, or a mask in it.
+        """
+        check_integer("mask_token_id", mask_token_id, 0)
         ids: list[int] = []
         block: list[int] = []
         num_blocks = 0
@@ -174,6 +187,11 @@ class CanvasTemplate:
                 num_blocks += 1
             else:
                 clamped = _encode_text(part, tokenizer)
+                if mask_token_id in clamped:
+                    raise NapDecodeError(
+                        f"there is a mask token ({mask_token_id}) in the template's text {part!r:.80}, which would "
+                        "never be decoded; slots to decode are a Block"
+                    )
                 ids += clamped
                 block += [-1] * len(clamped)
         return ids, block
@@ -196,8 +214,8 @@ class Canvas:
             texts instead of lists of texts.
 
     Raises:
-        NapDecodeError: shapes that differ, padding elsewhere than on the left or to be decoded, or a block
-            index without a name.
+        NapDecodeError: shapes that differ, values of another type, padding elsewhere than on the left or to be
+            decoded, or a block index without a name.
 
     Example:
         >>> canvas = Canvas.from_prompts(
@@ -226,7 +244,12 @@ class Canvas:
             if getattr(self, name).shape != self.tokens.shape:
                 shapes = f"{tuple(getattr(self, name).shape)}, tokens {tuple(self.tokens.shape)}"
                 raise NapDecodeError(f"{name} and tokens of a canvas must have one shape, but {name} has {shapes}")
-        if bool((self.attention_mask[:, 1:] < self.attention_mask[:, :-1]).any()):
+        for name in ("tokens", "block", "attention_mask", "prompt"):
+            dtype, wanted = getattr(self, name).dtype, torch.bool if name == "prompt" else torch.int64
+            if dtype != wanted:
+                raise NapDecodeError(f"{name} of a canvas must be {wanted}, but is {dtype}")
+        mask = self.attention_mask
+        if bool((mask[:, 1:] < mask[:, :-1]).any() | (mask < 0).any() | (mask > 1).any()):
             raise NapDecodeError("the attention_mask of a canvas must be 0 for padding on the left, then 1 to the end")
         if bool((self.decodable & (self.attention_mask == 0)).any()):
             raise NapDecodeError("padding of a canvas cannot be decoded; its block must be -1")
@@ -296,6 +319,7 @@ class Canvas:
             is_single: see :class:`Canvas`.
         """
         ids, block = template.encode(tokenizer, mask_token_id)
+        prompts = [check_ids("a prompt", prompt) for prompt in prompts]
         width = max([prompt_width, *map(len, prompts)])
         pads = [width - len(prompt) for prompt in prompts]
         return cls(
@@ -324,6 +348,8 @@ class Canvas:
             >>> Canvas.from_infill([[5, 1, 6, 1, 1]], mask_token_id=1).block.tolist()
             [[-1, 0, -1, 1, 1]]
         """
+        check_integer("mask_token_id", mask_token_id, 0)
+        texts = [check_ids("a text", text) for text in texts]
         width = max(map(len, texts), default=0)
         pads = [width - len(text) for text in texts]
         tokens = _tensor([[pad_token_id] * n + [*text] for n, text in zip(pads, texts, strict=True)], device)
@@ -430,7 +456,7 @@ def _encode_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase | None) -> li
             return list(tokenizer(prompt)["input_ids"])
         # Templates write their own special tokens, so the tokenizer must not add a second <bos>.
         return list(tokenizer(render_chat(prompt, tokenizer), add_special_tokens=False)["input_ids"])
-    if isinstance(prompt, Sequence) and all(isinstance(t, Integral) for t in prompt):
+    if isinstance(prompt, Sequence) and all(map(is_whole, prompt)):
         return [int(t) for t in prompt]
     raise NapDecodeError(
         f"a prompt must be text, chat messages, or a list or 1-D tensor of token ids, but is {prompt!r:.80}"
@@ -448,8 +474,9 @@ def _encode_text(text: Text, tokenizer: PreTrainedTokenizerBase | None) -> list[
 def _texts(name: str, text: str | Sequence[Text], num_paths: int) -> list[Text]:
     if isinstance(text, str):
         return [text.replace("{}", str(j + 1)) for j in range(num_paths)]
-    if len(text) != num_paths:
-        raise NapDecodeError(f"{name} lists {len(text)} texts for num_paths={num_paths}")
+    if not isinstance(text, Sequence) or len(text) != num_paths:
+        lists = f"lists {len(text)} texts" if isinstance(text, Sequence) else f"is {text!r:.80}, not a list of texts,"
+        raise NapDecodeError(f"{name} {lists} for num_paths={num_paths}")
     return list(text)
 
 

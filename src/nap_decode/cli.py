@@ -20,8 +20,9 @@ from nap_decode.canvas import CanvasTemplate
 from nap_decode.committers import MicroConfidenceCommitter
 from nap_decode.confidence import CONFIDENCES
 from nap_decode.denoiser import Denoiser, no_model
-from nap_decode.errors import NapDecodeError, check_between
+from nap_decode.errors import NapDecodeError, check_between, check_integer
 from nap_decode.integrations import evaluation, ray
+from nap_decode.integrations._shared import given
 from nap_decode.loading import load_checkpoint
 from nap_decode.reuse import REUSES
 from nap_decode.sampler import Sampler
@@ -34,11 +35,32 @@ from nap_decode.schedulers import (
 from nap_decode.selections import QuotaSelection, ThresholdSelection
 from nap_decode.trace import DecodeTrace
 
+_SCHEDULERS: dict[str, type[BlockScheduler]] = {
+    "macro-parallel": MacroParallelScheduler,
+    "semi-autoregressive": SemiAutoregressiveScheduler,
+    "any-order": AnyOrderScheduler,
+}
+_OF_PARTS = (
+    "scheduler",
+    "tokens_per_step",
+    "steps",
+    "hold_until",
+    "share_last_step",
+    "block_length",
+    "temperature",
+    "top_k",
+    "top_p",
+    "confidence",
+    "threshold",
+)
+_MAY_BE_EMPTY = ("model_args", "sampler_args", "gen_kwargs")  # lists of options
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
     args = _parser().parse_args(arguments)
     try:
+        _check_empty(args)
         args.run(args)
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -74,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--bidirectional", action="store_true", help="set is_causal = False in the config of a decoder")
     add("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
     add = generate.add_argument_group("what to decode").add_argument
-    add("--prompt", action="append", default=[], help="text; may be given several times")
+    add("--prompt", action="append", help="text; may be given several times")
     add("--chat", action="store_true", help="put each prompt through the chat template, as a user's message")
     add("--infill", action="store_true", help="decode the mask tokens in the prompts instead of appending")
     add("--max-new-tokens", type=int, help="append one block of this length instead of NAP's canvas")
@@ -84,22 +106,28 @@ def _parser() -> argparse.ArgumentParser:
     add("--total-length", type=int, help="slots of all blocks; the paths get equal shares")
     add = generate.add_argument_group("how: a whole decoder").add_argument
     add("--preset", help="a published decoder, such as fast_dllm_threshold")
-    add("--set", action="append", default=[], metavar="OPTION=VALUE", help="an option of the preset; repeatable")
+    add("--set", action="append", metavar="OPTION=VALUE", help="an option of the preset; repeatable")
     add("--sampler", help="file written by Sampler.save")
+    # What is not given is None, here and below: a default is what the part itself has, and 0 is as good as any value.
     add = generate.add_argument_group("how: parts of your choice").add_argument
-    add("--scheduler", choices=("macro-parallel", "semi-autoregressive", "any-order"), default="macro-parallel")
+    add("--scheduler", choices=sorted(_SCHEDULERS), help="default: macro-parallel")
     add("--tokens-per-step", type=int, help="default: 4; the least number, by default 1, with --threshold")
     add("--steps", type=int, help="instead of --tokens-per-step")
     add("--hold-until", type=float, help="share of path tokens before the summary opens (macro-parallel; default: 1)")
-    add("--share-last-step", action="store_true", help="let the summary share the step that completes the paths")
+    add(
+        "--share-last-step",
+        action="store_true",
+        default=None,
+        help="let the summary share the step that completes the paths",
+    )
     add("--block-length", type=int, help="cut the canvas into blocks of this length (semi-autoregressive)")
-    add("--temperature", type=float, default=0.0)
+    add("--temperature", type=float, help="default: 0")
     add("--top-k", type=int)
     add("--top-p", type=float)
-    add("--confidence", choices=sorted(CONFIDENCES), default="probability")
+    add("--confidence", choices=sorted(CONFIDENCES), help="default: probability")
     add("--threshold", type=float, help="commit every token with this confidence, and at least --tokens-per-step")
     add = generate.add_argument_group("how: in any case").add_argument
-    add("--cfg-scale", type=float, default=0.0, help="classifier-free guidance")
+    add("--cfg-scale", type=float, help="classifier-free guidance (default: 0)")
     add("--close-on-end", action="store_true", help="fill a block behind the model's end token instead of decoding it")
     add(
         "--reuse", choices=sorted(REUSES), help="compute some positions of a pass only; approximate (see docs/reuse.md)"
@@ -129,6 +157,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check_empty(args: argparse.Namespace) -> None:
+    """Raise if a name or a path is empty, as a script's variable may be that is not set."""
+    for name, value in vars(args).items():
+        if value == "" and name not in _MAY_BE_EMPTY:
+            raise NapDecodeError(f"{_option(name)} is empty; give it a value, or leave it out")
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def _demo(args: argparse.Namespace) -> None:
     if args.problems < 1:
         raise NapDecodeError(f"--problems must be at least 1, but is {args.problems}")
@@ -143,18 +182,18 @@ def _demo(args: argparse.Namespace) -> None:
 def _generate(args: argparse.Namespace) -> None:
     if args.input is not None:
         for name in ("prompt", "infill", "trace", "stream", "summary_only"):
-            if getattr(args, name):
-                raise NapDecodeError(f"--{name.replace('_', '-')} does not go with --input, whose results are files")
+            if getattr(args, name) not in (None, False):
+                raise NapDecodeError(f"{_option(name)} does not go with --input, whose results are files")
         _compose(args)  # which checks options before any worker is started
         ray.run_bulk(args, _make_sampler)
         return
     if not args.prompt:
         raise NapDecodeError("there is nothing to decode; give a --prompt, or a file of them with --input")
-    if args.output is not None:
-        raise NapDecodeError("--output is for the results of --input; those of --prompt are printed")
+    for name in given(args, ray.BULK):
+        raise NapDecodeError(f"{_option(name)} is for prompts from a file; those of --prompt are printed. Add --input")
     if args.stream and (len(args.prompt) > 1 or args.summary_only):
-        given = "--summary-only is given" if args.summary_only else f"{len(args.prompt)} are given"
-        raise NapDecodeError(f"--stream shows the whole text of one prompt, but {given}")
+        but = "--summary-only is given" if args.summary_only else f"{len(args.prompt)} are given"
+        raise NapDecodeError(f"--stream shows the whole text of one prompt, but {but}")
     sampler = _make_sampler(args)
     prompts: list[Any] = [[{"role": "user", "content": p}] for p in args.prompt] if args.chat else args.prompt
     decode = sampler.infill if args.infill else sampler
@@ -165,7 +204,7 @@ def _generate(args: argparse.Namespace) -> None:
         print(f"# {args.prompt[0]}")
         streamer = [TextStreamer(sampler.tokenizer, skip_prompt=not args.infill)]
     output = decode(prompts, seed=args.seed, streamer=streamer, interruptible=True)
-    if args.trace:
+    if args.trace is not None:
         output.trace.save(args.trace)
     texts = output.summary if args.summary_only else output.text
     for prompt, text, tpf in zip(args.prompt, texts, output.tokens_per_forward, strict=True):
@@ -193,7 +232,8 @@ def _make_sampler(args: argparse.Namespace) -> Sampler:
 
 
 def _compose(args: argparse.Namespace) -> tuple[Sampler, CanvasTemplate | None]:
-    check_between("--cfg-scale", args.cfg_scale, 0.0, math.inf)
+    if args.cfg_scale is not None:
+        check_between("--cfg-scale", args.cfg_scale, 0.0, math.inf)
     composition = _composition(args)
     template = _template(args, composition.template)
     if args.device.startswith("cuda") and not torch.cuda.is_available() and args.ray_address is None:
@@ -206,73 +246,59 @@ def _composition(args: argparse.Namespace) -> Sampler:
     if args.reuse is None and args.refresh_every is not None:
         raise NapDecodeError("--refresh-every goes with --reuse")
     reuse = None if args.reuse is None else REUSES[args.reuse](refresh_every=args.refresh_every)
-    model = Denoiser(no_model, mask_token_id=0, cfg_scale=args.cfg_scale, reuse=reuse)
-    whole = [name for name in ("preset", "sampler") if getattr(args, name) is not None]
+    model = Denoiser(no_model, mask_token_id=0, reuse=reuse, **given(args, ["cfg_scale"]))
+    whole = list(given(args, ["preset", "sampler"]))
     if not whole:
-        if args.set:
+        if args.set is not None:
             raise NapDecodeError(f"--set {args.set[0]} is for an option of a --preset; name one")
-        committer = MicroConfidenceCommitter(
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            confidence=args.confidence,
-            selection=QuotaSelection() if args.threshold is None else ThresholdSelection(args.threshold),
+        selection = QuotaSelection() if args.threshold is None else ThresholdSelection(args.threshold)
+        own = given(args, ["temperature", "top_k", "top_p", "confidence"])
+        return Sampler(
+            model, scheduler=_scheduler(args), committer=MicroConfidenceCommitter(selection=selection, **own)
         )
-        return Sampler(model, scheduler=_scheduler(args), committer=committer)
-    defaults = {
-        "scheduler": "macro-parallel",
-        "temperature": 0.0,
-        "confidence": "probability",
-        "share_last_step": False,
-    }
-    parts = ["tokens_per_step", "steps", "hold_until", "block_length", "top_k", "top_p", "threshold", *defaults]
-    others = [name for name in parts if getattr(args, name) != defaults.get(name)]
-    others += whole[1:]
+    others = [*given(args, _OF_PARTS), *whole[1:]]
     if args.preset is None:  # the file has its own
-        others += [name for name in ("set", "cfg_scale", "reuse") if getattr(args, name)]
+        others += given(args, ["set", "cfg_scale", "reuse"])
     if others:
         remedy = "; options of a preset are given by --set" if whole[0] == "preset" else ""
-        raise NapDecodeError(f"--{others[0].replace('_', '-')} does not go with --{whole[0]}{remedy}")
+        raise NapDecodeError(f"{_option(others[0])} does not go with --{whole[0]}{remedy}")
     if args.sampler is not None:
         return Sampler.load(args.sampler, no_model, mask_token_id=0)
     options = {}
-    for option in args.set:
-        name, _, value = option.partition("=")
-        try:
-            options[name] = json.loads(value)
-        except ValueError:
-            options[name] = value  # a name, such as that of a confidence
+    for option in args.set or ():
+        name, separator, value = option.partition("=")
+        if not separator:
+            raise NapDecodeError(f"--set must be written as OPTION=VALUE, but is {option!r}")
+        options[name] = presets.parse_value(value)
     return presets.make_preset(args.preset, model, options)
 
 
 def _template(args: argparse.Namespace, default: CanvasTemplate | None) -> CanvasTemplate | None:
-    lengths = ("num_paths", "path_length", "summary_length", "total_length")
-    given = {name: getattr(args, name) for name in lengths if getattr(args, name) is not None}
+    lengths = given(args, ["num_paths", "path_length", "summary_length", "total_length"])
     if not args.infill and args.max_new_tokens is None:
-        return default if default is not None and not given else CanvasTemplate.nap(**given)
+        return default if default is not None and not lengths else CanvasTemplate.nap(**lengths)
     instead = "--infill" if args.infill else "--max-new-tokens"
-    others = ["--" + name.replace("_", "-") for name in given] + ["--summary-only"] * args.summary_only
+    others = [*map(_option, lengths)] + ["--summary-only"] * args.summary_only
     others += ["--max-new-tokens"] * (args.infill and args.max_new_tokens is not None)
     if others:
         raise NapDecodeError(f"{others[0]} does not go with {instead}, which decodes no canvas of paths and a summary")
-    return None if args.infill else CanvasTemplate.plain(args.max_new_tokens)
+    if args.infill:
+        return None
+    check_integer("--max-new-tokens", args.max_new_tokens, 1)
+    return CanvasTemplate.plain(args.max_new_tokens)
 
 
 def _scheduler(args: argparse.Namespace) -> BlockScheduler:
-    options = {"steps": args.steps, "tokens_per_step": args.tokens_per_step}
-    if args.steps is None and args.tokens_per_step is None:
+    chosen = args.scheduler or "macro-parallel"
+    options = given(args, ["steps", "tokens_per_step"])
+    if not options:
         options["tokens_per_step"] = 4 if args.threshold is None else 1
     own = {"hold_until": "macro-parallel", "share_last_step": "macro-parallel", "block_length": "semi-autoregressive"}
-    extra = {name: getattr(args, name) for name in own if getattr(args, name) not in (None, False)}
+    extra = given(args, own)
     for name in extra:
-        if args.scheduler != own[name]:
-            raise NapDecodeError(f"--{name.replace('_', '-')} goes with --scheduler {own[name]}, not {args.scheduler}")
-    schedulers: dict[str, type[BlockScheduler]] = {
-        "macro-parallel": MacroParallelScheduler,
-        "semi-autoregressive": SemiAutoregressiveScheduler,
-        "any-order": AnyOrderScheduler,
-    }
-    return schedulers[args.scheduler](**options, **extra)
+        if chosen != own[name]:
+            raise NapDecodeError(f"{_option(name)} goes with --scheduler {own[name]}, not {chosen}")
+    return _SCHEDULERS[chosen](**options, **extra)
 
 
 def _load(args: argparse.Namespace) -> tuple[Any, Any]:

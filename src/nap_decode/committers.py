@@ -15,7 +15,7 @@ from typing_extensions import override
 from nap_decode.confidence import STATISTICS, Candidates, Confidence, find_confidence, looked_at, random
 from nap_decode.credit import Credit, Ledger
 from nap_decode.distribution import Distribution, Reduce, reduce
-from nap_decode.errors import NapDecodeError, check_between, check_integer
+from nap_decode.errors import NapDecodeError, check_between, check_flag, check_integer
 from nap_decode.lazy import lazy
 from nap_decode.prediction import Prediction
 from nap_decode.randomness import TOKEN_STREAM
@@ -147,6 +147,7 @@ class MicroConfidenceCommitter(Committer):
 
     def __post_init__(self) -> None:
         check_between("temperature", self.temperature, 0.0, math.inf)
+        check_flag("scores_proposal", self.scores_proposal)
         if 0 < self.temperature < 1e-6:
             raise NapDecodeError(f"temperature must be 0 or at least 1e-6, but is {self.temperature!r}")
         if self.top_k is not None:
@@ -324,7 +325,7 @@ class MicroConfidenceCommitter(Committer):
         if self.top_p is not None:
             warpers.append(TopPLogitsWarper(float(self.top_p)))
         scores = logits / self.temperature if self.temperature > 0 else logits
-        unused = torch.empty(0, dtype=torch.long)  # the warpers look at the scores alone
+        unused = torch.empty(0, dtype=torch.long, device="cpu")  # the warpers look at the scores alone
         for warper in reversed(warpers) if self.scores_proposal else warpers:  # Dream cuts by top_p first
             scores = warper(unused, scores)
         return scores

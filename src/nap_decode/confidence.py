@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nap_decode.distribution import Distribution
-from nap_decode.errors import NapDecodeError, check_between, check_integer, check_name
+from nap_decode.errors import NapDecodeError, check_between, check_integer, check_name, check_number
 from nap_decode.lazy import lazy
 from nap_decode.randomness import CONFIDENCE_STREAM
 from nap_decode.slots import Slots
@@ -188,12 +188,13 @@ class CalibratedConfidence:
     def __post_init__(self) -> None:
         check_between("decay", self.decay, 0.0, math.inf)
         check_between("cap", self.cap, 0.0, math.inf)
-        try:
-            frequencies = tuple(float(f) for f in self.frequencies)
-        except (TypeError, ValueError):
-            raise NapDecodeError(f"frequencies must be numbers, but are {self.frequencies!r:.80}") from None
+        frequencies = self.frequencies.tolist() if hasattr(self.frequencies, "tolist") else self.frequencies
+        if not isinstance(frequencies, Sequence) or isinstance(frequencies, str):
+            raise NapDecodeError(f"frequencies must be numbers, but are {self.frequencies!r:.80}")
+        for frequency in frequencies:
+            check_number("a background frequency", frequency)
         # A tuple, so that the frozen object can be compared, hashed and saved.
-        object.__setattr__(self, "frequencies", frequencies)
+        object.__setattr__(self, "frequencies", tuple(map(float, frequencies)))
         if not all(f > 0 for f in self.frequencies):
             raise NapDecodeError("background frequencies must be positive; background_frequencies(...) makes such")
 

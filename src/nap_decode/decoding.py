@@ -121,7 +121,7 @@ class Finished:
                 steps_saved=torch.cat([whole.steps_saved, group.steps_saved]),
                 computed=append(whole.computed, group.computed),
             )
-        order = torch.tensor(whole.numbers).argsort()
+        order = torch.tensor(whole.numbers, device="cpu").argsort()
         return whole if len(groups) == 1 else whole.rows(order)
 
     def rows(self, index: Tensor) -> Finished:
@@ -193,10 +193,10 @@ class Decoding:
         """
         partition, device = self.scheduler.partition(canvas), canvas.tokens.device
         plan = self.scheduler.plan(partition.lengths, partition.held, adaptive=self.committer.is_adaptive, seeds=seeds)
-        nothing = torch.zeros(len(numbers), dtype=torch.int64)
+        nothing = torch.zeros(len(numbers), dtype=torch.int64, device="cpu")
         remaining = partition.lengths
         progress = _Progress(
-            number=torch.tensor(list(numbers)),
+            number=torch.tensor(list(numbers), device="cpu"),
             length=canvas.attention_mask.sum(1).cpu(),
             step=nothing,
             steps=nothing,
@@ -312,7 +312,7 @@ class Decoding:
             progress=replace(
                 progress,
                 steps=progress.steps + active.sum(1),
-                passes=progress.passes + active.long() @ torch.tensor(self._calls, dtype=torch.int64),
+                passes=progress.passes + active.long() @ torch.tensor(self._calls, dtype=torch.int64, device="cpu"),
                 step=torch.cat([progress.step[:, None], steps], dim=1).amax(1),
             ),
             timetable=replace(timetable, **{f.name: getattr(timetable, f.name)[:, taken:] for f in fields(timetable)}),
@@ -468,9 +468,9 @@ class Decoding:
 def _computed(kept: dict[str, Kept], passes: Tensor) -> Tensor:
     """``(B, S)``: positions that were computed in each of the passes ``(B,)`` of a row, 0 behind the last."""
     if not kept or not len(passes):
-        return torch.zeros(len(passes), 0, dtype=torch.int64)
+        return torch.zeros(len(passes), 0, dtype=torch.int64, device="cpu")
     counts = torch.stack([known.counts for known in kept.values()]).sum(0).cpu()
-    number = torch.arange(int(passes.max()))
+    number = torch.arange(int(passes.max()), device="cpu")
     index = next(iter(kept.values())).start.cpu()[:, None] + number
     own = counts.gather(1, index.clamp(max=counts.shape[1] - 1))
     return torch.where(number < passes[:, None], own, 0)

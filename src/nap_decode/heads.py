@@ -201,7 +201,7 @@ class Passing:
             or memory.dtype != rows.dtype
             or memory.is_inference() != torch.is_inference_mode_enabled()
         ):
-            memory = self._memory = torch.empty(size, dtype=rows.dtype, device="cpu")
+            memory = self._memory = torch.empty(size, dtype=rows.dtype, device=rows.device)
         logits = memory[:size].view(len(rows), layer.out_features)
         if layer.bias is None:
             torch.mm(rows, layer.weight.T, out=logits)

@@ -27,7 +27,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from numbers import Integral
 from typing import Any, TypeAlias
 
 import torch
@@ -35,10 +34,10 @@ from torch import Tensor
 
 from nap_decode.canvas import Canvas, Prompts, encode_prompts
 from nap_decode.denoiser import Denoiser
-from nap_decode.errors import NapDecodeError, check_integer
+from nap_decode.errors import NapDecodeError, check_integer, is_whole
 from nap_decode.randomness import SCHEDULE_STREAM, SELECTION_STREAM, uniform, wrap
 from nap_decode.randomness import row_seeds as seeds_of_rows
-from nap_decode.rows import Rows, to_rows
+from nap_decode.rows import Rows, host_tensor, to_rows
 
 __all__ = ["LogLikelihood", "chain_log_likelihood", "log_likelihood_bound"]
 
@@ -118,11 +117,11 @@ def log_likelihood_bound(
     seeds = (
         seeds_of_rows(seed, range(len(texts)))
         if row_seeds is None
-        else torch.tensor([wrap(one) for one in row_seeds], dtype=torch.int64)
+        else torch.tensor([wrap(one) for one in row_seeds], dtype=torch.int64, device="cpu")
     )
     drawn = [_masks(len(ids), samples, one) for ids, one in zip(texts.completions, seeds, strict=True)]
     scores, _, passes = texts.score([(n, row, row) for n, (rows, _, _) in enumerate(drawn) for row in rows])
-    value, error = torch.zeros(2, len(texts), dtype=torch.float64)
+    value, error = torch.zeros(2, len(texts), dtype=torch.float64, device="cpu")
     parts = torch.split(scores, [len(rows) for rows, _, _ in drawn])
     for n, (part, (_, weights, places)) in enumerate(zip(parts, drawn, strict=True)):
         weighted = part * weights
@@ -169,7 +168,8 @@ def chain_log_likelihood(
     texts = _Texts.of(denoiser, prompts, completions, batch_size)
     rows = []
     for n, ids in enumerate(texts.completions):
-        later = torch.ones(len(ids), len(ids), dtype=torch.bool).triu()  # row i: what is masked when i is predicted
+        # Row i: what is masked when i is predicted.
+        later = torch.ones(len(ids), len(ids), dtype=torch.bool, device="cpu").triu()
         rows += [(n, hidden, wanted) for hidden, wanted in zip(later, later & later.T, strict=True)]
     scores, best, passes = texts.score(rows)
     lengths = [len(ids) for ids in texts.completions]
@@ -184,17 +184,17 @@ def _masks(length: int, samples: int, seed: Tensor) -> tuple[Tensor, Tensor, Ten
     The last is None if they are all there are; the weights then sum the scores up to their expectation.
     """
     if length < 62 and 2**length - 1 <= samples:
-        numbers = torch.arange(1, 2**length)[:, None]
-        rows = numbers >> torch.arange(length) & 1 == 1
+        numbers = torch.arange(1, 2**length, device="cpu")[:, None]
+        rows = numbers >> torch.arange(length, device="cpu") & 1 == 1
         counts = [int(count) for count in rows.sum(1)]
         weights = [1 / (count * math.comb(length, count)) for count in counts]
-        return rows, torch.tensor(weights, dtype=torch.float64), None
-    sample = torch.arange(samples)
+        return rows, torch.tensor(weights, dtype=torch.float64, device="cpu"), None
+    sample, place = torch.arange(samples, device="cpu"), torch.arange(length, device="cpu").expand(samples, -1)
     seeds = seed.expand(samples)
-    one = uniform(seeds, sample, SCHEDULE_STREAM, torch.zeros(samples, 1, dtype=torch.int64))[:, 0].double()
+    one = uniform(seeds, sample, SCHEDULE_STREAM, torch.zeros_like(sample)[:, None])[:, 0].double()
     count = ((sample // 2 + one) * 2 * length / samples).long().clamp(max=length - 1) + 1  # two in each of equal parts
-    order = uniform(seeds, sample, SELECTION_STREAM, torch.arange(length).expand(samples, -1)).argsort(dim=1)
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(length).expand(samples, -1))
+    order = uniform(seeds, sample, SELECTION_STREAM, place).argsort(dim=1)
+    rank = torch.empty_like(order).scatter_(1, order, place)
     rows, places = torch.unique(rank < count[:, None], dim=0, return_inverse=True)
     return rows, length / rows.sum(1).double(), places
 
@@ -240,7 +240,8 @@ class _Texts:
             ids = f"from 0 to {size - 1}" if size else "from 0"
             raise NapDecodeError(f"token id {wrong} is out of range: the model has ids {ids}. Wrong tokenizer?")
         longest = max(range(len(self)), key=lambda row: len(whole[row]))
-        self.denoiser.check(self._canvas([(longest, torch.ones(len(self.completions[longest]), dtype=torch.bool))]))
+        everything = torch.ones(len(self.completions[longest]), dtype=torch.bool, device="cpu")
+        self.denoiser.check(self._canvas([(longest, everything)]))
 
     def score(self, rows: Sequence[tuple[int, Tensor, Tensor]]) -> tuple[Tensor, Tensor, int]:
         """What the model says of some tokens when others are masked.
@@ -253,8 +254,8 @@ class _Texts:
             ``(R,)`` float64, sums of log-probabilities of those; ``(R,)`` bool, whether all of them are the most
             likely of what may be emitted; and the number of forward passes.
         """
-        scores = torch.zeros(len(rows), dtype=torch.float64)
-        best = torch.zeros(len(rows), dtype=torch.bool)
+        scores = torch.zeros(len(rows), dtype=torch.float64, device="cpu")
+        best = torch.zeros(len(rows), dtype=torch.bool, device="cpu")
         lengths = [len(self.prompts[n]) + len(self.completions[n]) for n, _, _ in rows]
         # Rows of similar length together, the longest first: what does not fit into memory fails at once.
         order = iter(sorted(range(len(rows)), key=lambda row: -lengths[row]))
@@ -277,16 +278,16 @@ class _Texts:
         tokens = to_rows(canvas, canvas.tokens, self.denoiser.pad_token_id)
         asked = [asked.nonzero()[:, 0].tolist() for _, _, asked in batch]
         width = max(map(len, asked))
-        wanted, target, is_asked = torch.zeros(3, len(batch), width, dtype=torch.int64)
+        wanted, target, is_asked = torch.zeros(3, len(batch), width, dtype=torch.int64, device="cpu")
         for i, ((n, _, _), places) in enumerate(zip(batch, asked, strict=True)):
-            wanted[i, : len(places)] = torch.tensor(places) + len(self.prompts[n])
-            target[i, : len(places)] = torch.tensor([self.completions[n][place] for place in places])
+            wanted[i, : len(places)] = torch.tensor(places, device="cpu") + len(self.prompts[n])
+            target[i, : len(places)] = torch.tensor([self.completions[n][place] for place in places], device="cpu")
             is_asked[i, : len(places)] = 1
         device = tokens.device
         flat, places = target.flatten().to(device), is_asked.flatten().nonzero()[:, 0].to(device)
         prediction = self.denoiser.predict(rows, tokens, wanted.to(device), places)
         log_prob = torch.zeros(len(flat), dtype=torch.float64, device="cpu")
-        is_best = torch.ones(len(flat), dtype=torch.bool)
+        is_best = torch.ones(len(flat), dtype=torch.bool, device="cpu")
         for own, chances, modes in self._chunks(prediction.chunks(), places, flat, prediction.banned):
             log_prob[own], is_best[own] = chances, modes
         return log_prob.view_as(target).sum(1), is_best.view_as(target).all(1)
@@ -309,12 +310,12 @@ class _Texts:
         """Texts of which some tokens of the completion are masked; the prompt is what guidance masks."""
         mask, pad, device = self.denoiser.mask_token_id, self.denoiser.pad_token_id, self.denoiser.device
         longest = max(len(self.prompts[n]) + len(self.completions[n]) for n, _ in rows)
-        tokens = torch.full((len(rows), longest), pad)
-        hidden, present, prompt = torch.zeros(3, len(rows), longest, dtype=torch.bool)
+        tokens = torch.full((len(rows), longest), pad, device="cpu")
+        hidden, present, prompt = torch.zeros(3, len(rows), longest, dtype=torch.bool, device="cpu")
         for row, (n, where) in enumerate(rows):
             completion, start = self.completions[n], longest - len(self.completions[n])
-            tokens[row, start - len(self.prompts[n]) : start] = torch.tensor(self.prompts[n], dtype=torch.int64)
-            tokens[row, start:] = torch.where(where, mask, torch.tensor(completion))
+            tokens[row, start - len(self.prompts[n]) : start] = host_tensor(self.prompts[n], tokens.device)
+            tokens[row, start:] = torch.where(where, mask, host_tensor(completion, tokens.device))
             hidden[row, start:] = where
             present[row, start - len(self.prompts[n]) :] = True
             prompt[row, start - len(self.prompts[n]) : start] = True
@@ -335,6 +336,6 @@ def _encode(completion: Any, row: int, denoiser: Denoiser) -> list[int]:
             raise NapDecodeError("a completion that is text needs a tokenizer; pass token ids")
         return list(denoiser.tokenizer(completion, add_special_tokens=False)["input_ids"])
     ids = completion.tolist() if isinstance(completion, Tensor) else completion
-    if not isinstance(ids, Sequence) or not all(isinstance(token, Integral) for token in ids):
+    if not isinstance(ids, Sequence) or not all(map(is_whole, ids)):
         raise NapDecodeError(f"completion {row} must be text or token ids, not {completion!r:.80}")
     return [int(token) for token in ids]

@@ -20,6 +20,7 @@ Example:
 from __future__ import annotations
 
 import inspect
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -29,7 +30,7 @@ from nap_decode.committers import Committer, MicroConfidenceCommitter
 from nap_decode.confidence import CalibratedConfidence, Confidence
 from nap_decode.credit import Credit
 from nap_decode.denoiser import Denoiser, Model
-from nap_decode.errors import NapDecodeError, check_between, check_name
+from nap_decode.errors import NapDecodeError, check_between, check_integer, check_name, check_number
 from nap_decode.lookahead import LookaheadCommitter
 from nap_decode.revisers import EditReviser, RemaskReviser, Reviser
 from nap_decode.sampler import ParallelForcedSampler, Sampler
@@ -171,6 +172,7 @@ def maskgit_cosine(
 
     MaskGIT lets the temperature of the positions fall to 0 over the steps; here it is the same at all.
     """
+    check_between("position_temperature", position_temperature, 0.0, math.inf)
     committer = MicroConfidenceCommitter(temperature=temperature, selection=QuotaSelection(position_temperature))
     scheduler = _fixed(steps, tokens_per_step, None, CosineSchedule())
     return _sampler(model, tokenizer, scheduler, committer, template, mask_token_id)
@@ -531,6 +533,7 @@ def wino(
         template: see this module.
         mask_token_id: see :class:`Denoiser`.
     """
+    check_number("back_threshold", back_threshold)
     committer = MicroConfidenceCommitter(
         temperature=temperature,
         selection=CappedSelection(ThresholdSelection(threshold), share=0.7, least=5, most=20),
@@ -626,6 +629,7 @@ def llada21_editing(
         template: see this module.
         mask_token_id: see :class:`Denoiser`.
     """
+    check_number("edit_threshold", edit_threshold)
     return _llada2(
         model,
         tokenizer,
@@ -728,6 +732,20 @@ def find_preset(name: str) -> Callable[..., Sampler]:
     return PRESETS[name]
 
 
+def parse_value(text: str) -> Any:
+    """The value of an option as command lines write it: JSON, how Python writes it, or a name.
+
+    Example:
+        >>> [parse_value(text) for text in ("4", "[11, 12]", "null", "False", "margin")]
+        [4, [11, 12], None, False, 'margin']
+    """
+    text = text.strip()
+    try:
+        return json.loads(text)
+    except ValueError:
+        return {"True": True, "False": False, "None": None}.get(text, text)
+
+
 def make_preset(
     name: str, model: AnyModel, options: Mapping[str, Any], *, template: CanvasTemplate | None = None
 ) -> Sampler:
@@ -796,6 +814,7 @@ def _fixed(
 
 
 def _adaptive(tokens_per_step: int, block_length: int | None) -> BlockScheduler:
+    check_integer("tokens_per_step", tokens_per_step, 1)
     return _fixed(None, tokens_per_step, block_length)
 
 
@@ -824,6 +843,8 @@ def _llada2(
     template: CanvasTemplate | None,
     mask_token_id: int | None,
 ) -> Sampler:
+    check_integer("tokens_per_step", tokens_per_step, 1)
+    check_integer("block_length", block_length, 1)
     temperature, top_p, top_k = proposal
     selection: Selection = ThresholdSelection(threshold)
     committer = MicroConfidenceCommitter(

@@ -8,14 +8,13 @@ splittable pseudorandom number generators", OOPSLA 2014), applied once per coord
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nap_decode.errors import NapDecodeError
+from nap_decode.errors import NapDecodeError, is_whole
 
 TOKEN_STREAM = 1
 """Draws that choose a token."""
@@ -42,10 +41,9 @@ def wrap(seed: Any) -> int:
     Raises:
         NapDecodeError: ``seed`` is no whole number.
     """
-    try:
-        return (operator.index(seed) + 2**63) % 2**64 - 2**63
-    except TypeError:
-        raise NapDecodeError(f"a seed must be a whole number, but is {seed!r}") from None
+    if not is_whole(seed):
+        raise NapDecodeError(f"a seed must be a whole number, but is {seed!r}")
+    return (int(seed) + 2**63) % 2**64 - 2**63
 
 
 def row_seeds(seed: int, rows: Sequence[int]) -> Tensor:
@@ -55,8 +53,8 @@ def row_seeds(seed: int, rows: Sequence[int]) -> Tensor:
         >>> bool((row_seeds(7, range(4))[2:] == row_seeds(7, [2, 3])).all())
         True
     """
-    base = torch.full((len(rows),), wrap(seed))
-    return _mix(_mix(base) + (torch.tensor(list(rows), dtype=torch.int64) + 1) * _GOLDEN)
+    base = torch.full((len(rows),), wrap(seed), device="cpu")
+    return _mix(_mix(base) + (torch.tensor(list(rows), dtype=torch.int64, device="cpu") + 1) * _GOLDEN)
 
 
 def uniform(seeds: Tensor, step: Tensor | int, stream: int, positions: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv1d, pad
 
-from nap_decode.errors import check_between, check_integer
+from nap_decode.errors import check_between, check_flag, check_integer
 from nap_decode.rows import join, narrow
 
 __all__ = ["BlockReuse", "CommittedReuse", "DriftReuse", "Glance", "Kept", "PromptReuse", "Reuse"]
@@ -261,6 +261,10 @@ class BlockReuse(Reuse):
     """
 
     with_suffix: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_flag("with_suffix", self.with_suffix)
 
     def refreshes(self, glance: Glance) -> Tensor:
         """Rows with something wanted that was not, when they were last computed as a whole."""

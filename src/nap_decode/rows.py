@@ -78,7 +78,7 @@ class Rows:
 
 def host_tensor(values: Sequence[int], device: torch.device) -> Tensor:
     """``(N,)`` int64 of numbers on the host, brought to a device without waiting for it."""
-    tensor = torch.tensor(values, dtype=torch.int64)
+    tensor = torch.tensor(values, dtype=torch.int64, device="cpu")
     return to_device(tensor, device)
 
 

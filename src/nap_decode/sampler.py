@@ -21,7 +21,7 @@ from nap_decode.committers import Committer, MicroConfidenceCommitter
 from nap_decode.confidence import Confidence
 from nap_decode.decoding import Decoding, Finished
 from nap_decode.denoiser import Denoiser, Model
-from nap_decode.errors import NapDecodeError, check_integer
+from nap_decode.errors import NapDecodeError, check_ids, check_integer
 from nap_decode.live import Streams, interrupts
 from nap_decode.output import SamplerOutput
 from nap_decode.randomness import row_seeds as seeds_of_rows
@@ -92,7 +92,11 @@ class Sampler:
         self.denoiser = model
         self.tokenizer = model.tokenizer
         self.scheduler = scheduler
-        self.committer: Committer = committer or MicroConfidenceCommitter()
+        self.committer: Committer = MicroConfidenceCommitter() if committer is None else committer
+        if not isinstance(template, CanvasTemplate | None):
+            raise NapDecodeError(
+                f"template must be a CanvasTemplate, such as CanvasTemplate.plain(256), but is {template!r:.80}"
+            )
         self.template = template
         self.close_on = self._find_ends(close_on)
         self.compile = compile
@@ -408,7 +412,7 @@ class Sampler:
                         decoding.step()
                     finished = decoding.leave()
                 for row, several in ((row, group) for group in finished for row in range(len(group.numbers))):
-                    one = several.rows(torch.tensor([row]))
+                    one = several.rows(torch.tensor([row], device="cpu"))
                     started, ids, seeds = admitted.pop(one.numbers[0])
                     canvas = canvas_of([ids], is_single=True)
                     bar.update(1)
@@ -435,14 +439,14 @@ class Sampler:
                 )
             close_on = self.denoiser.end_token_ids
         size, mask = self.denoiser.num_embeddings, self.denoiser.mask_token_id
-        for token in close_on:
-            check_integer("an id of close_on", token, 0)
+        ids = check_ids("close_on", close_on)
+        for token in ids:
             if token >= (size or token + 1) or token == mask:
-                ids = f"ids from 0 to {size - 1}" if size else "ids"
+                known = f"ids from 0 to {size - 1}" if size else "ids"
                 raise NapDecodeError(
-                    f"close_on names id {token}, which the model never emits: it has {ids}, and {mask} is the mask"
+                    f"close_on names id {token}, which the model never emits: it has {known}, and {mask} is the mask"
                 )
-        return tuple(close_on)
+        return tuple(ids)
 
     def _set_compiled(self) -> None:
         """The parts that the loop runs with, as ``compile`` says."""
@@ -480,6 +484,12 @@ class Sampler:
 
     def _check(self, canvas: Canvas) -> None:
         self.denoiser.check(canvas)
+        masked = (canvas.tokens == self.denoiser.mask_token_id) & canvas.attention_mask.bool()
+        if bool((masked & ~canvas.decodable).any()):
+            raise NapDecodeError(
+                f"there is a mask token ({self.denoiser.mask_token_id}) in a slot of the canvas that is not to be "
+                "decoded; give it a block, or another token"
+            )
         if self.committer.leaves_one_out:
             self.denoiser.check_leave_one_out()
 
@@ -514,10 +524,18 @@ class Sampler:
         if trace.closed is not None:
             expected &= ~trace.closed
         if bool((trace.confidence.isnan() & expected).any()):
+            given = (trace.block < 0) & host(canvas.attention_mask.bool())
+            empty = ((trace.confidence.isnan() & expected).any(1) & ~given.any(1)).nonzero()[:, 0].tolist()
+            remedy = "Try another precision (bfloat16 instead of float16) or attention implementation, and look at the "
+            remedy += "logits processors"
+            if empty:
+                remedy = (
+                    f"Row {empty[0]} held nothing but masks at the start, and some models divide by the number of the "
+                    "other tokens (ESM, whose token dropout does); give it a prompt, or the tokenizer's special tokens"
+                )
             raise NapDecodeError(
                 "the model's logits, or the confidences made of them, were nan in places, or left no id to emit; the "
-                "tokens committed there mean nothing. Try another precision (bfloat16 instead of float16) or "
-                "attention implementation, and look at the logits processors"
+                f"tokens committed there mean nothing. {remedy}"
             )
         if bool(((trace.tokens == self.denoiser.mask_token_id) & (trace.block >= 0) & ~is_masked).any()):
             raise NapDecodeError(
@@ -557,10 +575,10 @@ class Sampler:
               scheduler: MacroParallelScheduler()
         """
         return Sampler(
-            denoiser or self.denoiser,
-            scheduler=scheduler or self.scheduler,
-            committer=committer or self.committer,
-            template=template or self.template,
+            self.denoiser if denoiser is None else denoiser,
+            scheduler=self.scheduler if scheduler is None else scheduler,
+            committer=self.committer if committer is None else committer,
+            template=self.template if template is None else template,
             close_on=self.close_on if close_on is None else close_on,
             compile=self.compile if compile is None else compile,
         )
@@ -658,6 +676,8 @@ class Sampler:
         is_single: bool = False,
         numbers: Sequence[int] | None = None,
     ) -> Canvas:
+        if max_new_tokens is not None:
+            check_integer("max_new_tokens", max_new_tokens, 1)
         template = self.template if max_new_tokens is None else CanvasTemplate.plain(max_new_tokens)
         if template is None:
             raise NapDecodeError("say what to decode: give the sampler a template, or pass max_new_tokens=")
@@ -683,7 +703,7 @@ class Sampler:
         given_seeds = None if row_seeds is None else [wrap(s) for s in row_seeds]
         base = None if given_seeds is not None else self._base_seed(seed)
         if given_seeds is not None:
-            return torch.tensor(given_seeds, dtype=torch.int64) if self._draws else None
+            return torch.tensor(given_seeds, dtype=torch.int64, device="cpu") if self._draws else None
         return None if base is None else seeds_of_rows(base, range(num_rows))
 
     def _seeds_in_stream(self, seed: int | None, numbers: list[int], own: list[int | None]) -> Tensor | None:
@@ -692,7 +712,8 @@ class Sampler:
             return None
         if seed is not None:
             return seeds_of_rows(seed, numbers)
-        return torch.tensor([wrap(row_seed) for row_seed in own if row_seed is not None], dtype=torch.int64)
+        seeds = [wrap(row_seed) for row_seed in own if row_seed is not None]
+        return torch.tensor(seeds, dtype=torch.int64, device="cpu")
 
     @property
     def _draws(self) -> bool:
@@ -703,7 +724,7 @@ class Sampler:
         seed = None if seed is None else wrap(seed)
         if not self._draws:
             return None
-        return int(torch.randint(2**62, ())) if seed is None else seed
+        return int(torch.randint(2**62, (), device="cpu")) if seed is None else seed
 
 
 _Waiting: TypeAlias = "tuple[int, list[int], int | None]"
@@ -858,7 +879,7 @@ class ParallelForcedSampler(Sampler):
             top_k=top_k,
             top_p=top_p,
             confidence=confidence,
-            selection=selection or QuotaSelection(),
+            selection=QuotaSelection() if selection is None else selection,
         )
         if tokens_per_step is None and steps is None:
             tokens_per_step = 1 if committer.is_adaptive else 4
@@ -875,13 +896,14 @@ class ParallelForcedSampler(Sampler):
                 share_last_step=share_last_step,
             ),
             committer=committer,
-            template=template
-            or CanvasTemplate.nap(
+            template=CanvasTemplate.nap(
                 3 if num_paths is None else num_paths,
                 path_length=path_length,
                 summary_length=32 if summary_length is None else summary_length,
                 total_length=total_length,
-            ),
+            )
+            if template is None
+            else template,
             mask_token_id=mask_token_id,
             close_on=close_on,
             compile=compile,

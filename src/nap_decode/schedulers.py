@@ -28,7 +28,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from nap_decode.canvas import Canvas, count_blocks
-from nap_decode.errors import NapDecodeError, check_between, check_integer
+from nap_decode.errors import NapDecodeError, check_between, check_flag, check_integer
 from nap_decode.randomness import SCHEDULE_STREAM, uniform
 from nap_decode.schedules import EvenSchedule, Schedule
 
@@ -284,7 +284,7 @@ class BlockScheduler(ABC):
                 f"the phases of {type(self).__name__} must add up to the block lengths {lengths.tolist()}, but make "
                 f"{phase_tokens.sum(1).tolist()}"
             )
-        tokens_per_step = int(self.tokens_per_step or 1)
+        tokens_per_step = 1 if self.tokens_per_step is None else int(self.tokens_per_step)
         tokens = phase_tokens.sum(2)  # (B, P)
         total = tokens.sum(1)
         if adaptive:
@@ -373,6 +373,7 @@ class MacroParallelScheduler(BlockScheduler):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_between("hold_until", self.hold_until, 0.0, 1.0)
+        check_flag("share_last_step", self.share_last_step)
 
     @override
     def phases(self, lengths: Tensor, held: tuple[bool, ...]) -> Tensor:
@@ -422,6 +423,7 @@ class SemiAutoregressiveScheduler(BlockScheduler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_flag("on_grid", self.on_grid)
         if self.block_length is not None:
             check_integer("block_length", self.block_length, 1)
         elif self.on_grid:

@@ -73,7 +73,7 @@ class DecodeTrace:
 
     def before_end(self) -> Tensor:
         """``(B, L)`` bool: decoded slots before the first end token of their block; none that is still masked."""
-        is_end = torch.isin(self.tokens, torch.tensor(self.end_token_ids, dtype=self.tokens.dtype))
+        is_end = torch.isin(self.tokens, self.tokens.new_tensor(self.end_token_ids))
         return (
             (self.block >= 0)
             & (self.step >= 0)

@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 from models import tiny_model
+from safetensors.torch import load_file, save_file
 
 from nap_decode import (
     ARnessMeter,
@@ -238,6 +239,13 @@ def test_a_sampler_of_ones_own_and_a_saved_one(make, embedded, tmp_path):
         make(sampler=sampler, cfg_scale=1.0)
     with pytest.raises(NapDecodeError, match=r"mine.json says how to decode"):
         make(sampler=str(tmp_path / "mine.json"), sampler_args="steps=3")
+    with pytest.raises(NapDecodeError, match=r"made already|Denoiser has its own"):
+        make(sampler=sampler, cfg_scale=0.0)
+    sampler.replace(denoiser=sampler.denoiser.replace(cfg_scale=0.5)).save(tmp_path / "guided.json")
+    assert make(sampler=str(tmp_path / "guided.json")).denoiser.cfg_scale == 0.5
+    for other in (0.0, 1.0):
+        with pytest.raises(NapDecodeError, match=rf"guided.json has cfg_scale 0.5, but {other} is asked for"):
+            make(sampler=str(tmp_path / "guided.json"), cfg_scale=other)
 
 
 def test_draws_belong_to_the_request(make):
@@ -297,6 +305,9 @@ def test_repeats_of_a_text_differ(make):
         (CANVAS + ",temperature=0.5", {"temperature": 0.0}, "asks for greedy decoding .* draws at temperature 0.5"),
         (CANVAS + ",temperature=0.5", {"temperature": 0.7}, "asks for temperature 0.7, .* draws at temperature 0.5"),
         (CANVAS, {"do_sample": True, "temperature": 1.0, "top_p": 1.5}, "top_p must be"),
+        (CANVAS, {"do_sample": True, "temperature": 1.0, "top_p": True}, "top_p must be .* but is True"),
+        (CANVAS, {"do_sample": True, "temperature": 1.0, "top_k": 2.7}, "top_k must be .* but is 2.7"),
+        (CANVAS, {"do_sample": True, "temperature": 1.0, "top_k": False}, "top_k must be .* but is False"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(make, sampler, generation, message, monkeypatch):
@@ -312,6 +323,18 @@ def test_what_asks_for_nothing_is_let_through(make):
     neutral = {"num_beams": 1, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "do_sample": False}
     for generation in (neutral, {"temperature": 0.0, "top_p": 0.95}, {"until": "\n", "max_new_tokens": 9}):
         assert lm.generate_until(requests(QUESTIONS[:3], **generation), disable_tqdm=True) == plain
+
+
+def test_requests_without_metadata(make, tmp_path):
+    """As in unit tests of others and in scripts: nothing says how often a text is wanted."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import CachingLM
+
+    bare = [Instance("generate_until", {}, (question, {"until": ["x"]}), 0) for question in QUESTIONS[:3]]
+    lm = make(sampler_args=CANVAS + ",temperature=1.0")
+    texts = lm.generate_until(requests(QUESTIONS[:3], until=["x"]), disable_tqdm=True)
+    assert lm.generate_until(bare, disable_tqdm=True) == texts
+    assert CachingLM(lm, str(tmp_path / "cache.db")).generate_until(bare) == texts
 
 
 def test_cached_repeats_of_a_drawing_sampler_are_refused(make, tmp_path):
@@ -411,6 +434,7 @@ def test_rolling_takes_windows_that_fit(make, embedded, monkeypatch):
         ({"samples": 1}, "samples must be"),
         ({"samples": 63}, "samples must be even"),
         ({"cfg_scale": -1.0}, "cfg_scale must be"),
+        ({"seed": 2.7}, "a seed must be a whole number, but is 2.7"),
     ],
 )
 def test_bad_options_are_refused_before_the_model_is_loaded(options, message, monkeypatch):
@@ -467,6 +491,10 @@ def test_encoders_and_decoders_are_loaded_by_their_kind(tmp_path, embedded):
     lm = harness_model()(str(tmp_path), device="cpu", sampler="left_to_right")
     assert type(lm.model).__name__ == "BertForMaskedLM"
     assert len(lm.generate_until(requests(["1 2"], max_gen_toks=3), disable_tqdm=True)) == 1
+    file = tmp_path / "model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(file).items() if "dense" not in name}, file, {"format": "pt"})
+    with pytest.raises(NapDecodeError, match="weights of BertForMaskedLM are not in the checkpoint"):
+        harness_model()(str(tmp_path), device="cpu", sampler="left_to_right")
     tiny_model(is_causal=True, vocab_size=20).save_pretrained(tmp_path / "decoder")
     embedded[1].save_pretrained(tmp_path / "decoder")
     with pytest.raises(NapDecodeError, match="ignores the future"):

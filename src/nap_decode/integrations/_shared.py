@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 from nap_decode.denoiser import Denoiser
@@ -37,6 +38,11 @@ def bind(sampler: AnySampler, model: Any, denoiser: Callable[[], Denoiser]) -> S
             f"({type(model).__name__}); make it with this model, or pass a preset instead, such as presets.klass"
         )
     return bound
+
+
+def given(args: Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """Those of a command's options that were given, by name: None stands for nothing, and nothing else does."""
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
 def refuse(options: Mapping[str, Any], defaults: Mapping[str, Any], why: str) -> None:

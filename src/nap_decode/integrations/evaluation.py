@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--mask-token-id", type=int, help="the mask id, if neither tokenizer nor config names it")
     add("--bidirectional", action="store_true", help="set is_causal = False in the config of a decoder")
     add("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
-    add("--cfg-scale", type=float, default=0.0, help="classifier-free guidance")
+    add("--cfg-scale", type=float, help="classifier-free guidance (default: 0)")
     add("--model-args", default="", metavar="NAME=VALUE,...", help="other options of the harness's HFLM")
     add = parser.add_argument_group("how").add_argument
     add("--sampler", default="parallel_forced", help="name of a preset, or file written by Sampler.save")

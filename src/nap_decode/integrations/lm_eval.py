@@ -37,9 +37,10 @@ from nap_decode.denoiser import Denoiser, no_model
 from nap_decode.errors import NapDecodeError, check_between, check_integer, check_name
 from nap_decode.integrations._shared import AnySampler, bind, refuse
 from nap_decode.likelihood import chain_log_likelihood, check_samples, log_likelihood_bound
-from nap_decode.loading import auto_class
+from nap_decode.loading import AllWeights, auto_class
 from nap_decode.lookahead import LookaheadCommitter
 from nap_decode.output import SamplerOutput
+from nap_decode.randomness import wrap
 from nap_decode.sampler import Sampler
 
 __all__ = ["TASKS", "DecodeCost", "Generation", "add_costs", "harness_model"]
@@ -232,7 +233,7 @@ class _NapDecode:
         likelihood: str = "bound",
         samples: int = 128,
         seed: int = 0,
-        cfg_scale: float = 0.0,
+        cfg_scale: float | None = None,
         mask_token_id: int | None = None,
         bidirectional: bool = False,
         device: str | None = None,
@@ -253,14 +254,15 @@ class _NapDecode:
             )
         check_name("likelihood", likelihood, LIKELIHOODS)
         check_samples(samples)
-        check_between("cfg_scale", cfg_scale, 0.0, math.inf)
-        self.likelihood, self.samples, self.seed = likelihood, samples, seed
+        guidance = 0.0 if cfg_scale is None else cfg_scale
+        check_between("cfg_scale", guidance, 0.0, math.inf)
+        self.likelihood, self.samples, self.seed = likelihood, samples, wrap(seed)
         self._bidirectional = bidirectional
         arguments = parse_options(sampler_args) if isinstance(sampler_args, str | None) else dict(sampler_args)
         if isinstance(sampler, str):
             # Options are checked before the model is loaded, which may take minutes.
-            stand_in = Denoiser(no_model, mask_token_id=0, end_token_ids=[1], cfg_scale=cfg_scale)
-            make_sampler(stand_in, sampler, {**arguments, "compile": False})
+            stand_in = Denoiser(no_model, mask_token_id=0, end_token_ids=[1], cfg_scale=guidance)
+            make_sampler(stand_in, sampler, {**arguments, "compile": False}, cfg_scale=cfg_scale)
         harness: Any = super()
         harness.__init__(
             pretrained,
@@ -273,14 +275,14 @@ class _NapDecode:
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
 
         def denoiser() -> Denoiser:
-            return Denoiser(self.model, self.tokenizer, mask_token_id=mask_token_id, cfg_scale=cfg_scale)
+            return Denoiser(self.model, self.tokenizer, mask_token_id=mask_token_id, cfg_scale=guidance)
 
         if isinstance(sampler, str):
-            self.sampler = make_sampler(denoiser(), sampler, arguments)
+            self.sampler = make_sampler(denoiser(), sampler, arguments, cfg_scale=cfg_scale)
         else:
             refuse({"sampler_args": arguments or None}, {}, "the sampler is made already")
             if isinstance(sampler, Sampler):
-                own = {"mask_token_id": mask_token_id, "cfg_scale": cfg_scale or None}
+                own = {"mask_token_id": mask_token_id, "cfg_scale": cfg_scale}
                 refuse(own, {}, "the sampler's Denoiser has its own")
             self.sampler = bind(sampler, self.model, denoiser)
         self.denoiser = self.sampler.denoiser
@@ -303,7 +305,7 @@ class _NapDecode:
 
     def _get_backend(self, config: Any, backend: str = "default", trust_remote_code: bool | None = False) -> None:
         self.backend = "causal"  # to the harness: what is generated follows the prompt
-        self.AUTO_MODEL_CLASS = auto_class(config)
+        self.AUTO_MODEL_CLASS = AllWeights(auto_class(config))
 
     def _create_model(self, pretrained: str, **kwargs: Any) -> None:
         harness: Any = super()
@@ -323,10 +325,10 @@ class _NapDecode:
         for options in {hash_args("", [request.args[1]]): request.args[1] for request in requests}.values():
             sampler = self._sampler_for(self._check_generation(options))
             if _temperature(sampler.committer) and not options.get("do_sample") and self.cache_hook.dbdict is not None:
-                several = [request for request in requests if request.args[1] == options and request.repeats > 1]
+                several = [request for request in requests if request.args[1] == options and _repeats(request) > 1]
                 if several:
                     raise NapDecodeError(
-                        f"task {several[0].task_name!r} wants {several[0].repeats} samples of each text, but a cache "
+                        f"task {several[0].task_name!r} wants {_repeats(several[0])} samples of each text, but a cache "
                         "gives the same one every time, unless do_sample=True is among the task's generation options; "
                         "add it (--gen-kwargs do_sample=True), or leave out the cache"
                     )
@@ -334,7 +336,7 @@ class _NapDecode:
         self._repeats = defaultdict(deque)
         for request in requests:
             # What the harness adds, so that all processes have as many requests, is decoded as it was before.
-            self._repeats[request.args[0]].append(numbers[id(request)] % request.repeats)
+            self._repeats[request.args[0]].append(numbers[id(request)] % _repeats(request))
             numbers[id(request)] += 1
         self._costs.clear()
         recorder = _Recorder(self.cache_hook, self._costs)
@@ -369,7 +371,7 @@ class _NapDecode:
         names = None if sampler.template is None else [block.name for block in _scored(sampler.template)]
         trace = output.trace
         blocks = [j for j, name in enumerate(trace.block_names) if names is None or name in names]
-        kept = trace.before_end() & torch.isin(trace.block, torch.tensor(blocks))
+        kept = trace.before_end() & torch.isin(trace.block, trace.block.new_tensor(blocks))
         texts = [row[where].tolist() for row, where in zip(trace.tokens, kept, strict=True)]
         self._costs.extend(_cost(output, row, self._behind_stop(ids, stop)) for row, ids in enumerate(texts))
         # The harness cuts the prompt off by its width, and leaves special tokens out.
@@ -377,7 +379,7 @@ class _NapDecode:
         if fill not in self.tokenizer.all_special_ids:
             fill = self.tokenizer.eos_token_id
         width = max(map(len, texts))
-        padded = torch.tensor([ids + [fill] * (width - len(ids)) for ids in texts], dtype=context.dtype)
+        padded = torch.tensor([ids + [fill] * (width - len(ids)) for ids in texts], dtype=context.dtype, device="cpu")
         return torch.cat([context, padded.view(len(texts), width).to(context.device)], dim=1)
 
     def _behind_stop(self, ids: list[int], stop: list[str]) -> int:
@@ -433,7 +435,13 @@ class _NapDecode:
         own = _temperature(self.sampler.committer)
         # Where a task says nothing about drawing, the harness adds do_sample=False, but no temperature.
         says, draws = "temperature" in options, bool(options.get("do_sample"))
-        temperature = float(options.get("temperature") or 0.0) if draws else 0.0
+        asked = {name: options[name] for name in ("temperature", "top_p", "top_k") if options.get(name) is not None}
+        for name, value in asked.items():
+            if name == "top_k":
+                check_integer(name, value, -1)
+            else:
+                check_between(name, value, 0.0, 1.0 if name == "top_p" else math.inf)
+        temperature = asked.pop("temperature", 0.0) if draws else 0.0
         if draws and not temperature and not own:
             raise NapDecodeError(
                 "the task says do_sample=True, but neither it nor the sampler has a temperature; add one "
@@ -445,12 +453,8 @@ class _NapDecode:
                 f"the task asks for {wanted}, but the sampler draws at temperature {own:g}; leave the temperature out "
                 f"of the sampler, or tell the task too (--gen-kwargs do_sample=True,temperature={own:g})"
             )
-        top_p, top_k = options.get("top_p"), options.get("top_k")
-        cuts = {
-            "top_p": None if top_p in (None, 1, 1.0) else float(top_p),
-            "top_k": None if top_k in (None, 0, -1) else int(top_k),
-        }
-        cuts = {name: value for name, value in cuts.items() if value is not None}
+        neutral = {"top_p": (1,), "top_k": (0, -1), "temperature": ()}
+        cuts = {name: value for name, value in asked.items() if name != "temperature" and value not in neutral[name]}
         if not draws and not own:
             cuts = {}  # cutting what is not drawn from changes nothing: the most likely token stays
         changes = ({"temperature": temperature} if temperature else {}) | cuts
@@ -608,6 +612,11 @@ def _cost(output: SamplerOutput, row: int, unused: int) -> DecodeCost:
     )
 
 
+def _repeats(request: Any) -> int:
+    """How many texts a request wants; one that was made without metadata does not say."""
+    return 1 if request.repeats is None else request.repeats
+
+
 def _seed(seed: int, *of: Any) -> int:
     """A seed that depends on a request alone, whatever its batch, place or process."""
     return int.from_bytes(hashlib.sha256(json.dumps([seed, *of]).encode()).digest()[:8], "little")
@@ -664,20 +673,20 @@ def parse_options(text: str | None) -> dict[str, Any]:
         name, separator, value = one.partition("=" if "=" in one else ":")
         if not separator or not name:
             raise NapDecodeError(f"options must be written as name=value,name=value, but {one!r} is not")
-        try:
-            options[name.strip()] = json.loads(value)
-        except ValueError:  # a name, or how Python writes them
-            options[name.strip()] = {"True": True, "False": False, "None": None}.get(value.strip(), value.strip())
+        options[name.strip()] = presets.parse_value(value)
     return options
 
 
-def make_sampler(denoiser: Denoiser, name: str, options: Mapping[str, Any]) -> Sampler:
+def make_sampler(
+    denoiser: Denoiser, name: str, options: Mapping[str, Any], *, cfg_scale: float | None = None
+) -> Sampler:
     """A sampler by the name of a preset, or from a file.
 
     Args:
         denoiser: the model.
         name: of a preset, or path of a file written by ``Sampler.save``.
         options: see :func:`harness_model`; of a file, ``compile`` alone.
+        cfg_scale: the guidance that was asked for, which must be that of a file.
 
     Raises:
         NapDecodeError: names that are not known, or options that do not go together.
@@ -693,10 +702,8 @@ def make_sampler(denoiser: Denoiser, name: str, options: Mapping[str, Any]) -> S
     if name not in presets.PRESETS and (name.endswith(".json") or os.path.exists(name)):
         refuse({n: value for n, value in options.items() if n != "compile"}, {}, f"{name} says how to decode")
         saved = Sampler.load(name, no_model, mask_token_id=0)
-        if denoiser.cfg_scale not in (0.0, saved.denoiser.cfg_scale):
-            raise NapDecodeError(
-                f"{name} has cfg_scale {saved.denoiser.cfg_scale}, but {denoiser.cfg_scale} is asked for"
-            )
+        if cfg_scale not in (None, saved.denoiser.cfg_scale):
+            raise NapDecodeError(f"{name} has cfg_scale {saved.denoiser.cfg_scale}, but {cfg_scale} is asked for")
         guided = denoiser.replace(cfg_scale=saved.denoiser.cfg_scale, reuse=saved.denoiser.reuse)
         return Sampler.load(name, guided).replace(compile=compiled)
     known = presets.preset_options(name)

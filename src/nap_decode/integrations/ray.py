@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from nap_decode import bulk, presets
 from nap_decode.denoiser import Denoiser, no_model
 from nap_decode.errors import NapDecodeError, check_between, check_integer, check_name
+from nap_decode.integrations._shared import given
 from nap_decode.loading import load_checkpoint
 from nap_decode.sampler import Sampler
 
@@ -36,6 +37,17 @@ Loader: TypeAlias = "Callable[[], Any]"
 """Returns a model, a model and its tokenizer, or a Denoiser."""
 Rows: TypeAlias = "Iterable[Mapping[str, Any]]"
 
+BULK = (
+    "output",
+    "rows_per_part",
+    "max_batch",
+    "max_tokens",
+    "workers",
+    "cpus_per_worker",
+    "gpus_per_worker",
+    "ray_address",
+)
+"""Options of ``nap-decode generate`` that go with ``--input``."""
 _PACKED = "nap_decode row"  # a column of JSON, for rows that come from no Ray dataset and may differ in their columns
 _OBJECT_STORE = 256 * 2**20  # bytes; prompts and texts are small, and what does not fit goes to the disk
 
@@ -238,11 +250,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("bulk: prompts from a file").add_argument
     add("--input", metavar="FILE", help="instead of --prompt: .jsonl or .parquet with id and prompt; see docs/bulk.md")
     add("--output", metavar="DIR", help="for Parquet files; run again, it continues after the rows that are there")
-    add("--rows-per-part", type=int, default=bulk.ROWS_PER_PART, help=f"in a file (default: {bulk.ROWS_PER_PART})")
-    add("--max-batch", type=int, default=8, help="rows that a worker decodes at a time (default: 8)")
+    add("--rows-per-part", type=int, help=f"in a file (default: {bulk.ROWS_PER_PART})")
+    add("--max-batch", type=int, help="rows that a worker decodes at a time (default: 8)")
     add("--max-tokens", type=int, help="rows of a batch by tokens of the longest, at most")
-    add("--workers", type=int, default=1, help="with more than one, on Ray (default: 1, in this process)")
-    add("--cpus-per-worker", type=float, default=1, help="cores and threads of each (default: 1)")
+    add("--workers", type=int, help="with more than one, on Ray (default: 1, in this process)")
+    add("--cpus-per-worker", type=float, help="cores and threads of each (default: 1)")
     add("--gpus-per-worker", type=float, help="default: 1 with --device cuda, else 0")
     add("--ray-address", help="of a running cluster, or auto; otherwise one is started on this machine")
 
@@ -259,20 +271,25 @@ def run_bulk(args: argparse.Namespace, make: Callable[[argparse.Namespace], Samp
     """
     if args.output is None:
         raise NapDecodeError("--input needs --output, a directory for the results")
-    check_integer("--workers", args.workers, 0)
-    on_ray = args.workers > 1 or args.ray_address is not None
-    gpus = args.gpus_per_worker
-    if gpus is None:
-        gpus = 1.0 if on_ray and args.device.startswith("cuda") else 0.0
-    if not on_ray and gpus:
-        raise NapDecodeError("--gpus-per-worker is for --workers of 2 or more; --device says where a single one runs")
+    workers = 1 if args.workers is None else args.workers
+    check_integer("--workers", workers, 1)
+    on_ray = workers > 1 or args.ray_address is not None
+    resources = given(args, ["cpus_per_worker", "gpus_per_worker"])
+    for name, value in resources.items():
+        option = f"--{name.replace('_', '-')}"
+        if not on_ray:
+            raise NapDecodeError(f"{option} is for --workers of 2 or more; --device says where a single one runs")
+        check_between(option, value, 0, math.inf)
+    cpus = resources.get("cpus_per_worker", 1.0)
+    gpus = resources.get("gpus_per_worker", 1.0 if on_ray and args.device.startswith("cuda") else 0.0)
     if on_ray and gpus and args.device not in ("cuda", "auto"):
         raise NapDecodeError(f"--gpus-per-worker {gpus:g} needs --device cuda, but it is {args.device}")
     rows = bulk.read_prompts(args.input)
     if args.chat:
         rows = [_as_chat(row) for row in rows]
-    parts = bulk.cut_into_parts(rows, args.rows_per_part)
-    options = {"seed": args.seed, "max_batch": args.max_batch, "max_tokens": args.max_tokens}
+    rows_per_part = bulk.ROWS_PER_PART if args.rows_per_part is None else args.rows_per_part
+    parts = bulk.cut_into_parts(rows, rows_per_part)
+    options = {"seed": args.seed, **given(args, ["max_batch", "max_tokens"])}
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
@@ -282,13 +299,13 @@ def run_bulk(args: argparse.Namespace, make: Callable[[argparse.Namespace], Samp
         print(bulk.run_parts(parts, lambda parts: map(decoder, parts), args.output, say))
         return
 
-    ray, workers = _ray(), max(args.workers, 1)
+    ray = _ray()
     if args.ray_address is not None:
         ray.init(address=args.ray_address, log_to_driver=False)
     else:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(
-            num_cpus=max(math.ceil(workers * args.cpus_per_worker), 1),
+            num_cpus=max(math.ceil(workers * cpus), 1),
             object_store_memory=_OBJECT_STORE,
             include_dashboard=False,
             log_to_driver=False,
@@ -309,9 +326,9 @@ def run_bulk(args: argparse.Namespace, make: Callable[[argparse.Namespace], Samp
                 args.output,
                 options,
                 packed=True,
-                batch_size=args.rows_per_part,
+                batch_size=rows_per_part,
                 concurrency=workers,
-                num_cpus=args.cpus_per_worker,
+                num_cpus=cpus,
                 num_gpus=gpus,
             )
             return stage.iter_batches(batch_size=None, batch_format="pyarrow")  # type: ignore[no-any-return]
