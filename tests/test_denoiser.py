@@ -737,7 +737,7 @@ class TestLeaveOneOut:
         other = self.TOKENS.masked_fill(ragged.decodable, 5)
         args = torch.cat([self.TOKENS, other]), wanted.repeat(2, 1), ragged
         logits = denoiser(*args, hidden=hidden.repeat(2, 1))
-        assert torch.equal(torch.cat(seen)[:3], to_rows(ragged, left_out, PAD))
+        assert torch.equal(torch.cat(seen)[:3], to_rows(ragged, left_out, MASK))
         expected = [denoiser(tokens, wanted, ragged) for tokens in (left_out, other.scatter(1, wanted, MASK))]
         torch.testing.assert_close(logits, torch.cat(expected), rtol=0, atol=PRECISION[attention])
 
@@ -761,7 +761,7 @@ def test_logits_processors_see_the_canvas_and_change_the_scores(tiny, ragged):
     assert (logits[:, :, 9] == -torch.inf).all()
     assert Denoiser(tiny, mask_token_id=MASK, logits_processor=forbid_nine).logits_processor == (forbid_nine,)
     plain = Denoiser(tiny, mask_token_id=MASK)(ragged.tokens, WANTED, ragged)
-    seen = to_rows(ragged, ragged.tokens, PAD)  # padded on the right
+    seen = to_rows(ragged, ragged.tokens, MASK)  # behind a row there is nothing but masks
     for row in range(3):
         for k in range(3):
             once = RepetitionPenaltyLogitsProcessor(1.3)(seen[row][None], plain[row, k][None].clone())[0]

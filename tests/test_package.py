@@ -15,8 +15,8 @@ SOURCE = Path(nap_decode.__file__).parent
 # The parts, and those that each may import; every one may import what its imports may.
 LAYERS = [
     {"errors", "foreign", "lazy"},
-    {"attention", "chats", "compiling", "cost", "distribution", "families", "heads", "keeping", "loading", "randomness"},
-    {"schedules"},
+    {"attention", "chats", "compiling", "cost", "distribution", "families", "heads", "keeping"},
+    {"loading", "randomness", "schedules"},
     {"token_texts", "trace"},
     {"watching"},
     {"arness", "calling", "canvas", "parallelism", "prediction"},

@@ -56,8 +56,8 @@ class Denoiser:
             (LLaDA, arXiv 2502.09992, appendix A.2); the unconditional branch has the prompt masked.  0 is
             off; any other value doubles the work of a forward pass.
         logits_processor: transformers logits processors, called with one row per wanted position, a part of
-            them at a time: ``input_ids (R, W)`` is the slot's whole row, masks included, and padded on the
-            right.
+            them at a time: ``input_ids (R, W)`` is the slot's whole row, masks included, and more of them
+            behind a row that is shorter.
         device: where the model takes its input; found from a module's embeddings or parameters, the CPU
             for a function.
         reuse: which positions a pass computes anew, see :mod:`nap_decode.reuse`; all by default.
@@ -564,12 +564,17 @@ class Denoiser:
             source=source.flatten(0, 1),
             head=None if head is None else Passing(head),
             cfg_scale=self.cfg_scale,
-            process=partial(self._process, tokens, wanted, hidden) if self.logits_processor else None,
+            process=partial(self._process, rows, tokens, wanted, hidden) if self.logits_processor else None,
         )
 
-    def _process(self, tokens: Tensor, wanted: Tensor, hidden: Tensor | None, places: Tensor, scores: Tensor) -> Tensor:
+    def _process(
+        self, rows: Rows, tokens: Tensor, wanted: Tensor, hidden: Tensor | None, places: Tensor, scores: Tensor
+    ) -> Tensor:
         """What the logits processors make of scores ``(R, V)`` of the slots at ``places``."""
-        input_ids = tokens.index_select(0, places // wanted.shape[1])  # (R, W)
+        row = places // wanted.shape[1]
+        input_ids = tokens.index_select(0, row)  # (R, W)
+        if rows.is_padded:  # a processor that counts tokens must not see what belongs to no row
+            input_ids = input_ids.where(rows.present.index_select(0, row % len(rows.prompt)), self.mask_token_id)
         if hidden is not None:
             column = wanted.flatten()[places].clamp(min=0)[:, None]
             is_hidden = hidden.flatten()[places][:, None]
