@@ -429,7 +429,5 @@ class ByHand(DreamLike):
 
 
 def test_a_model_that_keeps_its_keys_to_itself_is_refused():
-    with pytest.raises(
-        NapDecodeError, match="keys and values: it takes no cache, and its attention is not"
-    ):
+    with pytest.raises(NapDecodeError, match="keys and values: it takes no cache, and its attention is not"):
         Denoiser(ByHand("Dream", mask_token_id=MASK), Words(), reuse=CommittedReuse())

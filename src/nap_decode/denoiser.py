@@ -574,7 +574,8 @@ class Denoiser:
         row = places // wanted.shape[1]
         input_ids = tokens.index_select(0, row)  # (R, W)
         if rows.is_padded:  # a processor that counts tokens must not see what belongs to no row
-            input_ids = input_ids.where(rows.present.index_select(0, row % len(rows.prompt)), self.mask_token_id)
+            present = rows.present.index_select(0, row % len(rows.prompt))
+            input_ids = input_ids.masked_fill_(~present, self.mask_token_id)
         if hidden is not None:
             column = wanted.flatten()[places].clamp(min=0)[:, None]
             is_hidden = hidden.flatten()[places][:, None]
