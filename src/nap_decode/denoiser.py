@@ -553,6 +553,9 @@ class Denoiser:
             self._count(rows, kept)
         else:
             source, is_hidden = self._reused(rows, tokens, wanted, _are_slots(wanted, places), kept)
+        ids = tokens
+        if self.logits_processor and rows.is_padded:  # one that counts tokens must not see what belongs to no row
+            ids = tokens.masked_fill(~rows.present.repeat(times, 1), self.mask_token_id)
         head = self._call.head if is_hidden else None
         vocab_size = source.shape[2] if head is None else head.vocab_size
         return Prediction(
@@ -564,18 +567,12 @@ class Denoiser:
             source=source.flatten(0, 1),
             head=None if head is None else Passing(head),
             cfg_scale=self.cfg_scale,
-            process=partial(self._process, rows, tokens, wanted, hidden) if self.logits_processor else None,
+            process=partial(self._process, ids, wanted, hidden) if self.logits_processor else None,
         )
 
-    def _process(
-        self, rows: Rows, tokens: Tensor, wanted: Tensor, hidden: Tensor | None, places: Tensor, scores: Tensor
-    ) -> Tensor:
+    def _process(self, tokens: Tensor, wanted: Tensor, hidden: Tensor | None, places: Tensor, scores: Tensor) -> Tensor:
         """What the logits processors make of scores ``(R, V)`` of the slots at ``places``."""
-        row = places // wanted.shape[1]
-        input_ids = tokens.index_select(0, row)  # (R, W)
-        if rows.is_padded:  # a processor that counts tokens must not see what belongs to no row
-            present = rows.present.index_select(0, row % len(rows.prompt))
-            input_ids = input_ids.masked_fill_(~present, self.mask_token_id)
+        input_ids = tokens.index_select(0, places // wanted.shape[1])  # (R, W)
         if hidden is not None:
             column = wanted.flatten()[places].clamp(min=0)[:, None]
             is_hidden = hidden.flatten()[places][:, None]
