@@ -271,7 +271,9 @@ def _cell(outcome: str | None, name: str, reasons: dict[str, int]) -> str:
     if kind != "refused":
         return "works" if kind == "works" else ""
     reason = re.sub(rf"\b{name}For\w+( \([\w-]+\))?", "the model", reason)
-    reason = re.sub(r"installed: [\d.]+", "installed: an older one", reason)
+    # Neither somebody else's words, nor remedies, which have their places in the guide.
+    reason = re.sub(r"(does not take|it fails)\b.*", r"\1", reason)
+    reason = re.sub(r"(; use an algorithm|\. Decode).*", "", reason)
     return f"refused ({reasons.setdefault(reason, len(reasons) + 1)})"
 
 
