@@ -18,6 +18,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import itertools
 import json
 import re
 import shlex
@@ -130,8 +131,10 @@ def check_commands(code: str) -> None:
         arguments = our_arguments(command)
         if arguments is not None:
             check_our_arguments(arguments)
-        for word in command[1:]:
-            if program in ("python", "python3") and re.fullmatch(r"[\w/]+\.py", word):
+        for before, word in itertools.pairwise(command):
+            if program in ("python", "python3") and re.fullmatch(r"[\w/]+\.py|\.ci/\w+", word):
+                assert (ROOT / word).exists(), f"there is no {word}"
+            if program == "pip" and before in ("-c", "-r"):
                 assert (ROOT / word).exists(), f"there is no {word}"
             for group in re.findall(r"^(?:\.|nap_decode)\[([\w,-]+)\]", word):
                 assert set(group.split(",")) <= extras(), f"no such extra: {word}"
@@ -287,7 +290,9 @@ def test_the_mark_belongs_to_the_block_behind_it(text, needs, is_doctest):
         "nap-decode generate --model PATH --prompt x --preset klass --set nosuch=1",
         "cd x && nap_decode arness x",
         "python examples/nosuch.py",
+        "python .ci/nosuch",
         "pip install 'nap_decode[nosuch]'",
+        "pip install -c .ci/nosuch.txt .",
     ],
 )
 def test_bad_commands_are_found(code):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import nap_decode
 
 SOURCE = Path(nap_decode.__file__).parent
+CONSTRAINTS = Path(__file__).parents[1] / ".ci" / "constraints.txt"
 
 # The parts, and those that each may import; every one may import what its imports may.
 LAYERS = [
@@ -71,6 +73,13 @@ def test_importing_runs_nothing_heavy():
     assert "nap_decode.sampler" in loaded
     for heavy in ("transformers", "matplotlib", "nap_decode.demo", "nap_decode.cli"):
         assert heavy not in loaded
+
+
+def test_everything_that_is_required_is_held_to_a_version():
+    """So that the README's commands do the same everywhere."""
+    held = re.findall(r"^([\w-]+)==", CONSTRAINTS.read_text(), re.MULTILINE)
+    required = {re.match(r"[\w-]+", line)[0] for line in importlib.metadata.requires("nap_decode")}
+    assert {name.replace("_", "-").lower() for name in required - {"nap_decode", "nap-decode"}} <= set(held)
 
 
 def test_version():
