@@ -48,6 +48,8 @@ def auto_class(config: Any) -> Any:
     names, remote = config.architectures or [], getattr(config, "auto_map", None) or {}
     if any(name.endswith("ForMaskedLM") for name in names):
         return transformers.AutoModelForMaskedLM
-    if "AutoModel" in remote and "AutoModelForCausalLM" not in remote:
-        return transformers.AutoModel
+    # A class of the checkpoint's own may be called anything; it says with what to load it.
+    for name in ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModel"):
+        if name in remote:
+            return getattr(transformers, name)
     return transformers.AutoModelForCausalLM
