@@ -3,10 +3,20 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
+import transformers
 from models import LLaDALike
 
-from nap_decode import Denoiser, ModelFamily, NapDecodeError, register_family
+from nap_decode import (
+    AnyOrderScheduler,
+    Denoiser,
+    ModelFamily,
+    NapDecodeError,
+    Sampler,
+    register_family,
+)
 from nap_decode.families import _ARCHITECTURES, _FAMILIES, find_family, find_mask
+from nap_decode.probing import Probe
 
 
 def config(model_type, **options):
@@ -134,3 +144,31 @@ def test_families_can_be_registered_once():
         register_family("a_test_model", ModelFamily(name="other"))
     # What its owner says holds for any vocabulary, and a block size may mean the context length.
     assert find_family(config("a_test_model", vocab_size=24, block_size=64)) is mine
+
+
+ESMC = getattr(transformers, "EsmcForMaskedLM", None)
+
+
+@pytest.mark.skipif(ESMC is None, reason="transformers has ESM-C since 5.24")
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_esm_c_needs_nothing_said(attention):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = ESMC(transformers.EsmcConfig(**sizes, attn_implementation=attention)).double().eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.5, generator=generator)
+    sampler = Sampler(model, scheduler=AnyOrderScheduler(tokens_per_step=1))
+    assert sampler.denoiser.mask_token_id == 32
+    assert sampler.denoiser.probe() == Probe(sees_future=True, hides_padding=True, shift=None)
+    prompts, new = [[0, 5, 6, 7, 8], [0, 9]], 4
+    found = sampler(prompts, max_new_tokens=new).sequences.tolist()
+    for prompt, row in zip(prompts, found, strict=True):
+        expected = prompt + [32] * new
+        while 32 in expected:
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([expected])).logits[0]
+            logits[:, 32] = -torch.inf
+            sure, token = logits.softmax(1).max(1)
+            best = int(sure.where(torch.tensor(expected) == 32, -1).argmax())
+            expected[best] = int(token[best])
+        assert row[-len(expected) :] == expected
