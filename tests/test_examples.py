@@ -4,12 +4,23 @@ import importlib.util
 import json
 from pathlib import Path
 
+import torch
 from models import needs_transformers_5
+from transformers import BertConfig, BertForMaskedLM
 
 from nap_decode import CanvasTemplate, Denoiser, DriftReuse, PromptReuse, presets
 from nap_decode.demo.problems import NUM_PATHS, PATH_LENGTH, SUMMARY_LENGTH, sample_problems
 
 ROOT = Path(__file__).parents[1]
+SMALL = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+}
 
 
 def load_example(name):
@@ -75,3 +86,32 @@ def test_following_an_exact_decode():
     assert 0 < found["some"]["divergence"] < 1
     assert 0 < found["some"]["same_most_likely"] < 1
     assert found["some"]["flops"] < 0.6
+
+
+def test_the_tables_of_releases_are_those_of_the_results():
+    example = load_example("check_checkpoints")
+    record = json.loads((ROOT / "docs" / "families.json").read_text())
+    assert list(record) == list(example.FAMILIES)
+    assert len({tuple(found) for found in record.values()}) == 1, "the same releases for all families"
+    for name, families in example.PAGES.items():
+        page = (ROOT / "docs" / name).read_text()
+        assert example.fill_in(page, record, families) == page
+        assert "| transformers | 4" not in page.replace(example.table(record, families), ""), "no other claim"
+
+
+def test_checking_a_checkpoint(tmp_path, monkeypatch):
+    example = load_example("check_checkpoints")
+    model = BertForMaskedLM(BertConfig(**SMALL, mask_token_id=1))
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.5)
+    model.save_pretrained(tmp_path)
+    assert example.check(tmp_path) == "works"
+    with monkeypatch.context() as patch:
+        patch.setattr(example, "predict", lambda model, family, row: torch.randn(len(row), 40))
+        assert example.check(tmp_path) == "decodes other tokens than a plain loop"
+    with monkeypatch.context() as patch:
+        patch.setattr(BertForMaskedLM, "from_pretrained", lambda *_, **__: BertForMaskedLM(BertConfig(**SMALL)))
+        assert "tensors are not those of the checkpoint" in example.check(tmp_path)
+    (tmp_path / "config.json").unlink()
+    assert example.check(tmp_path).startswith("does not load: ")
+    assert str(tmp_path) not in example.check(tmp_path)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
@@ -19,7 +21,7 @@ from transformers import (
 )
 
 from nap_decode import NapDecodeError
-from nap_decode.loading import AllWeights, load_checkpoint
+from nap_decode.loading import auto_class, load_all, load_checkpoint
 
 SMALL = {
     "vocab_size": 20,
@@ -124,17 +126,33 @@ class Own(BertForMaskedLM):
     @classmethod
     def from_pretrained(cls, *args, **options):
         model = super().from_pretrained(*args, **options)
-        model.generation_config = "its own"
+        model.generation_config.own = True
         return model
 
 
-@pytest.mark.parametrize("loader", [Own, AutoModelForMaskedLM])
-def test_a_model_may_load_itself_in_its_own_way(tmp_path, loader):
+def test_a_model_that_loads_itself_cannot_be_asked(tmp_path):
     Own(BertConfig(**SMALL)).save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    model = AllWeights(loader).from_pretrained(tmp_path)
-    assert loader is not Own or model.generation_config == "its own"
-    tensors.pop("cls.predictions.transform.dense.weight")
-    write(tmp_path, tensors)
-    with pytest.raises(NapDecodeError, match=r"1 weights of \w+ are not in the checkpoint"):
-        AllWeights(loader).from_pretrained(tmp_path)
+    with pytest.warns(
+        UserWarning, match="Own loads itself, so that it cannot be seen whether the checkpoint .* has all"
+    ):
+        model = load_all(Own, tmp_path)
+    assert model.generation_config.own
+
+
+@pytest.mark.parametrize(
+    ("architecture", "remote", "expected"),
+    [
+        ("BertForMaskedLM", (), "AutoModelForMaskedLM"),
+        ("LlamaForCausalLM", (), "AutoModelForCausalLM"),
+        ("LLaDAModelLM", ("AutoModel", "AutoModelForCausalLM"), "AutoModelForCausalLM"),
+        ("DreamModel", ("AutoModel",), "AutoModel"),
+        ("MDLM", ("AutoModelForMaskedLM",), "AutoModelForMaskedLM"),
+        ("A2DQwen3LMHeadModel", ("AutoModelForMaskedLM",), "AutoModelForMaskedLM"),
+        ("Lfm2BidirectionalForMaskedLM", ("AutoModel", "AutoModelForMaskedLM"), "AutoModelForMaskedLM"),
+    ],
+)
+def test_a_checkpoint_says_with_what_to_load_it(architecture, remote, expected):
+    config = SimpleNamespace(
+        architectures=[architecture], auto_map={"AutoConfig": "x.X"} | dict.fromkeys(remote, "x.X")
+    )
+    assert auto_class(config) is getattr(transformers, expected)

@@ -17,7 +17,7 @@ from nap_decode.calling import Model, ModelCall
 from nap_decode.canvas import Canvas
 from nap_decode.cost import Cost
 from nap_decode.errors import NapDecodeError, check_between
-from nap_decode.families import ModelFamily
+from nap_decode.families import ModelFamily, find_mask
 from nap_decode.heads import Output, Passing
 from nap_decode.passes import ForwardPass, ReusingPass
 from nap_decode.prediction import Prediction
@@ -195,7 +195,7 @@ class Denoiser:
         if given is None:
             known = {
                 "tokenizer.mask_token_id": getattr(self.tokenizer, "mask_token_id", None),
-                "config.mask_token_id": getattr(self.config, "mask_token_id", None),
+                "config.mask_token_id": find_mask(self.config),
             }
             ids = {value for value in known.values() if value is not None} or {self.family.mask_token_id}
             if len(ids) > 1:

@@ -25,6 +25,8 @@ class ModelFamily:
             ``attention="none"``, makes the mask itself.  None: all see all.
         mask_token_id: the mask id of released checkpoints, used if neither tokenizer nor config
             names one.
+        vocab_sizes: ``config.vocab_size`` of released checkpoints: the mask id of a model with another one is
+            not known, see :func:`find_family`.  Empty: whatever it is.
         refusal: why this family cannot be decoded here, or None.
 
     Raises:
@@ -40,6 +42,7 @@ class ModelFamily:
     attention: Literal["2d", "4d", "additive", "none"] = "2d"
     block_size: int | None = None
     mask_token_id: int | None = None
+    vocab_sizes: tuple[int, ...] = ()
     refusal: str | None = None
 
     def __post_init__(self) -> None:
@@ -62,14 +65,29 @@ _TIMED = (
     "function (input_ids, attention_mask) -> logits that knows"
 )
 
+_EDITED = (
+    "it was trained to delete and insert tokens (config.delete_token_id, config.split_token_id), and slots neither "
+    "come nor go here. Use the decoder that comes with the model"
+)
+_MIXED = (
+    "its decoder lets text before a block see the past only, and the block itself see both ways, which no attention "
+    "mask here says. Use the generate method that comes with the model; family=ModelFamily(name=...) decodes it all "
+    "the same, with all positions seeing all"
+)
+_BLOCKS = (
+    "its config has {name}={size}, but models of this type have no blocks as far as is known here. If attention is "
+    'block-causal, pass family=ModelFamily(name=..., attention="4d" or "additive", block_size={size}, shift={shift})'
+)
+
 # docs/families.md says where each of these facts was read, and what was run.
-_LLADA = ModelFamily(name="LLaDA", mask_token_id=126336)
-_LLADA_MOE = ModelFamily(name="LLaDA-MoE", mask_token_id=156895)
-_LLADA2 = ModelFamily(name="LLaDA2", attention="additive", block_size=32, mask_token_id=156895)
+_LLADA = ModelFamily(name="LLaDA", mask_token_id=126336, vocab_sizes=(126464,))
+_LLADA_MOE = ModelFamily(name="LLaDA-MoE", mask_token_id=156895, vocab_sizes=(157184,))
+_LLADA2 = ModelFamily(name="LLaDA2", attention="additive", block_size=32, mask_token_id=156895, vocab_sizes=(157184,))
 # A 2-D mask of Dream's hides queries too: padding then sees nothing, and becomes nan.
-_DREAM = ModelFamily(name="Dream", shift=True, attention="4d", mask_token_id=151666)
+_DREAM = ModelFamily(name="Dream", shift=True, attention="4d", mask_token_id=151666, vocab_sizes=(152064,))
 # One revision takes its mask for bool whatever is in it, so an additive one would be turned round.
-_SDAR = ModelFamily(name="SDAR", attention="4d", block_size=4, mask_token_id=151669)
+_SDAR = ModelFamily(name="SDAR", attention="4d", block_size=4, mask_token_id=151669, vocab_sizes=(151936,))
+_NEMOTRON = ModelFamily(name="Nemotron-Labs-Diffusion", refusal=_MIXED)
 _A2D = ModelFamily(name="A2D")
 _DIFFUSION_GEMMA = ModelFamily(name="DiffusionGemma", refusal=_UNIFORM)
 
@@ -87,14 +105,31 @@ _FAMILIES: dict[str, ModelFamily] = {
     "sdar_moe": _SDAR,
     # Makes its mask itself, and does not look at the one it is given.
     "Fast_dLLM_Qwen": ModelFamily(
-        name="Fast-dLLM v2", shift=True, attention="none", block_size=32, mask_token_id=151665
+        name="Fast-dLLM v2",
+        shift=True,
+        attention="none",
+        block_size=32,
+        mask_token_id=151665,
+        vocab_sizes=(151936, 152064),
     ),
-    "mdlm": ModelFamily(name="MDLM", attention="none", mask_token_id=50257),
+    "illada": ModelFamily(name="iLLaDA", mask_token_id=5, vocab_sizes=(155136,)),
+    "nemotron_labs_diffusion": _NEMOTRON,
+    "nemotron_labs_diffusion_vlm": _NEMOTRON,
+    "mdlm": ModelFamily(name="MDLM", attention="none", mask_token_id=50257, vocab_sizes=(50258,)),
     "a2d-llama": _A2D,
     "a2d-qwen2": _A2D,
     "a2d-qwen3": _A2D,
     "diffusion_gemma": _DIFFUSION_GEMMA,
     "diffusion_gemma_text": _DIFFUSION_GEMMA,
+}
+
+_WITHOUT_BLOCKS = (_LLADA, _LLADA_MOE, _DREAM, _A2D)
+
+# Published under the type of the architecture that they were made from.
+_ARCHITECTURES: dict[str, ModelFamily] = {
+    "StableDiffcoderForCausalLM": ModelFamily(
+        name="Stable-DiffCoder", attention="additive", block_size=4, mask_token_id=5, vocab_sizes=(155136,)
+    ),
 }
 
 
@@ -119,20 +154,42 @@ def find_family(config: Any) -> ModelFamily:
     """The family of a model with this transformers config; in place, 2-D mask if it is not known.
 
     What the config itself says goes before what is known of its type: ``right_shift_logits``, the
-    ``block_size`` (or ``bd_size``) of a family that has blocks, and ``time_conditioning``.
+    ``block_size`` (or ``bd_size``) of a family that has blocks, and ``time_conditioning``.  The family's mask id is
+    left out if ``vocab_size`` is not that of a released checkpoint, for then it may be any token.
     """
-    model_type = getattr(config, "model_type", None) or "unknown"
-    if model_type == "llada" and getattr(config, "num_experts", None) is not None:
-        model_type = "llada_moe"  # published under the dense model's type
-    family = _FAMILIES.get(model_type, ModelFamily(name=model_type))
+    family = _published(config)
     said: dict[str, Any] = {}
     shift = getattr(config, "right_shift_logits", None)
     if shift is not None:
         said["shift"] = bool(shift)
-    for name in ("block_size", "bd_size"):  # elsewhere it may mean the context length
+    for name in ("block_size", "bd_size"):
         size = getattr(config, name, None)
         if family.block_size is not None and size is not None:
             said["block_size"] = size
+        elif size is not None and family in _WITHOUT_BLOCKS:  # elsewhere it may mean the context length
+            said["refusal"] = _BLOCKS.format(name=name, size=size, shift=said.get("shift", family.shift))
     if getattr(config, "time_conditioning", False):
         said["refusal"] = _TIMED
+    if any(getattr(config, name, None) is not None for name in ("delete_token_id", "split_token_id")):
+        said["refusal"] = _EDITED
+    if family.vocab_sizes and getattr(config, "vocab_size", None) not in family.vocab_sizes:
+        said["mask_token_id"] = None
     return replace(family, **said) if said else family
+
+
+def find_mask(config: Any) -> int | None:
+    """The mask id that a transformers config names, if it names one."""
+    mask: int | None = getattr(config, "mask_token_id", None)
+    # LLaDA's config class fills in the end of GPT-2's texts where a checkpoint says nothing.
+    return None if mask == 50256 and _published(config) == _LLADA else mask
+
+
+def _published(config: Any) -> ModelFamily:
+    """What is known of models with the config's architecture or type."""
+    for architecture in getattr(config, "architectures", None) or ():
+        if architecture in _ARCHITECTURES:
+            return _ARCHITECTURES[architecture]
+    model_type = getattr(config, "model_type", None) or "unknown"
+    if model_type == "llada" and getattr(config, "num_experts", None) is not None:
+        model_type = "llada_moe"  # published under the dense model's type
+    return _FAMILIES.get(model_type, ModelFamily(name=model_type))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Sequence
 from os import PathLike
-from threading import Lock, get_ident
 from typing import Any
 
 from nap_decode.errors import NapDecodeError
@@ -45,7 +44,7 @@ def load_checkpoint(
         config.is_causal = False
     # What releases before 4.56 call torch_dtype, in configs as in from_pretrained.
     options = {"dtype" if hasattr(transformers.PretrainedConfig(), "dtype") else "torch_dtype": dtype}
-    model = AllWeights(auto_class(config)).from_pretrained(path, config=config, **options, **trust)
+    model = load_all(auto_class(config), path, config=config, **options, **trust)
     return model.to(device).eval(), transformers.AutoTokenizer.from_pretrained(path, **trust)
 
 
@@ -56,85 +55,63 @@ def auto_class(config: Any) -> Any:
     names, remote = config.architectures or [], getattr(config, "auto_map", None) or {}
     if any(name.endswith("ForMaskedLM") for name in names):
         return transformers.AutoModelForMaskedLM
-    if "AutoModel" in remote and "AutoModelForCausalLM" not in remote:
-        return transformers.AutoModel
+    # A class of the checkpoint's own may be called anything; it says with what to load it.
+    for name in ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModel"):
+        if name in remote:
+            return getattr(transformers, name)
     return transformers.AutoModelForCausalLM
 
 
-class AllWeights:
-    """A transformers class whose ``from_pretrained`` raises where its own fills a model up with random weights.
+def load_all(loader: Any, path: str | PathLike[str], **options: Any) -> Any:
+    """The model of a checkpoint, by a transformers class, which itself fills up what is missing with random weights.
 
     Args:
         loader: the class.
+        path: directory or hub name.
+        options: those of its ``from_pretrained``.
+
+    Raises:
+        NapDecodeError: parameters that the checkpoint does not have, or has in other shapes.  Buffers may be missing:
+            these are computed, not learnt.
+
+    Warns:
+        UserWarning: the model's own code loads it, and does not say what was missing.
     """
-
-    def __init__(self, loader: Any) -> None:
-        self.loader = loader
-
-    def from_pretrained(self, path: str | PathLike[str], **options: Any) -> Any:
-        """The model.
-
-        Raises:
-            NapDecodeError: parameters that the checkpoint does not have, or has in other shapes.  Buffers may be
-                missing: these are computed, not learnt.
-        """
-        with _reports() as reports:
-            try:
-                model = self.loader.from_pretrained(path, **options)
-            except RuntimeError:  # what transformers raises about shapes, not always with their names, and about more
-                self.loader.from_pretrained(path, **options, ignore_mismatched_sizes=True)
-                found = [key for _, info in reports for key in info["mismatched_keys"]]
-                names = sorted(key if isinstance(key, str) else key[0] for key in found)  # some releases add the shapes
-                if not names:
-                    raise
-                raise NapDecodeError(
-                    f"{len(names)} weights of the checkpoint {path} have other shapes than its config says: "
-                    f"{_some(names)}; take config and weights of one model"
-                ) from None
-        for whole, info in reports:
-            missing = sorted(set(info["missing_keys"]).difference(name for name, _ in whole.named_buffers()))
-            if missing:
-                unexpected = sorted(info["unexpected_keys"])
-                hint = f", which has {len(unexpected)} others, such as {unexpected[0]}" if unexpected else ""
-                raise NapDecodeError(
-                    f"{len(missing)} weights of {type(whole).__name__} are not in the checkpoint {path}{hint}: "
-                    f"{_some(missing)}. They would be random. Is it complete, "
-                    "and of this architecture? To decode such a model all the same, load it with transformers and make "
-                    "a sampler of it"
-                )
-        return model
+    asked = options | {"output_loading_info": True}
+    try:
+        loaded = loader.from_pretrained(path, **asked)
+    except (AttributeError, TypeError):  # code of its own that expects nothing but a model, or fails in any case
+        loaded = loader.from_pretrained(path, **options)
+    except RuntimeError:  # what transformers raises about shapes, not always with their names, and about more
+        _, info = loader.from_pretrained(path, **asked, ignore_mismatched_sizes=True)
+        # Some releases add the shapes.
+        names = sorted(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])
+        if not names:
+            raise
+        raise NapDecodeError(
+            f"{len(names)} weights of the checkpoint {path} have other shapes than its config says: {_some(names)}; take "
+            "config and weights of one model"
+        ) from None
+    if not isinstance(loaded, tuple):
+        warnings.warn(
+            f"{type(loaded).__name__} loads itself, so that it cannot be seen whether the checkpoint {path} has all its "
+            "weights",
+            UserWarning,
+            stacklevel=3,
+        )
+        return loaded
+    model, info = loaded
+    missing = sorted(set(info["missing_keys"]).difference(name for name, _ in model.named_buffers()))
+    if missing:
+        unexpected = sorted(info["unexpected_keys"])
+        hint = f", which has {len(unexpected)} others, such as {unexpected[0]}" if unexpected else ""
+        raise NapDecodeError(
+            f"{len(missing)} weights of {type(model).__name__} are not in the checkpoint {path}{hint}: {_some(missing)}. "
+            "They would be random. Is it complete, and of this architecture? To decode such a model all the same, load it "
+            "with transformers and make a sampler of it"
+        )
+    return model
 
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if names[3:] else "")
-
-
-_one_at_a_time = Lock()
-
-
-@contextmanager
-def _reports() -> Iterator[list[tuple[Any, Any]]]:
-    """The models that this thread loads meanwhile, each with what transformers says about its weights.
-
-    It says so to whoever asks ``from_pretrained`` for it, but the published code of a model (Dream's) may have a
-    ``from_pretrained`` of its own, which cannot be asked; the one that all of them call in the end is asked instead.
-    """
-    import transformers
-
-    base, thread = transformers.PreTrainedModel, get_ident()
-    reports: list[tuple[Any, Any]] = []
-
-    def reporting(cls: Any, *args: Any, **options: Any) -> Any:
-        if get_ident() != thread or options.get("output_loading_info"):
-            return plain.__func__(cls, *args, **options)
-        model, info = plain.__func__(cls, *args, **options, output_loading_info=True)
-        reports.append((model, info))
-        return model
-
-    with _one_at_a_time:
-        plain = base.__dict__["from_pretrained"]
-        base.from_pretrained = classmethod(reporting)
-        try:
-            yield reports
-        finally:
-            base.from_pretrained = plain

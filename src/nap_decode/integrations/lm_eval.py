@@ -23,6 +23,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ from nap_decode.denoiser import Denoiser, no_model
 from nap_decode.errors import NapDecodeError, check_between, check_integer, check_name
 from nap_decode.integrations._shared import AnySampler, bind, refuse
 from nap_decode.likelihood import chain_log_likelihood, check_samples, log_likelihood_bound
-from nap_decode.loading import AllWeights, auto_class
+from nap_decode.loading import auto_class, load_all
 from nap_decode.lookahead import LookaheadCommitter
 from nap_decode.output import SamplerOutput
 from nap_decode.randomness import wrap
@@ -305,7 +306,7 @@ class _NapDecode:
 
     def _get_backend(self, config: Any, backend: str = "default", trust_remote_code: bool | None = False) -> None:
         self.backend = "causal"  # to the harness: what is generated follows the prompt
-        self.AUTO_MODEL_CLASS = AllWeights(auto_class(config))
+        self.AUTO_MODEL_CLASS = SimpleNamespace(from_pretrained=functools.partial(load_all, auto_class(config)))
 
     def _create_model(self, pretrained: str, **kwargs: Any) -> None:
         harness: Any = super()
