@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, TypeAlias
 
+import torch
+
+from nap_decode.committers import MicroConfidenceCommitter
 from nap_decode.denoiser import Denoiser
 from nap_decode.errors import NapDecodeError
 from nap_decode.sampler import Sampler
@@ -49,6 +53,19 @@ def refuse(options: Mapping[str, Any], defaults: Mapping[str, Any], why: str) ->
     given = [f"{name}={value!r:.80}" for name, value in options.items() if value != defaults.get(name)]
     if given:
         raise NapDecodeError(f"{', '.join(given)} would have no effect: {why}. Leave it out")
+
+
+def facts(model: Any) -> Any:
+    """The module that has a model's config and generation config: the model, or what it wraps."""
+    while not hasattr(model, "config") and isinstance(getattr(model, "module", None), torch.nn.Module):
+        model = model.module  # DataParallel, DDP
+    return _module(model)
+
+
+def in_model_precision(sampler: Sampler) -> Sampler:
+    """The sampler with probabilities in the precision of the model's logits, as published code computes them."""
+    assert isinstance(sampler.committer, MicroConfidenceCommitter)
+    return sampler.replace(committer=replace(sampler.committer, model_precision=True))
 
 
 def _module(model: Any) -> Any:
