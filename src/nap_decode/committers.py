@@ -128,7 +128,8 @@ class MicroConfidenceCommitter(Committer):
         model_precision: compute probabilities, and what is cut off, in the precision of the model's logits, step by
             step as the published code of LLaDA and Dream does, instead of float32.  It is for ``"probability"``,
             ``"margin"``, ``"negative_entropy"`` and ``ProbabilityWithout``, and for those who must reproduce published
-            scores: in bfloat16 unequal confidences become equal.
+            scores: in bfloat16 unequal confidences become equal (which of them count, ``QuotaSelection(ties="topk")``
+            decides as theirs).
 
     Confidences are by default those of the model's own distribution (temperature 1, nothing cut off),
     whatever the proposal is drawn from.  Softmax and draws are computed in float32 (float64 if the logits are).  A

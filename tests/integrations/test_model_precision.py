@@ -39,11 +39,6 @@ class Confident(torch.nn.Module):
         return logits.bfloat16()
 
 
-def largest(confidence, number):
-    """``torch.topk``, with the lower index first among equals."""
-    return confidence.argsort(descending=True, stable=True)[:number]
-
-
 def llada_decode(model, prompt, *, length, steps, without=()):
     """LLaDA's ``generate``: one block, temperature 0."""
     x = torch.tensor([prompt + [MASK] * length])
@@ -56,7 +51,7 @@ def llada_decode(model, prompt, *, length, steps, without=()):
         p = functional.softmax(scored, dim=-1)
         x0_p = torch.gather(p, -1, x0[..., None])[..., 0]
         confidence = torch.where(masked, x0_p, -torch.inf)
-        chosen = largest(confidence[0], length // steps + (step < length % steps))
+        chosen = confidence[0].topk(length // steps + (step < length % steps)).indices
         x[0, chosen] = x0[0, chosen]
     return x[0].tolist()
 
@@ -91,7 +86,7 @@ def dream_decode(model, prompt, *, length, steps, alg, top_p=None, top_k=None):
         everywhere[masked] = confidence
         tokens = torch.full_like(x, MASK)
         tokens[masked] = x0
-        chosen = largest(everywhere[0], number)
+        chosen = everywhere[0].topk(number).indices
         x[0, chosen] = tokens[0, chosen]
     return x[0].tolist()
 

@@ -12,6 +12,7 @@ from nap_decode.committers import MicroConfidenceCommitter
 from nap_decode.denoiser import Denoiser
 from nap_decode.errors import NapDecodeError
 from nap_decode.sampler import Sampler
+from nap_decode.selections import QuotaSelection
 
 AnySampler: TypeAlias = "Sampler | Callable[[Denoiser], Sampler]"
 """A sampler of the model, or what makes one of a Denoiser: a preset, or a function of yours."""
@@ -63,9 +64,12 @@ def facts(model: Any) -> Any:
 
 
 def in_model_precision(sampler: Sampler) -> Sampler:
-    """The sampler with probabilities in the precision of the model's logits, as published code computes them."""
-    assert isinstance(sampler.committer, MicroConfidenceCommitter)
-    return sampler.replace(committer=replace(sampler.committer, model_precision=True))
+    """The sampler with probabilities in the precision of the model's logits, and their ties, as published code has them."""
+    committer = sampler.committer
+    assert isinstance(committer, MicroConfidenceCommitter)
+    assert isinstance(committer.selection, QuotaSelection)
+    selection = replace(committer.selection, ties="topk")
+    return sampler.replace(committer=replace(committer, model_precision=True, selection=selection))
 
 
 def _module(model: Any) -> Any:

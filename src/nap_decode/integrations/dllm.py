@@ -132,7 +132,8 @@ class Sampler:
         model: what a :class:`Denoiser` can be made of.
         tokenizer: knows the mask and end ids.
         scheduler: one of dLLM's alpha schedulers; linear by default.
-        model_precision: compute confidences in the precision of the model's logits, as dLLM does, instead of float32.
+        model_precision: compute and compare confidences in the precision of the model's logits, as dLLM does, instead
+            of float32, to reproduce published scores.
 
     Example:
         >>> from nap_decode import demo
@@ -180,7 +181,7 @@ class Sampler:
         return type(f"{cls.__name__}[{name}]", (cls,), {"preset": staticmethod(preset), "preset_options": options})
 
     def check(self, config: Any = None, **kwargs: Any) -> None:
-        """Raise what :meth:`sample` would raise about its options; without a prompt, and without asking the model.
+        """Raise what :meth:`sample` would raise about its options, without a prompt.
 
         A harness makes its sampler first and samples last, after all likelihoods, so have it call this when it is made.
 

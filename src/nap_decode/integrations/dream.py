@@ -56,7 +56,8 @@ def install(model: Any, sampler: AnySampler | None = None, *, model_precision: b
         model: a model of Dream's kind: the logits at p - 1 predict position p.
         sampler: decodes instead of Dream's algorithms.  A preset, or another function from a :class:`Denoiser` to a
             sampler, or a sampler of this model.  It decodes its template, or ``max_new_tokens`` if it has none.
-        model_precision: compute confidences in the precision of the model's logits, as Dream does, instead of float32.
+        model_precision: compute and compare confidences in the precision of the model's logits, as Dream does, instead
+            of float32, to reproduce published scores.
 
     Raises:
         NapDecodeError: a sampler of another model; one that would ignore ``model_precision``.

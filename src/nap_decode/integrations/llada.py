@@ -55,7 +55,8 @@ def generate(
         sampler: decode with this instead.  A preset, or another function from a :class:`Denoiser` to a sampler, is
             called with a Denoiser that has ``mask_id``, ``cfg_scale`` and ``logits_eos_inf``; a sampler of this
             model has its own.  It decodes its template, or ``gen_length`` slots if it has none.
-        model_precision: compute confidences in the precision of the model's logits, as LLaDA does, instead of float32.
+        model_precision: compute and compare confidences in the precision of the model's logits, as LLaDA does, instead
+            of float32, to reproduce published scores.
 
     Returns:
         ``(B, P + gen_length)`` int64 on the model's device: the prompt as it was given, and what was decoded.
