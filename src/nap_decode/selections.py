@@ -83,8 +83,9 @@ class QuotaSelection(Selection):
     Args:
         temperature: 0 takes the highest scores; otherwise slots are drawn one after the other with chances
             proportional to exp(confidence / temperature) (Dream's ``alg_temp``).
-        ties: which of equal scores are chosen: those at ``"lower"`` positions, or those that ``torch.topk`` takes of the
-            whole row, as LLaDA's and Dream's code does.  Which these are depends on the device, and it waits for it.
+        ties: which of equal scores are chosen: those at ``"lower"`` positions, or those that ``torch.topk`` takes of
+            the whole row, as LLaDA's and Dream's code does.  Which these are depends on the device and on the width of
+            the batch, and the step waits for the device.
 
     Example:
         >>> slots = Slots.of(block=torch.tensor([[0, 0, 0, 1, 1]]), quota=torch.tensor([[2, 1]]))
@@ -128,7 +129,7 @@ def _topk(confidence: Tensor, slots: Slots) -> Tensor:
         columns, number = slots.index[row, candidates], int(slots.quota[row, block])
         # Where a score stands among the others of the row has a say in which of equal ones are taken.
         scores = confidence.new_full((slots.row_tokens.shape[1],), -torch.inf)
-        scores[columns] = confidence[row, candidates]
+        scores[columns] = confidence[row, candidates].clamp(min=torch.finfo(scores.dtype).min)  # before all others
         best = scores.topk(min(number, len(columns))).indices
         chosen[row] |= candidates & torch.isin(slots.index[row], best)
     return chosen

@@ -64,7 +64,7 @@ def facts(model: Any) -> Any:
 
 
 def in_model_precision(sampler: Sampler) -> Sampler:
-    """The sampler with probabilities in the precision of the model's logits, and their ties, as published code has them."""
+    """The sampler with the arithmetic of published code, in the precision of the model's logits."""
     committer = sampler.committer
     assert isinstance(committer, MicroConfidenceCommitter)
     assert isinstance(committer.selection, QuotaSelection)
