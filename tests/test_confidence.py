@@ -7,10 +7,19 @@ import pytest
 import torch
 from reference import score
 
-from nap_decode import CalibratedConfidence, NapDecodeError, Slots
+from nap_decode import (
+    AnyOrderScheduler,
+    CalibratedConfidence,
+    MicroConfidenceCommitter,
+    NapDecodeError,
+    Sampler,
+    Slots,
+)
 from nap_decode.confidence import (
     CONFIDENCES,
+    STATISTICS,
     Candidates,
+    ProbabilityWithout,
     background_frequencies,
     divergence,
     find_confidence,
@@ -96,6 +105,50 @@ def test_the_margin_is_that_to_any_other_id():
         torch.testing.assert_close(CONFIDENCES["margin"](given), expected.expand(4))
     tied = make(torch.tensor([[3.0, 3.0, 1.0]]), torch.tensor([0]))
     assert CONFIDENCES["margin"](tied).tolist() == [0.0]
+
+
+CUTS = [
+    {"temperature": 1.0, "top_k": 1},
+    {"temperature": 1.0, "top_p": 0.1},
+    {"temperature": 1e-6},
+    {"top_k": 1},
+    {"top_p": 0.1},
+]
+EVERY_CONFIDENCE = {
+    **STATISTICS,
+    "calibrated": CalibratedConfidence((0.2,) * 5),
+    "without the best": ProbabilityWithout((2,)),
+    "without others": ProbabilityWithout((0, 3)),
+    "without any": ProbabilityWithout(range(5)),
+}
+
+
+@pytest.mark.parametrize("model_precision", [False, True])
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+@pytest.mark.parametrize("name", EVERY_CONFIDENCE)
+def test_a_cut_that_leaves_one_id(name, cut, model_precision):
+    """Whatever is asked about a distribution of a single id has an answer: nothing is undefined."""
+    committer = MicroConfidenceCommitter(
+        confidence=EVERY_CONFIDENCE[name], scores_proposal=True, model_precision=model_precision, **cut
+    )
+    logits = torch.tensor([[0.0, 0, 9, 1, 1], [0, 0, 1, 9, 1]])
+    sampler = Sampler(
+        lambda ids, mask: logits.expand(*ids.shape, 5) if ids.shape[1] == 2 else logits[[0, 0, 1]][None],
+        mask_token_id=1,
+        scheduler=AnyOrderScheduler(steps=2),
+        committer=committer,
+    )
+    out = sampler([[3]], max_new_tokens=2)
+    assert out.sequences.tolist() == [[3, 2, 3]]
+    assert not out.trace.confidence[0, 1:].isnan().any()
+    if name == "without the best":  # so 3 was committed first, and 2 last
+        assert out.trace.step[0, 1:].tolist() == [1, 0]
+        assert out.trace.confidence[0, 1] == 0
+
+
+def test_a_logit_that_is_no_number_stays_so():
+    logits = torch.tensor([[math.nan, 0.0, 1.0], [-math.inf, -math.inf, 1.0]])
+    assert ProbabilityWithout((2,))(make(logits, torch.arange(2))).isnan().tolist() == [True, False]
 
 
 def test_random_is_uniform_and_its_own_stream():

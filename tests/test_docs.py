@@ -234,6 +234,37 @@ def test_commands_run(page, tmp_path, monkeypatch):
                 assert cli.main(command[1:]) == 0, block.place
 
 
+MEASURED = {
+    "README.md": "examples/miniature/report.py",
+    "docs/study.md": "examples/miniature/report.py",
+    "docs/explanation.md": "examples/miniature/report.py",
+    "docs/presets.md": "examples/compare_presets.py",
+    "docs/reuse.md": "examples/study_reuse.py",
+    "docs/evaluation.md": "tests/integrations/test_lm_eval.py",
+    "docs/compared.md": "tests/integrations/test_model_precision.py",  # what is run here; the rest ran others' code
+    "docs/benchmarks.md": "src/nap_decode/bench/command.py",  # which prints the tables; times are those of one machine
+}
+"""What writes or checks the numbers in the tables of a page."""
+FACTS = [DOCS / "families.md", *(DOCS / "models").glob("*.md")]  # numbers in the families' own code, and versions
+
+
+def has_measured(text: str) -> bool:
+    """Whether there is a table with a number that is no whole one, or with several of them in a row."""
+    rows = re.findall(r"^ *\|(.*)\| *$", text, re.MULTILINE)
+    number = r" *~?\d+(\.\d+)?( ?%|x| of \d+)? *"
+    cells = [[cell for cell in row.split("|") if re.fullmatch(number, cell)] for row in rows]
+    return any(len(row) > 1 or any(re.search(r"\.|%|x|of", cell) for cell in row) for row in cells)
+
+
+@pytest.mark.parametrize("page", sorted({*PAGES} - {*FACTS}), ids=lambda page: str(page.relative_to(ROOT)))
+def test_numbers_come_from_scripts(page):
+    name = str(page.relative_to(ROOT))
+    assert has_measured(page.read_text()) == (name in MEASURED), "say in MEASURED what writes or checks the numbers"
+    if name in MEASURED:
+        script = (ROOT / MEASURED[name]).read_text()
+        assert page.name in script or name == "docs/benchmarks.md"
+
+
 def anchors_of(page: Path) -> set[str]:
     text = FENCE.sub("", page.read_text())
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)

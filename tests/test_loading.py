@@ -9,7 +9,6 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AlbertConfig,
     AlbertForMaskedLM,
-    AutoModelForMaskedLM,
     BertConfig,
     BertForMaskedLM,
     EsmConfig,
@@ -132,9 +131,7 @@ class Own(BertForMaskedLM):
 
 def test_a_model_that_loads_itself_cannot_be_asked(tmp_path):
     Own(BertConfig(**SMALL)).save_pretrained(tmp_path)
-    with pytest.warns(
-        UserWarning, match="Own loads itself, so that it cannot be seen whether the checkpoint .* has all"
-    ):
+    with pytest.warns(UserWarning, match="Own loads itself, so that it cannot be seen whether"):
         model = load_all(Own, tmp_path)
     assert model.generation_config.own
 

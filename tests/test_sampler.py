@@ -30,7 +30,6 @@ from nap_decode import (
     ThresholdSelection,
     presets,
 )
-from nap_decode import decoding as decoding_module
 from nap_decode.confidence import CONFIDENCES
 from nap_decode.decoding import Decoding
 from nap_decode.randomness import row_seeds
@@ -723,7 +722,7 @@ def test_a_selection_that_never_chooses_is_stopped(denoiser, monkeypatch):
         def __call__(self, confidence, slots, statistics):
             return torch.zeros_like(slots.open)
 
-    monkeypatch.setattr(decoding_module, "_PATIENCE", 5)
+    monkeypatch.setattr(Committer, "patience", 5)
     never = Sampler(
         denoiser,
         scheduler=AnyOrderScheduler(),

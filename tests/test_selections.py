@@ -55,6 +55,7 @@ def run(selection, case, statistics=()):
         torch.tensor([quota]),
         index=torch.tensor([columns]),
         committed=torch.tensor([committed]),
+        row_tokens=torch.zeros(1, 40, dtype=torch.int64),
     )
     statistics = tuple(torch.tensor([s], dtype=torch.float64) for s in statistics)
     chosen = selection(torch.tensor([confidence], dtype=torch.float64), slots, statistics)[0].tolist()
@@ -96,6 +97,19 @@ def test_rank_in_block(pairs):
 @given(candidates(scores))
 def test_quota(case):
     assert run(QuotaSelection(), case) == filled(case, lambda group: set())
+
+
+@settings(max_examples=300)
+@given(candidates(scores))
+def test_quota_with_the_ties_of_topk(case):
+    """The same scores, whichever of the equal slots."""
+    chosen, want = run(QuotaSelection(ties="topk"), case), run(QuotaSelection(), case)
+    for b in range(BLOCKS):
+        ours, theirs = (sorted(case[0][i] for i in some if case[1][i] == b) for some in (chosen, want))
+        assert ours == theirs
+    assert not any(case[3][i] for i in chosen)
+    with pytest.raises(NapDecodeError, match="there is no ties 'higher'"):
+        QuotaSelection(ties="higher")
 
 
 @settings(max_examples=300)

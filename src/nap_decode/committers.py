@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, Protocol
 
 import torch
@@ -14,7 +16,7 @@ from typing_extensions import override
 
 from nap_decode.confidence import STATISTICS, Candidates, Confidence, find_confidence, looked_at, random
 from nap_decode.credit import Credit, Ledger
-from nap_decode.distribution import Distribution, Reduce, reduce
+from nap_decode.distribution import Distribution, Reduce, RoundedDistribution, reduce
 from nap_decode.errors import NapDecodeError, check_between, check_flag, check_integer
 from nap_decode.lazy import lazy
 from nap_decode.prediction import Prediction
@@ -79,6 +81,11 @@ class Committer(ABC):
         """Whether it keeps anything from step to step in the memory of the slots."""
         return False
 
+    @property
+    def patience(self) -> int:
+        """Steps in a row without progress after which decoding is given up."""
+        return 1000
+
     def compiled(self) -> Committer:
         """The same with what it does to logits compiled; itself if there is nothing to compile."""
         return self
@@ -118,6 +125,11 @@ class MicroConfidenceCommitter(Committer):
         credit: adds credit to the logits of tokens that a slot kept preferring; nothing by default.
         scores_proposal: whether confidences are those of the distribution that tokens are drawn from
             (after temperature, top_p and top_k, as in Dream) instead of the model's own.
+        model_precision: compute probabilities, and what is cut off, in the precision of the model's logits, step by
+            step as the published code of LLaDA and Dream does, instead of float32.  It is for ``"probability"``,
+            ``"margin"``, ``"negative_entropy"`` and ``ProbabilityWithout``, and for those who must reproduce published
+            scores: in bfloat16 unequal confidences become equal (which of them count, ``QuotaSelection(ties="topk")``
+            decides as theirs).
 
     Confidences are by default those of the model's own distribution (temperature 1, nothing cut off),
     whatever the proposal is drawn from.  Softmax and draws are computed in float32 (float64 if the logits are).  A
@@ -142,6 +154,7 @@ class MicroConfidenceCommitter(Committer):
     reviser: Reviser | None = None
     credit: Credit | None = None
     scores_proposal: bool = False
+    model_precision: bool = False
 
     _reduce: ClassVar[Reduce | None] = None  # of a compiled one, in the instance
 
@@ -245,7 +258,7 @@ class MicroConfidenceCommitter(Committer):
         draws = slots.uniform(TOKEN_STREAM).flatten()[prediction.places] if self.temperature > 0 else None  # (T,)
         names, is_all = self._looked_at
         # The most likely token, and what is known of it: then the logits of a chunk need not outlive it.
-        is_plain = is_all and draws is None and not self.scores_proposal
+        is_plain = is_all and draws is None and not self.scores_proposal and not self.model_precision
         scored, spent = list[tuple[Tensor, ...]](), list[Distribution]()
         for part, logits in prediction.chunks():
             places = prediction.places[part]
@@ -283,10 +296,10 @@ class MicroConfidenceCommitter(Committer):
         own, tokens = self._read(logits, banned, ("best", "mode", *names), uniform if self._draws_as_is else None)
         whole = own
         if tokens is None and uniform is not None:
-            _, tokens = self._read(self._warp(own.allowed), None, (), uniform)
+            _, tokens = self._read(self._warp(own.allowed.to(own.precision)), None, (), uniform)
         tokens = own.mode if tokens is None else tokens
         if self.scores_proposal:
-            own, _ = self._read(self._warp(own.logits), banned, ("best", *names), None)
+            own, _ = self._read(self._warp(own.logits.to(own.precision)), banned, ("best", *names), None)
             before = None if before is None else self._warp(before)
         return self._ask(whole, Candidates(own, tokens, slots, places, before))
 
@@ -303,8 +316,8 @@ class MicroConfidenceCommitter(Committer):
         self, logits: Tensor, banned: Tensor | None, names: tuple[str, ...], uniform: Tensor | None
     ) -> tuple[Distribution, Tensor | None]:
         """A distribution, whose named properties will be asked for, and a draw from it, if there is a uniform one."""
-        distribution = Distribution(logits, banned)
-        if self._reduce is None:
+        distribution = (RoundedDistribution if self.model_precision else Distribution)(logits, banned)
+        if self._reduce is None or self.model_precision:
             return distribution, None if uniform is None else distribution.draw(uniform)
         values, drawn = self._reduce(logits, banned, names, uniform)
         distribution.know(names, values)
@@ -319,16 +332,25 @@ class MicroConfidenceCommitter(Committer):
         """What tokens are drawn from, ``(R, V) -> (R, V)``."""
         from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
-        warpers: list[TopKLogitsWarper | TopPLogitsWarper] = []
+        warpers: list[Callable[[Tensor, Tensor], Tensor]] = []
         if self.top_k is not None:
             warpers.append(TopKLogitsWarper(int(self.top_k)))
         if self.top_p is not None:
-            warpers.append(TopPLogitsWarper(float(self.top_p)))
+            top_p = float(self.top_p)
+            warpers.append(partial(_published_top_p, top_p) if self.model_precision else TopPLogitsWarper(top_p))
         scores = logits / self.temperature if self.temperature > 0 else logits
         unused = torch.empty(0, dtype=torch.long, device="cpu")  # the warpers look at the scores alone
         for warper in reversed(warpers) if self.scores_proposal else warpers:  # Dream cuts by top_p first
             scores = warper(unused, scores)
         return scores
+
+
+def _published_top_p(top_p: float, _: Tensor, scores: Tensor) -> Tensor:
+    """Dream's ``top_p_logits``: rounded, a sum from the largest down is another than one from the smallest up."""
+    ordered, ids = scores.sort(dim=1, descending=True)
+    reached = ordered.softmax(1).cumsum(1) > top_p
+    beyond = torch.nn.functional.pad(reached[:, :-1], (1, 0), value=False)  # the one that reaches it stays
+    return scores.masked_fill(torch.zeros_like(beyond).scatter(1, ids, beyond), -torch.inf)
 
 
 class _Previous:

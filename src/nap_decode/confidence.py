@@ -116,16 +116,14 @@ Confidence: TypeAlias = Callable[[Candidates], Tensor]
 
 def probability(candidates: Candidates) -> Tensor:
     """Probability of the proposed token at temperature 1 (LLaDA's low-confidence remasking, MaskGIT)."""
-    distribution, tokens = candidates.distribution, candidates.tokens
-    logit = distribution.best if tokens is distribution.mode else distribution.logit(tokens)
-    return (logit - distribution.log_normalizer).exp()
+    return candidates.distribution.probability(candidates.tokens)
 
 
 def support(candidates: Candidates) -> Tensor:
     """Probability of the token that a committed slot holds (WINO, with the slot hidden); 0 for a mask."""
     distribution, tokens = candidates.distribution, candidates.current
-    supported, banned = (distribution.logit(tokens) - distribution.log_normalizer).exp(), distribution.banned
-    return supported if banned is None else supported.masked_fill(torch.isin(candidates.current, banned), 0)
+    supported, banned = distribution.probability(tokens), distribution.banned
+    return supported if banned is None else supported.masked_fill(torch.isin(tokens, banned), 0)
 
 
 def margin(candidates: Candidates) -> Tensor:
@@ -133,8 +131,7 @@ def margin(candidates: Candidates) -> Tensor:
 
     Negative where the model prefers a banned id.
     """
-    best, normalizer = candidates.best, candidates.log_normalizer
-    return (best - normalizer).exp() - (candidates.distribution.second - normalizer).exp()
+    return candidates.distribution.margin
 
 
 def negative_entropy(candidates: Candidates) -> Tensor:
@@ -221,7 +218,8 @@ class CalibratedConfidence:
 class ProbabilityWithout:
     """The probability of the proposed token if some ids did not exist; 0 for these themselves.
 
-    They are still proposed, but committed last (LLaDA's ``confidence_eos_eot_inf``).
+    They are still proposed, but committed last (LLaDA's ``confidence_eos_eot_inf``), also where a cut-off leaves
+    nothing else.
 
     Args:
         ids: the ids.
@@ -251,9 +249,8 @@ class ProbabilityWithout:
             raise NapDecodeError(f"{self} names ids that the model does not have: there are {size}")
         if device not in self._tables:  # copied once, because a copy waits for the device
             self._tables[device] = torch.tensor(self.ids, dtype=torch.int64, device=device)
-        without = candidates.logits.index_fill(1, self._tables[device], -torch.inf)
-        chosen = without.gather(1, candidates.tokens[:, None])[:, 0]
-        return (chosen - without.logsumexp(1)).exp()
+        others = candidates.distribution.without(self._tables[device])
+        return others.probability(candidates.tokens).where(others.best != -torch.inf, 0)
 
 
 def background_frequencies(texts: Iterable[Sequence[int]], vocab_size: int) -> tuple[float, ...]:

@@ -21,9 +21,6 @@ from nap_decode.schedulers import BlockScheduler, Plan
 from nap_decode.slots import Slots
 from nap_decode.state import RowState
 
-_PATIENCE = 1000
-"""Steps without progress after which decoding is given up."""
-
 
 @dataclass(frozen=True, eq=False)
 class Layout:
@@ -442,7 +439,7 @@ class Decoding:
         remaining, closed, occupied = torch.stack(counts).cpu()
         left = torch.maximum(remaining, occupied).sum(1)
         stalled = torch.where((left < progress.fewest) | ~active, 0, progress.stalled + 1)
-        if int(stalled.max()) > _PATIENCE:
+        if int(stalled.max()) > self.committer.patience:
             raise NapDecodeError(
                 f"{int(stalled.max())} steps in a row came no further; {type(self.committer).__name__}, its parts or "
                 "the callback must leave fewer slots masked, and blocks settled, some time"

@@ -15,6 +15,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from nap_decode.lazy import lazy
 
@@ -69,6 +70,15 @@ class Distribution:
     def logit(self, ids: Tensor) -> Tensor:
         """``(R,)``: the logits of one id for each row, none of them banned."""
         return self._given.gather(1, ids[:, None])[:, 0].to(self.dtype)
+
+    @property
+    def precision(self) -> torch.dtype:
+        """The dtype that probabilities are computed in."""
+        return self.dtype
+
+    def without(self, ids: Tensor) -> Distribution:
+        """The distributions if these ids ``(N,)`` did not exist."""
+        return type(self)(self.logits.index_fill(1, ids, -torch.inf).to(self.precision))
 
     def spend(self, names: Iterable[str]) -> None:
         """Give the logits up for what ``best``, ``mode`` and the named properties need of them.
@@ -180,6 +190,16 @@ class Distribution:
                 total = total + (log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(1)
         return total
 
+    def probability(self, ids: Tensor) -> Tensor:
+        """``(R,)``: the probabilities of one id for each row, none of them banned."""
+        logit = self.best if ids is self.mode else self.logit(ids)
+        return (logit - self.log_normalizer).exp()
+
+    @property
+    def margin(self) -> Tensor:
+        """``(R,)``: the probability of the best allowed id less that of the best other one."""
+        return self.probability(self.mode) - (self.second - self.log_normalizer).exp()
+
     def draw(self, uniform: Tensor) -> Tensor:
         """One allowed id per row: where the distribution function exceeds the draw, ``(R,) on [0, 1) -> (R,)``."""
         sums = self._masses.cumsum(1)
@@ -196,6 +216,46 @@ class Distribution:
         # Without numbers, or without a possible id, nothing has a weight; and what adds up in parallel, as accelerators
         # do, may step on an id that has none.
         return drawn.where(weight > 0, self.mode)
+
+
+class RoundedDistribution(Distribution):
+    """Distributions whose probabilities are rounded to the precision of the logits, as published code does it.
+
+    LLaDA's and Dream's code takes the softmax of the model's own logits, and goes on in that precision: operation by
+    operation, these are its numbers.  In bfloat16 there are two between 0.99 and 1, so that many confidences are equal
+    that are not in float32.
+
+    Example:
+        >>> logits = torch.tensor([[8.0, 0.0], [9.0, 0.0]], dtype=torch.bfloat16)
+        >>> [of(logits).probability(torch.tensor([0, 0])).tolist() for of in (Distribution, RoundedDistribution)]
+        [[0.999..., 0.999...], [1.0, 1.0]]
+    """
+
+    @property
+    @override
+    def precision(self) -> torch.dtype:
+        return self._given.dtype
+
+    @lazy
+    def _probabilities(self) -> Tensor:
+        """``(R, V)``."""
+        return self.logits.to(self.precision).softmax(1)
+
+    @override
+    def probability(self, ids: Tensor) -> Tensor:
+        return self._probabilities.gather(1, ids[:, None])[:, 0].to(self.dtype)
+
+    @property
+    @override
+    def margin(self) -> Tensor:
+        mode = self.mode[:, None]
+        others = self._probabilities.scatter(1, mode, -1.0).amax(1)
+        return (self._probabilities.gather(1, mode)[:, 0] - others).to(self.dtype)
+
+    @lazy
+    def negative_entropy(self) -> Tensor:
+        """``(R,)``: sum of p log(p + 1e-10) over all ids, every term of it rounded."""
+        return (self._probabilities * (self._probabilities + 1e-10).log()).sum(1).to(self.dtype)
 
 
 def _by_stretch(values: Tensor, reduction: str) -> Tensor:

@@ -89,13 +89,13 @@ def load_all(loader: Any, path: str | PathLike[str], **options: Any) -> Any:
         if not names:
             raise
         raise NapDecodeError(
-            f"{len(names)} weights of the checkpoint {path} have other shapes than its config says: {_some(names)}; take "
-            "config and weights of one model"
+            f"{len(names)} weights of the checkpoint {path} have other shapes than its config says: {_some(names)}; "
+            "take config and weights of one model"
         ) from None
     if not isinstance(loaded, tuple):
         warnings.warn(
-            f"{type(loaded).__name__} loads itself, so that it cannot be seen whether the checkpoint {path} has all its "
-            "weights",
+            f"{type(loaded).__name__} loads itself, so that it cannot be seen whether the checkpoint {path} has all "
+            "its weights",
             UserWarning,
             stacklevel=3,
         )
@@ -106,9 +106,9 @@ def load_all(loader: Any, path: str | PathLike[str], **options: Any) -> Any:
         unexpected = sorted(info["unexpected_keys"])
         hint = f", which has {len(unexpected)} others, such as {unexpected[0]}" if unexpected else ""
         raise NapDecodeError(
-            f"{len(missing)} weights of {type(model).__name__} are not in the checkpoint {path}{hint}: {_some(missing)}. "
-            "They would be random. Is it complete, and of this architecture? To decode such a model all the same, load it "
-            "with transformers and make a sampler of it"
+            f"{len(missing)} weights of {type(model).__name__} are not in the checkpoint {path}{hint}: "
+            f"{_some(missing)}. They would be random. Is it complete, and of this architecture? To decode such a model "
+            "all the same, load it with transformers and make a sampler of it"
         )
     return model
 

@@ -29,7 +29,7 @@ from torch.nn.functional import pad
 from typing_extensions import override
 
 from nap_decode.confidence import Confidence, divergence, negative_entropy
-from nap_decode.errors import NapDecodeError, check_between, check_integer, check_number
+from nap_decode.errors import NapDecodeError, check_between, check_integer, check_name, check_number
 from nap_decode.randomness import SELECTION_STREAM
 from nap_decode.slots import Slots
 
@@ -80,11 +80,12 @@ class Selection(ABC):
 class QuotaSelection(Selection):
     """The most confident slots of each block, exactly as many as its quota.
 
-    Of equal scores the lower position is chosen.
-
     Args:
         temperature: 0 takes the highest scores; otherwise slots are drawn one after the other with chances
             proportional to exp(confidence / temperature) (Dream's ``alg_temp``).
+        ties: which of equal scores are chosen: those at ``"lower"`` positions, or those that ``torch.topk`` takes of
+            the whole row, as LLaDA's and Dream's code does.  Which these are depends on the device and on the width of
+            the batch, and the step waits for the device.
 
     Example:
         >>> slots = Slots.of(block=torch.tensor([[0, 0, 0, 1, 1]]), quota=torch.tensor([[2, 1]]))
@@ -93,9 +94,11 @@ class QuotaSelection(Selection):
     """
 
     temperature: float = 0.0
+    ties: str = "lower"
 
     def __post_init__(self) -> None:
         check_between("temperature", self.temperature, 0.0, math.inf)
+        check_name("ties", self.ties, ("lower", "topk"))
 
     @property
     @override
@@ -113,7 +116,23 @@ class QuotaSelection(Selection):
             # The highest scores after Gumbel noise are a draw without replacement (Kool et al., arXiv 1903.06059).
             noise = -(-slots.uniform(SELECTION_STREAM).log()).log()
             confidence = confidence / self.temperature + noise
+        if self.ties == "topk":
+            return _topk(confidence, slots)
         return rank_in_block(confidence, slots.open_block) < slots.per_slot(slots.quota) * slots.open
+
+
+def _topk(confidence: Tensor, slots: Slots) -> Tensor:
+    """``(B, K)`` bool: as many slots of each block as its quota says, one ``torch.topk`` after the other."""
+    chosen = torch.zeros_like(slots.open)
+    for row, block in (slots.quota > 0).nonzero().tolist():
+        candidates = slots.open_block[row] == block
+        columns, number = slots.index[row, candidates], int(slots.quota[row, block])
+        # Where a score stands among the others of the row has a say in which of equal ones are taken.
+        scores = confidence.new_full((slots.row_tokens.shape[1],), -torch.inf)
+        scores[columns] = confidence[row, candidates].clamp(min=torch.finfo(scores.dtype).min)  # before all others
+        best = scores.topk(min(number, len(columns))).indices
+        chosen[row] |= candidates & torch.isin(slots.index[row], best)
+    return chosen
 
 
 @dataclass(frozen=True)

@@ -250,8 +250,185 @@ class TestUsing:
 
 
 @dataclass
-class OfDream(Config):
+class DreamConfig:
+    """As dLLM's DreamSamplerConfig."""
+
+    return_dict: bool = False
+    max_new_tokens: int = 20
+    max_length: int = None
+    steps: int = 512
+    eps: float = 1e-3
     alg: str = "origin"
+    alg_temp: float = 0.0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 50
+    stochastic_transfer: bool = False
+    right_shift_logits: bool = True
+    cfg_scale: float = 0.0
+
+
+@dataclass
+class DreamEvalConfig(DreamConfig):
+    """As the DreamEvalSamplerConfig of dLLM's harness."""
+
+    max_new_tokens: int = 128
+    steps: int = 128
+    temperature: float = 0.0
+    top_p: float = None
+    top_k: float = None
+    alg: str = "entropy"
+
+
+def published_dream(forward, row, *, alg, steps, top_p=None, top_k=None, cfg_scale=0.0):
+    """``DreamSampler`` at temperature 0, for one row: canvases before the first and after every step."""
+    x, history, given = list(row), [list(row)], [t != MASK for t in row]
+
+    def logits_of(ids):
+        logits = forward(ids)
+        return torch.cat([logits[:1], logits[:-1]])
+
+    for count in counts(sum(t == MASK for t in x), steps):
+        logits = logits_of(x)
+        if cfg_scale:
+            free = logits_of([MASK if hide else t for t, hide in zip(x, given, strict=True)])
+            logits = free + (cfg_scale + 1) * (logits - free)
+        scored = []
+        for p in (p for p, t in enumerate(x) if t == MASK):
+            own, allowed = logits[p].clone(), logits[p].clone()
+            allowed[MASK] = -torch.inf
+            if top_p is not None and top_p < 1:
+                ordered, order = own.sort(descending=True)
+                beyond = ordered.softmax(0).cumsum(0) > top_p
+                own[order[1:][beyond[:-1]]] = -torch.inf
+            if top_k is not None:
+                own[own < own.topk(min(top_k, len(own)))[0][-1]] = -torch.inf
+            probs, token = own.softmax(0), int(allowed.argmax())
+            if alg == "maskgit_plus":
+                confidence = float(probs[token])
+            elif alg == "topk_margin":
+                confidence = float(probs[token] - torch.cat([probs[:token], probs[token + 1 :]]).max())
+            else:
+                confidence = float((probs * (probs + 1e-10).log()).sum())
+            scored.append((-confidence, p, token))
+        for _, p, token in sorted(scored)[:count]:
+            x[p] = token
+        history.append(list(x))
+    return history
+
+
+class TestDream:
+    """In dLLM's harness for Dream, ``alg`` decides."""
+
+    @pytest.mark.parametrize("options", [{}, {"top_k": 50}, {"top_k": 3}, {"top_p": 0.9}, {"cfg_scale": 1.0}], ids=str)
+    @pytest.mark.parametrize("steps", [1, 4, 7, 40])
+    @pytest.mark.parametrize("alg", ["maskgit_plus", "topk_margin", "entropy"])
+    def test_sample_makes_the_published_tokens(self, sampler, forward, alg, steps, options):
+        config = DreamEvalConfig(max_new_tokens=9, steps=steps, alg=alg)
+        out = sampler.sample(PROMPTS, config, return_dict=True, **options)
+        for index, prompt in enumerate(PROMPTS):
+            want = published_dream(forward, prompt + [MASK] * 9, alg=alg, steps=steps, **options)
+            width = 4 - len(prompt)  # rows are padded on the left with the end token
+            assert [step[index].tolist() for step in out.histories] == [[2] * width + row for row in want]
+            assert out.sequences[index].tolist() == [2] * width + want[-1]
+
+    def test_as_the_harness_calls_it(self, tiny, forward):
+        """With the defaults of the harness's own config, and nothing said about them."""
+        prompts = [torch.tensor(prompt) for prompt in PROMPTS]
+        config = DreamEvalConfig(max_new_tokens=12, steps=12)
+        got = Sampler(model=tiny, tokenizer=Tokenizer()).sample(inputs=prompts, config=config, return_dict=False)
+        for row, prompt in zip(got.tolist(), PROMPTS, strict=True):
+            want = published_dream(forward, prompt + [MASK] * 12, alg="entropy", steps=12)[-1]
+            assert row[4 - len(prompt) :] == want
+            assert want != published(forward, prompt + [MASK] * 12, [range(len(prompt), len(prompt) + 12)], 12)[-1]
+
+    @pytest.mark.parametrize("steps", [1, 3, 30])
+    def test_infill_makes_the_published_tokens(self, sampler, forward, steps):
+        texts = [[5, MASK, MASK, 7, MASK, 8], [9, MASK, 6, MASK]]
+        got = sampler.infill(texts, DreamEvalConfig(steps=steps))
+        for row, text in zip(got.tolist(), texts, strict=True):
+            want = published_dream(forward, text, alg="entropy", steps=steps)[-1]
+            assert row == [2] * (6 - len(text)) + want
+
+    def test_it_draws(self, sampler):
+        torch.manual_seed(0)
+        config = DreamConfig(max_new_tokens=6, steps=6, alg="entropy")
+        one, other = (sampler.sample(PROMPTS, config) for _ in range(2))
+        assert not torch.equal(one, other)
+        assert MASK not in one
+        config.temperature, config.alg_temp = 0.0, 5.0
+        one, other = (sampler.sample(PROMPTS, config) for _ in range(2))
+        assert not torch.equal(one, other)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"alg": "origin"}, "there is no alg 'origin'"),
+            ({"alg": "entropie"}, "there is no alg 'entropie'. Did you mean 'entropy'"),
+            ({"eps": 0.1}, "eps=0.1 would have no effect: DreamSampler does not use it"),
+            ({"block_size": 4}, "there is no option of DreamSamplerConfig 'block_size'"),
+            ({"generation_tokens_hook_func": print}, "no option of DreamSamplerConfig 'generation_tokens_hook_func'"),
+            ({"top_k": 0}, "top_k must be"),
+        ],
+    )
+    def test_refusals(self, sampler, options, message):
+        for call in (sampler.check, partial(sampler.sample, PROMPTS), partial(sampler.infill, [[5, MASK]])):
+            with pytest.raises(NapDecodeError, match=message):
+                call(DreamEvalConfig(), **options)
+
+    def test_guidance_of_infill(self, sampler):
+        with pytest.raises(NapDecodeError, match=r"cfg_scale=1.0 would have no effect: DreamSampler's infill has no"):
+            sampler.infill([[5, MASK]], DreamEvalConfig(), cfg_scale=1.0)
+
+    def test_presets(self, tiny):
+        make = lambda *args, **options: Sampler.using(*args, **options)(model=tiny, tokenizer=Tokenizer())  # noqa: E731
+        config = DreamEvalConfig(max_new_tokens=6)  # the algorithm's options are those of the class: not said
+        got = make(presets.klass, threshold=0.5).sample([[5, 6, 7]], config)
+        shifted = Denoiser(tiny, Tokenizer(), family=ModelFamily(name="shifted", shift=True))
+        want = presets.klass(shifted, threshold=0.5).generate(torch.tensor([[5, 6, 7]]), max_new_tokens=6)
+        assert torch.equal(got, want)
+        with pytest.raises(NapDecodeError, match="alg='topk_margin' would have no effect: the preset, or its options"):
+            make(presets.klass).check(DreamEvalConfig(alg="topk_margin"))
+        got = make(presets.dream_entropy).sample([[5, 6, 7]], DreamEvalConfig(max_new_tokens=6, steps=3, top_k=2))
+        want = presets.dream_entropy(shifted, steps=3, top_k=2).generate(torch.tensor([[5, 6, 7]]), max_new_tokens=6)
+        assert torch.equal(got, want)
+
+
+class TestCheck:
+    """A harness samples after all likelihoods: what is wrong shall be known before."""
+
+    @pytest.mark.parametrize(
+        ("make", "config", "message"),
+        [
+            (Sampler, Config(remasking="low"), "there is no remasking 'low'"),
+            (Sampler, Config(steps=0), "steps must be"),
+            (Sampler, Config(max_new_tokens=None), "give max_new_tokens or max_length"),
+            (Sampler, DreamConfig(), "there is no alg 'origin'"),
+            (Sampler.using(presets.klass), Config(steps=3), "steps=3 would have no effect"),
+            (Sampler.using(presets.klass, tokens_per_step=0), Config(), "tokens_per_step must be"),
+        ],
+    )
+    def test_options(self, tiny, make, config, message):
+        sampler = make(model=tiny, tokenizer=Tokenizer())
+        for call in (sampler.check, partial(sampler.sample, PROMPTS)):
+            with pytest.raises(NapDecodeError, match=message):
+                call(config)
+
+    def test_nothing_is_wrong(self, sampler):
+        for config in (None, Config(), DreamEvalConfig(), Config(max_new_tokens=None, max_length=9)):
+            sampler.check(config)
+
+    def test_a_misspelt_option_of_the_preset(self):
+        with pytest.raises(NapDecodeError, match=r"no option of klass 'treshold'. Did you mean 'threshold'"):
+            Sampler.using(presets.klass, treshold=0.8)
+        Sampler.using(lambda denoiser, **options: presets.klass(denoiser, **options), threshold=0.8)
+
+
+@dataclass
+class OfAnother(Config):
+    """Of a sampler with a rule of its own, as dLLM's BD3LMSamplerConfig."""
+
+    steps_per_block: int = 4
     ids: list = field(default_factory=list)
 
 
@@ -260,9 +437,9 @@ class OfDream(Config):
     [
         (None, {"step": 3}, "'step'. Did you mean 'steps'"),
         (
-            OfDream(alg="entropy"),
+            OfAnother(),
             {},
-            "alg='entropy' would have no effect: OfDream has it, but",
+            "steps_per_block=4, .* would have no effect: OfAnother has it, but MDLMSamplerConfig does not",
         ),
         (None, {"remasking": "low"}, "there is no remasking 'low'"),
         (None, {"remasking": "random", "begin_suppress_tokens": [3]}, "would have no effect: remasking is random"),
@@ -276,8 +453,12 @@ def test_refusals(sampler, config, options, message):
         sampler.sample(PROMPTS, config, **({"max_new_tokens": 4} | options))
 
 
-def test_unknown_fields_with_their_defaults(sampler):
-    assert sampler.sample(PROMPTS, OfDream(max_new_tokens=2, steps=2)).shape == (3, 6)
+def test_unknown_fields_with_their_defaults(tiny):
+    """A preset has a rule of its own, so that they say nothing."""
+    sampler = Sampler.using(presets.klass)(model=tiny, tokenizer=Tokenizer())
+    assert sampler.sample(PROMPTS, OfAnother(max_new_tokens=2)).shape == (3, 6)
+    with pytest.raises(NapDecodeError, match="steps_per_block=2 would have no effect: OfAnother has it, but"):
+        sampler.sample(PROMPTS, OfAnother(max_new_tokens=2, steps_per_block=2))
 
 
 def test_masks(sampler):

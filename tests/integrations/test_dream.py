@@ -43,15 +43,24 @@ def cut(p, top_p, top_k):
     return [p[i] / total if i in order else 0.0 for i in range(len(p))]
 
 
-def published(forward, prompt, *, alg, steps, new, eps=1e-3, top_p=None, top_k=None):
+def published(
+    forward, prompt, *, alg, steps, new, eps=1e-3, top_p=None, top_k=None, tokens_hook=None, logits_hook=None
+):
     """Dream's ``_sample`` at temperature 0, for one row without padding; the canvas after every step."""
     x = prompt + [MASK] * new
+
+    def after_hook(step, logits):
+        return x if tokens_hook is None else tokens_hook(step, torch.tensor([x]), logits)[0].tolist()
+
+    x = after_hook(None, None)
     times = torch.linspace(1, eps, steps + 1)
     history = []
     for i in range(steps):
         masked = [p for p, token in enumerate(x) if token == MASK]
         logits = forward(x)
         logits = torch.cat([logits[:1], logits[:-1]])
+        if logits_hook is not None:
+            logits = logits_hook(i, torch.tensor([x]), logits[None])[0]
         scored = []
         for position in masked:
             own = logits[position].clone()
@@ -69,6 +78,7 @@ def published(forward, prompt, *, alg, steps, new, eps=1e-3, top_p=None, top_k=N
         count = int(torch.tensor(float(len(masked))) * share) if i < steps - 1 else len(masked)
         for _, position, token in sorted(scored)[:count]:
             x[position] = token
+        x = after_hook(i, logits[None])
         history.append(list(x))
     return history
 
@@ -196,6 +206,17 @@ class TestInstall:
         uninstall(model)
         assert not hasattr(model, "diffusion_generate")
 
+    def test_a_wrapper(self):
+        """What passes on what it is called with has neither a config nor a signature."""
+        model = tiny_model()
+        model.config.max_position_embeddings, model.config.alg, model.config.steps = 9, "entropy", 3
+        wrapped = torch.nn.DataParallel(model)
+        for one in (model, wrapped):
+            install(one)
+        want, got = (one.diffusion_generate(TEXTS, mask_token_id=MASK, max_length=20) for one in (model, wrapped))
+        assert got.shape == (3, 9)
+        assert torch.equal(got, want)
+
     def test_the_models_own_comes_back(self):
         class Own(Table):
             def diffusion_generate(self):
@@ -278,6 +299,45 @@ class TestArguments:
             dream(None)
 
 
+def write_some(step, x, logits, steps=0):
+    if step == 1:
+        x[:, -2:] = 17
+    return x
+
+
+def write_before(step, x, logits, steps=0):
+    if step is None:
+        x[:, -1] = 16
+    return x
+
+
+def write_everything(step, x, logits, steps=0):
+    return torch.where(x == MASK, 15, x) if step == 1 else x
+
+
+def write_what_is_likely(step, x, logits, steps=0):
+    if logits is not None and (x == MASK).any():
+        first = int((x[0] == MASK).nonzero()[0])
+        x[0, first] = logits[0, first].argmax()
+        x[0, first] = 14 if x[0, first] == MASK else x[0, first]
+    return x
+
+
+def mask_again(step, x, logits, steps=0):
+    if step is not None and step + 1 < steps and step % 2:
+        x[:, -1] = MASK
+    return x
+
+
+def mask_all_again(step, x, logits, steps=0):
+    if step is not None and step + 2 == steps:
+        x[:, 3:] = MASK
+    return x
+
+
+HOOKS = (write_some, write_before, write_everything, write_what_is_likely, mask_again, mask_all_again)
+
+
 class TestHooks:
     @pytest.fixture
     def run(self, dream):
@@ -308,7 +368,7 @@ class TestHooks:
         assert (before[:, 4:] == MASK).all()
         steps = [step for _, step, _, _ in calls[::2]]
         canvases = [before, *out.history]
-        assert steps == [i for i in range(12) if not torch.equal(canvases[i], canvases[i + 1])]
+        assert steps == list(range(12))  # those that commit nothing too
         for (first, i, x, logits), (second, j, after, seen) in zip(calls[::2], calls[1::2], strict=True):
             assert (first, second, i) == ("logits", "tokens", j)
             assert torch.equal(x, canvases[i])
@@ -334,6 +394,97 @@ class TestHooks:
         got = run(generation_logits_hook_func=forbid)
         assert not torch.isin(got[:, 4:], torch.tensor(forbidden)).any()
         assert torch.isin(plain[:, 4:], torch.tensor(forbidden)).any()
+
+    @pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: hook.__name__)
+    @pytest.mark.parametrize(("new", "steps"), [(2, 3), (6, 1), (6, 4), (6, 6), (6, 15), (9, 5)])
+    @pytest.mark.parametrize("alg", ALGORITHMS)
+    def test_they_are_obeyed_as_published(self, tiny, dream, alg, new, steps, hook):
+        """Dream counts the masks at each step: what a hook writes or masks again changes all steps to come."""
+        forward = lambda ids: tiny(input_ids=torch.tensor([ids])).logits[0].detach()  # noqa: E731
+        masks_again = hook in (mask_again, mask_all_again)
+        options = {"alg": alg, "steps": steps}
+        hooked = {"generation_tokens_hook_func": partial(hook, steps=steps)}
+        for prompt in TEXTS[:, 1:].tolist():
+            want = published(forward, prompt, new=new, tokens_hook=partial(hook, steps=steps), **options)
+            out = dream(
+                torch.tensor([prompt]),
+                max_new_tokens=new,
+                return_dict_in_generate=True,
+                output_history=True,
+                **options,
+                **hooked,
+            )
+            assert [canvas[0].tolist() for canvas in out.history] == want
+            assert out.sequences[0].tolist() == want[-1]
+            plain = published(forward, prompt, new=new, **options)
+            if steps > 3 and new > 3 and not masks_again:
+                assert plain[-1] != want[-1]
+
+    def test_logits_as_published(self, tiny, dream):
+        forward = lambda ids: tiny(input_ids=torch.tensor([ids])).logits[0].detach()  # noqa: E731
+
+        def hook(step, x, logits):
+            return logits.index_fill(2, torch.arange(4 + step % 5, 12), -torch.inf)
+
+        for prompt in TEXTS.tolist():
+            want = published(forward, prompt, new=7, alg="entropy", steps=5, logits_hook=hook)
+            got = dream(
+                torch.tensor([prompt]), max_new_tokens=7, alg="entropy", steps=5, generation_logits_hook_func=hook
+            )
+            assert got[0].tolist() == want[-1]
+
+    def test_rows_are_counted_on_their_own(self, run):
+        def one_row(step, x, logits):
+            if step == 1:
+                x[1, 5:8] = 17
+            return x
+
+        got, plain = run(generation_tokens_hook_func=one_row), run()
+        assert torch.equal(got[[0, 2]], plain[[0, 2]])
+        assert got[1, 5:8].tolist() == [17] * 3
+
+    def test_many_more_steps_than_tokens(self, dream):
+        """Nothing is committed for longer than a decode otherwise may come no further."""
+        got = dream(
+            torch.tensor([[5]]), max_new_tokens=1, steps=1200, alg="entropy", generation_tokens_hook_func=mask_again
+        )
+        assert MASK not in got
+
+    def test_the_law_of_origin(self):
+        """Where a hook writes one of three slots after the first step, the law is that of the two others."""
+        model, draws = Table(4), 6000
+        install(model)
+
+        def write(step, x, logits):
+            if step == 0:
+                x[:, 2] = 0
+            return x
+
+        torch.manual_seed(1)
+        out = model.diffusion_generate(
+            torch.full((draws, 1), 3),
+            max_new_tokens=3,
+            steps=4,
+            eps=0.1,
+            temperature=1.0,
+            mask_token_id=MASK,
+            return_dict_in_generate=True,
+            output_history=True,
+            generation_tokens_hook_func=write,
+        )
+        times = torch.linspace(1, 0.1, 5).tolist()
+        for step in range(3):
+            share = (out.history[step][:, [1, 3]] == MASK).double().mean()
+            assert abs(share - times[step + 1]) < 5 * (0.25 / (2 * draws)) ** 0.5
+        assert not (out.history[-1] == MASK).any()
+
+    def test_masks_after_the_last_step(self, run):
+        def always(step, x, logits):
+            x[:, 6] = MASK
+            return x
+
+        with pytest.raises(NapDecodeError, match="left masks after step 11, the last of steps=12"):
+            run(generation_tokens_hook_func=always)
 
     def test_refusals(self, run):
         with pytest.raises(NapDecodeError, match=r"generation_tokens_hook_func must return the tokens .*, not None"):

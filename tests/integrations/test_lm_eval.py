@@ -5,8 +5,11 @@ import importlib.util
 import json
 import os
 import pickle
+import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -562,3 +565,21 @@ def test_task_files_are_there():
         "nim_sum_path.yaml",
         "nim_sum.jsonl",
     }
+
+
+@needs_harness
+def test_the_page_shows_what_the_command_prints(capsys):
+    """``docs/evaluation.md``, to the last digit but for what another processor rounds."""
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    command, shown = re.search(
+        r"\nnap-decode eval (--model \"\$model\".*?)\n```\n\n```text\n(.*?)```", page, re.DOTALL
+    ).groups()
+    given = shlex.split(command.replace("$model", str(demo.CHECKPOINT)).replace("\\\n", " "))
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    run(parser.parse_args(given))
+    printed = capsys.readouterr().out
+    number = r"\d+\.\d+"
+    assert re.sub(number, "", shown).split() == re.sub(number, "", printed).split()
+    want, got = ([float(found) for found in re.findall(number, text)] for text in (shown, printed))
+    assert got == pytest.approx(want, abs=0.02)

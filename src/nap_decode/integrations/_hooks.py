@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeAlias
 
 import torch
@@ -14,11 +15,14 @@ from nap_decode.committers import Committer, Predict
 from nap_decode.denoiser import Denoiser
 from nap_decode.errors import NapDecodeError
 from nap_decode.prediction import Prediction
+from nap_decode.randomness import SCHEDULE_STREAM
 from nap_decode.reuse import Kept
 from nap_decode.rows import Rows, to_canvas
 from nap_decode.sampler import Sampler
+from nap_decode.schedulers import AnyOrderScheduler, BlockScheduler
+from nap_decode.schedules import AncestralSchedule, DreamSchedule
 from nap_decode.slots import Commit, Slots
-from nap_decode.state import Callback
+from nap_decode.state import Callback, DecodeState
 
 TokensHook: TypeAlias = Callable[["int | None", Tensor, "Tensor | None"], Tensor]
 """``(step, tokens (B, L), logits (B, L, V)) -> tokens (B, L)``; step and logits are None before the first step."""
@@ -27,16 +31,46 @@ LogitsHook: TypeAlias = Callable[[int, Tensor, Tensor], Tensor]
 
 
 def with_hooks(
-    sampler: Sampler, tokens_hook: TokensHook | None, logits_hook: LogitsHook | None
+    sampler: Sampler, tokens_hook: TokensHook | None, logits_hook: LogitsHook | None, history: list[Tensor]
 ) -> tuple[Sampler, Callback | None]:
-    """A sampler that calls the hooks, and the callback to decode with."""
+    """A sampler that calls the hooks, and the callback to decode with.
+
+    Args:
+        sampler: what decodes without hooks.
+        tokens_hook: see :data:`TokensHook`.
+        logits_hook: see :data:`LogitsHook`.
+        history: gets the canvas after every step, if there is a hook.
+    """
     if tokens_hook is None and logits_hook is None:
         return sampler, None
     denoiser = _HookedDenoiser(sampler.denoiser, logits_hook)
-    hooked = sampler.replace(denoiser=denoiser, committer=_StepTeller(sampler.committer, denoiser))
-    if tokens_hook is None:
-        return hooked, lambda state: None  # while a callback looks on, no row leaves the batch
-    return hooked, lambda state: edit_tokens(tokens_hook, state.step - 1, state.tokens, denoiser.seen)
+    shares = _shares(sampler.scheduler)
+    if shares is None:
+        hooked = sampler.replace(denoiser=denoiser, committer=_StepTeller(sampler.committer, denoiser))
+    else:
+        counts_draws = sampler.scheduler.schedule.is_random
+        recounting = _Recounting(sampler.committer, denoiser, shares, counts_draws)
+        hooked = sampler.replace(denoiser=denoiser, scheduler=AnyOrderScheduler(), committer=recounting)
+
+    def callback(state: DecodeState) -> Tensor:  # while one looks on, no row leaves the batch
+        tokens = state.tokens
+        if tokens_hook is not None:
+            tokens = edit_tokens(tokens_hook, state.step - 1, tokens, denoiser.seen)
+        history.append(tokens.clone())
+        return tokens
+
+    return hooked, callback
+
+
+def _shares(scheduler: BlockScheduler) -> list[float] | None:
+    """The share of the masked tokens that each step of Dream's schedules commits; None for other schedules."""
+    schedule, steps = scheduler.schedule, scheduler.steps
+    if steps is None or not isinstance(scheduler, AnyOrderScheduler):
+        return None
+    if not isinstance(schedule, DreamSchedule | AncestralSchedule):
+        return None
+    times = torch.linspace(1, schedule.eps, steps + 1)  # in float32 as there, because rounding decides
+    return [*(1 - times[1:] / times[:-1]).tolist()[:-1], 1.0]
 
 
 def edit_tokens(hook: TokensHook, step: int | None, tokens: Tensor, logits: Tensor | None) -> Tensor:
@@ -98,7 +132,7 @@ class _HookedDenoiser(Denoiser):
 
 
 class _StepTeller(Committer):
-    """Tells a denoiser with hooks which step it is."""
+    """A committer that tells a denoiser with hooks which step it is."""
 
     def __init__(self, committer: Committer, denoiser: _HookedDenoiser) -> None:
         self.committer, self.denoiser = committer, denoiser
@@ -127,3 +161,45 @@ class _StepTeller(Committer):
     def __call__(self, slots: Slots, predict: Predict) -> Commit:
         self.denoiser.step = int(slots.step.max())
         return self.committer(slots, predict)
+
+
+class _Recounting(_StepTeller):
+    """A committer of Dream's algorithms that goes by the masks there are, as Dream does, and not by a plan.
+
+    Every step is taken, also if it commits nothing or nothing is masked: the hooks may change the canvas at each.
+    """
+
+    is_adaptive = True
+    revises = True  # so that blocks without a mask may stay open
+
+    def __init__(
+        self, committer: Committer, denoiser: _HookedDenoiser, shares: list[float], counts_draws: bool
+    ) -> None:
+        super().__init__(committer, denoiser)
+        self.shares, self.counts_draws = shares, counts_draws
+
+    @property
+    @override
+    def is_random(self) -> bool:
+        return self.committer.is_random or self.counts_draws
+
+    @property
+    @override
+    def patience(self) -> int:
+        return len(self.shares)
+
+    @override
+    def __call__(self, slots: Slots, predict: Predict) -> Commit:
+        step = int(slots.step.max())
+        if step >= len(self.shares):
+            raise NapDecodeError(
+                f"generation_tokens_hook_func left masks after step {step - 1}, the last of steps={len(self.shares)}; "
+                "mask slots earlier, or ask for more steps"
+            )
+        share = torch.tensor(self.shares[step])
+        if self.counts_draws:
+            quota = slots.count(slots.open & (slots.uniform(SCHEDULE_STREAM) < share))
+        else:
+            quota = (slots.count(slots.open).float() * share).long()
+        commit = super().__call__(replace(slots, quota=quota), predict)
+        return replace(commit, unsettled=torch.full_like(quota, step + 1 < len(self.shares), dtype=torch.bool))

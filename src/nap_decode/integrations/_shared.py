@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, TypeAlias
 
+from nap_decode.committers import MicroConfidenceCommitter
 from nap_decode.denoiser import Denoiser
 from nap_decode.errors import NapDecodeError
 from nap_decode.foreign import innermost
 from nap_decode.sampler import Sampler
+from nap_decode.selections import QuotaSelection
 
 AnySampler: TypeAlias = "Sampler | Callable[[Denoiser], Sampler]"
 """A sampler of the model, or what makes one of a Denoiser: a preset, or a function of yours."""
@@ -56,3 +59,12 @@ def refuse(options: Mapping[str, Any], defaults: Mapping[str, Any], why: str) ->
     given = [f"{name}={value!r:.80}" for name, value in options.items() if value != defaults.get(name)]
     if given:
         raise NapDecodeError(f"{', '.join(given)} would have no effect: {why}. Leave it out")
+
+
+def in_model_precision(sampler: Sampler) -> Sampler:
+    """The sampler with the arithmetic of published code, in the precision of the model's logits."""
+    committer = sampler.committer
+    assert isinstance(committer, MicroConfidenceCommitter)
+    assert isinstance(committer.selection, QuotaSelection)
+    selection = replace(committer.selection, ties="topk")
+    return sampler.replace(committer=replace(committer, model_precision=True, selection=selection))

@@ -1,4 +1,7 @@
-"""A sampler class for dLLM's harnesses and scripts (ZHZisZZ/dllm, ``core/samplers/mdlm.py`` at ca17675)."""
+"""A sampler class for dLLM's harnesses and scripts (ZHZisZZ/dllm at ca17675).
+
+It stands in for ``core/samplers/mdlm.py``, and for ``pipelines/dream/sampler.py`` where a config has an ``alg``.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,10 @@ from nap_decode.confidence import ProbabilityWithout
 from nap_decode.denoiser import Denoiser, LogitsProcessor
 from nap_decode.errors import NapDecodeError, check_integer, check_name
 from nap_decode.families import find_family
-from nap_decode.integrations._shared import bind, refuse
+from nap_decode.foreign import innermost
+from nap_decode.integrations._shared import bind, in_model_precision, refuse
 from nap_decode.output import SamplerOutput
-from nap_decode.schedulers import SemiAutoregressiveScheduler
+from nap_decode.schedulers import AnyOrderScheduler, SemiAutoregressiveScheduler
 from nap_decode.schedules import AncestralSchedule, Schedule
 
 _DEFAULTS: dict[str, Any] = {  # MDLMSamplerConfig's
@@ -39,8 +43,30 @@ _DEFAULTS: dict[str, Any] = {  # MDLMSamplerConfig's
     "right_shift_logits": False,
     "return_dict": False,
 }
-_RULE = ("steps", "block_size", "temperature", "remasking", "stochastic_transfer", "begin_suppress_tokens")
-_PRESET_NAMES = {"steps": "steps", "block_size": "block_length", "temperature": "temperature"}
+_DREAM: dict[str, Any] = {  # DreamSamplerConfig's
+    "max_new_tokens": 20,
+    "max_length": None,
+    "steps": 512,
+    "eps": 1e-3,
+    "alg": "origin",
+    "alg_temp": 0.0,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 50,
+    "stochastic_transfer": False,
+    "right_shift_logits": True,
+    "cfg_scale": 0.0,
+    "return_dict": False,
+}
+_ALGORITHMS: dict[str, Callable[..., sampler.Sampler]] = {  # dLLM's DreamSampler has no other
+    "maskgit_plus": presets.dream_maskgit_plus,
+    "topk_margin": presets.dream_topk_margin,
+    "entropy": presets.dream_entropy,
+}
+_RULE = (
+    *("steps", "block_size", "temperature", "remasking", "stochastic_transfer", "begin_suppress_tokens"),
+    *("alg", "eps", "alg_temp", "top_p", "top_k"),
+)
 
 
 @dataclass(frozen=True)
@@ -99,13 +125,16 @@ class SampledSequences:
 class Sampler:
     """Takes the place of ``MDLMSampler``: ``sampler_cls=Sampler`` or ``sampler_cls=Sampler.using(presets.klass)``.
 
-    Config attributes and keywords are those of ``MDLMSamplerConfig``; what is not known is refused.  At temperature 0
-    it makes dLLM's tokens; what differs is listed in ``docs/integrations.md``.
+    Config attributes and keywords are those of ``MDLMSamplerConfig``; what is not known is refused.  With an ``alg``
+    they are those of ``DreamSamplerConfig``, and it takes the place of ``DreamSampler``.  At temperature 0 it makes
+    dLLM's tokens; what differs is listed in ``docs/integrations.md``.
 
     Args:
         model: what a :class:`Denoiser` can be made of.
         tokenizer: knows the mask and end ids.
         scheduler: one of dLLM's alpha schedulers; linear by default.
+        model_precision: compute and compare confidences in the precision of the model's logits, as dLLM does, instead
+            of float32, to reproduce published scores.
 
     Example:
         >>> from nap_decode import demo
@@ -117,50 +146,74 @@ class Sampler:
     model: Any
     tokenizer: Any
     scheduler: Any = None
+    model_precision: bool = False
 
     preset: ClassVar[Callable[..., sampler.Sampler] | None] = None
     preset_options: ClassVar[Mapping[str, Any]] = {}
+
+    def __post_init__(self) -> None:
+        if self.preset is not None:
+            refuse({"scheduler": self.scheduler}, {}, "the preset has a scheduler of its own")
+            own = {"model_precision": self.model_precision}
+            refuse(own, {"model_precision": False}, "the preset's committer decides that")
 
     @classmethod
     def using(cls, preset: Callable[..., sampler.Sampler], **options: Any) -> type[Sampler]:
         """A class that decodes with one of our presets.
 
-        What belongs to the model, the canvas or the output still comes from dLLM's config.  Of the others, ``steps``,
-        ``block_size`` and ``temperature`` go to the preset if they are not what the config's class has by default.
+        What belongs to the model, the canvas or the output still comes from dLLM's config.  Of the others, those that
+        the preset has too (``block_size`` is its ``block_length``) go to it if they are not what the config's class has
+        by default.
 
         Args:
             preset: a function from a :class:`Denoiser` to a sampler.
             options: its options, a template among them.
+
+        Raises:
+            NapDecodeError: something else than a preset; an option that it does not have.
         """
         if not callable(preset):
             raise NapDecodeError(f"using(...) takes a preset, such as presets.klass, not {preset!r:.80}")
         name = getattr(preset, "__name__", type(preset).__name__)
+        parameters = inspect.signature(preset).parameters
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            for option in options:
+                check_name(f"option of {name}", option, parameters)
         return type(f"{cls.__name__}[{name}]", (cls,), {"preset": staticmethod(preset), "preset_options": options})
+
+    def check(self, config: Any = None, **kwargs: Any) -> None:
+        """Raise what :meth:`sample` would raise about its options, without a prompt.
+
+        A harness makes its sampler first and samples last, after all likelihoods, so have it call this when it is made.
+
+        Args:
+            config: see :meth:`sample`.
+            kwargs: see :meth:`sample`.
+
+        Raises:
+            NapDecodeError: see :meth:`sample`.
+        """
+        options, given = _options(config, kwargs, self.preset)
+        self._to_sample(options, given, longest=0)
 
     def sample(self, inputs: Sequence[Tensor | Sequence[int]], config: Any = None, **kwargs: Any) -> Any:
         """Decode ``max_new_tokens`` slots behind every prompt.
 
         Args:
             inputs: token ids of each prompt.
-            config: an ``MDLMSamplerConfig``, or anything with attributes of its names.
+            config: an ``MDLMSamplerConfig`` or ``DreamSamplerConfig``, or anything with attributes of their names.
             kwargs: go before the config.
 
         Returns:
-            ``(B, L)`` int64, rows padded on the right with the end token; or :class:`SampledSequences`.
+            ``(B, L)`` int64, rows padded with the end token, on the right or, as ``DreamSampler`` does, on the left; or
+            :class:`SampledSequences`.
 
         Raises:
             NapDecodeError: an option that is not known, or would have no effect.
         """
-        options, given = _options(config, kwargs)
-        rows = self._rows(inputs, options)
-        length, limit = options["max_new_tokens"], options["max_length"]
-        if not length and limit is None:
-            raise NapDecodeError("say what to decode: give max_new_tokens or max_length")
-        length = length or limit - max(map(len, rows), default=0)
-        check_integer("max_new_tokens", length, 1)
-        bound = self._bind(options, given, int(length), on_grid=False)
-        if bound.template is not None:
-            refuse({"max_new_tokens": length} if "max_new_tokens" in given else {}, {}, "the preset has a template")
+        options, given = _options(config, kwargs, self.preset)
+        rows, limit = self._rows(inputs, options), options["max_length"]
+        bound, length = self._to_sample(options, given, longest=max(map(len, rows), default=0))
         mask_token_id = bound.denoiser.mask_token_id
         for index, row in enumerate(rows):
             if mask_token_id in row:
@@ -169,7 +222,7 @@ class Sampler:
                 )
         canvas = Canvas.from_prompts(
             rows,
-            bound.template or CanvasTemplate.plain(int(length)),
+            bound.template or CanvasTemplate.plain(length),
             mask_token_id=mask_token_id,
             pad_token_id=bound.denoiser.pad_token_id,
             tokenizer=self.tokenizer,
@@ -185,6 +238,8 @@ class Sampler:
     def infill(self, inputs: Sequence[Tensor | Sequence[int]], config: Any = None, **kwargs: Any) -> Any:
         """Decode the mask tokens in texts, in windows of ``block_size`` counted from the start of each.
 
+        ``DreamSampler`` has no windows, and all masks are decoded in any order.
+
         Args:
             inputs: token ids of each text.
             config: see :meth:`sample`.
@@ -198,7 +253,9 @@ class Sampler:
         """
         lengths: dict[str, Any] = {name: kwargs[name] for name in ("max_new_tokens", "max_length") if name in kwargs}
         refuse(lengths, {}, "infill decodes the masks in the text")
-        options, given = _options(config, kwargs)
+        options, given = _options(config, kwargs, self.preset)
+        if self.preset is None and "alg" in options:
+            refuse({"cfg_scale": options["cfg_scale"] or None}, {}, "DreamSampler's infill has no guidance")
         rows = self._rows(inputs, options)
         bound = self._bind(options, given, max(map(len, rows), default=1), on_grid=True)
         canvas = Canvas.from_infill(
@@ -209,18 +266,31 @@ class Sampler:
         )
         return self._decode(bound, canvas, options)
 
+    def _to_sample(self, options: dict[str, Any], given: Sequence[str], longest: int) -> tuple[sampler.Sampler, int]:
+        """What decodes behind prompts of at most so many tokens, and how many slots."""
+        length, limit = options["max_new_tokens"], options["max_length"]
+        if not length and limit is None:
+            raise NapDecodeError("say what to decode: give max_new_tokens or max_length")
+        length = length or limit - longest
+        check_integer("max_new_tokens", length, 1)
+        bound = self._bind(options, given, int(length), on_grid=False)
+        if bound.template is not None:
+            refuse({"max_new_tokens": length} if "max_new_tokens" in given else {}, {}, "the preset has a template")
+        return bound, int(length)
+
     def _rows(self, inputs: Sequence[Tensor | Sequence[int]], options: dict[str, Any]) -> list[list[int]]:
         rows: list[list[int]] = [torch.as_tensor(row, dtype=torch.int64).tolist() for row in inputs]
         # As in dLLM: a shifted model predicts the first position from something.
-        return [row or [self.tokenizer.bos_token_id] for row in rows] if options["right_shift_logits"] else rows
+        starts = options["right_shift_logits"] and "alg" not in options
+        return [row or [self.tokenizer.bos_token_id] for row in rows] if starts else rows
 
     def _bind(self, options: dict[str, Any], given: Sequence[str], length: int, *, on_grid: bool) -> sampler.Sampler:
         processors: list[LogitsProcessor] = []
-        if options["suppress_tokens"]:
+        if options.get("suppress_tokens"):
             from transformers import SuppressTokensLogitsProcessor
 
             processors.append(SuppressTokensLogitsProcessor(options["suppress_tokens"]))
-        family = find_family(getattr(self.model, "config", None))
+        family = find_family(getattr(innermost(self.model), "config", None))
         if options["right_shift_logits"]:
             family = replace(family, shift=True)
 
@@ -235,17 +305,34 @@ class Sampler:
             )
 
         if self.preset is None:
-            return self._published(denoiser(), options, length, on_grid)
-        refuse({"scheduler": self.scheduler}, {}, "the preset has a scheduler of its own")
+            published = self._dream if "alg" in options else self._mdlm
+            made = published(denoiser(), options, length, on_grid)
+            return in_model_precision(made) if self.model_precision else made
         accepted = inspect.signature(self.preset).parameters
-        names = {name: _PRESET_NAMES.get(name, name) for name in _RULE if name in given}
+        names = {name: "block_length" if name == "block_size" else name for name in _RULE if name in given}
         decided = [n for n, own in names.items() if own not in accepted or own in self.preset_options]
         refuse({n: options[n] for n in decided}, {}, "the preset, or its options in using(...), decide that")
         named = {own: options[name] for name, own in names.items()}
         preset = self.preset
         return bind(lambda made: preset(made, **named, **self.preset_options), self.model, denoiser)
 
-    def _published(self, denoiser: Denoiser, options: dict[str, Any], length: int, on_grid: bool) -> sampler.Sampler:
+    def _dream(self, denoiser: Denoiser, options: dict[str, Any], length: int, on_grid: bool) -> sampler.Sampler:
+        """What ``DreamSampler`` does."""
+        check_name("alg", options["alg"], _ALGORITHMS)
+        refuse({"eps": options["eps"]}, {"eps": _DREAM["eps"]}, "DreamSampler does not use it")
+        rule = {name: options[name] for name in ("steps", "temperature", "top_p", "top_k", "alg_temp")}
+        rule["top_p"] = None if rule["top_p"] is not None and rule["top_p"] >= 1 else rule["top_p"]
+        made = _ALGORITHMS[options["alg"]](denoiser, **rule)
+        return made.replace(scheduler=AnyOrderScheduler(steps=options["steps"], schedule=self._schedule(options)))
+
+    def _schedule(self, options: dict[str, Any]) -> Schedule:
+        if not options["stochastic_transfer"]:
+            return AlphaSchedule(self.scheduler)
+        refuse({"scheduler": self.scheduler}, {}, "stochastic_transfer is done for the linear scheduler only")
+        return AncestralSchedule(eps=0.0)
+
+    def _mdlm(self, denoiser: Denoiser, options: dict[str, Any], length: int, on_grid: bool) -> sampler.Sampler:
+        """What ``MDLMSampler`` does."""
         check_name("remasking", options["remasking"], ("low_confidence", "random"))
         check_integer("steps", options["steps"], 1)
         without = tuple(options["begin_suppress_tokens"] or ())
@@ -255,22 +342,18 @@ class Sampler:
         else:
             confidence = ProbabilityWithout(without) if without else "probability"
             made = presets.llada_low_confidence(denoiser, temperature=options["temperature"], confidence=confidence)
-        schedule: Schedule = AlphaSchedule(self.scheduler)
-        if options["stochastic_transfer"]:
-            refuse({"scheduler": self.scheduler}, {}, "stochastic_transfer is done for the linear scheduler only")
-            schedule = AncestralSchedule(eps=0.0)
         block_size = options["block_size"] or length
         check_integer("block_size", block_size, 1)
         num_blocks = math.ceil(length / block_size)
         steps = math.ceil(options["steps"] / num_blocks) * num_blocks
         return made.replace(
             scheduler=SemiAutoregressiveScheduler(
-                steps=steps, block_length=block_size, schedule=schedule, on_grid=on_grid
+                steps=steps, block_length=block_size, schedule=self._schedule(options), on_grid=on_grid
             )
         )
 
     def _decode(self, bound: sampler.Sampler, canvas: Canvas, options: dict[str, Any]) -> Any:
-        if options["cfg_keep_tokens"]:
+        if options.get("cfg_keep_tokens"):
             refuse(
                 {"cfg_keep_tokens": options["cfg_keep_tokens"]} if not options["cfg_scale"] else {},
                 {},
@@ -278,12 +361,15 @@ class Sampler:
             )
             keep = torch.tensor(options["cfg_keep_tokens"], device=canvas.tokens.device)
             canvas = replace(canvas, prompt=canvas.prompt & ~torch.isin(canvas.tokens, keep))
-        output = bound.decode(canvas)
-        sequences = self._pad_right(output, output.sequences)
+        output, pad = bound.decode(canvas), self._pad_left if "alg" in options else self._pad_right
+        sequences = pad(output, output.sequences)
         if not options["return_dict"]:
             return sequences
         done = [0, *(step + 1 for step in sorted(set(output.trace.step.flatten().tolist())) if step >= 0)]
-        return SampledSequences(sequences, [self._pad_right(output, output.trace.canvas_at(step)) for step in done])
+        return SampledSequences(sequences, [pad(output, output.trace.canvas_at(step)) for step in done])
+
+    def _pad_left(self, output: SamplerOutput, tokens: Tensor) -> Tensor:
+        return tokens.where(output.canvas.attention_mask.to(tokens.device) > 0, self.tokenizer.eos_token_id)
 
     def _pad_right(self, output: SamplerOutput, tokens: Tensor) -> Tensor:
         present = output.canvas.attention_mask
@@ -293,15 +379,18 @@ class Sampler:
         )
 
 
-def _options(config: Any, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def _options(config: Any, kwargs: Mapping[str, Any], preset: Any) -> tuple[dict[str, Any], list[str]]:
     """All options, and the names of those that are not what the config's class has by default."""
+    is_dream = "alg" in kwargs or hasattr(config, "alg")
+    defaults, whose = (_DREAM, "DreamSamplerConfig") if is_dream else (_DEFAULTS, "MDLMSamplerConfig")
     for name in kwargs:
-        check_name("option of the sampler", name, _DEFAULTS)
+        check_name(f"option of {whose}", name, defaults)
     fields = dataclasses.fields(config) if dataclasses.is_dataclass(config) else ()
     declared = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields}
-    own = {name: getattr(config, name) for name in declared if name not in _DEFAULTS}
-    refuse(own, declared, f"{type(config).__name__} has it, but MDLMSamplerConfig does not")
-    found = {name: getattr(config, name, default) for name, default in _DEFAULTS.items()} | dict(kwargs)
+    own = {name: getattr(config, name) for name in declared if name not in defaults}
+    # The config of another sampler means another rule, with its defaults too; a preset has a rule of its own.
+    refuse(own, {} if preset is None else declared, f"{type(config).__name__} has it, but {whose} does not")
+    found = {name: getattr(config, name, default) for name, default in defaults.items()} | dict(kwargs)
     # dLLM's harness writes an empty list for None.
-    given = [n for n in _DEFAULTS if n in kwargs or (found[n] or None) != (declared.get(n, _DEFAULTS[n]) or None)]
+    given = [n for n in defaults if n in kwargs or (found[n] or None) != (declared.get(n, defaults[n]) or None)]
     return found, given

@@ -15,8 +15,9 @@ from nap_decode.canvas import Canvas, CanvasTemplate
 from nap_decode.denoiser import Denoiser
 from nap_decode.errors import NapDecodeError, check_integer, check_name
 from nap_decode.families import find_family
+from nap_decode.foreign import innermost
 from nap_decode.integrations._hooks import TokensHook, edit_tokens, with_hooks
-from nap_decode.integrations._shared import AnySampler, bind, refuse
+from nap_decode.integrations._shared import AnySampler, bind, in_model_precision, refuse
 from nap_decode.sampler import Sampler
 
 _ALGORITHMS: dict[str, Callable[..., Sampler]] = {
@@ -46,19 +47,21 @@ class DiffusionOutput:
     history: list[Tensor] | None = None
 
 
-def install(model: Any, sampler: AnySampler | None = None) -> None:
+def install(model: Any, sampler: AnySampler | None = None, *, model_precision: bool = False) -> None:
     """Put our ``diffusion_generate`` on a model; :func:`uninstall` takes it off.
 
     It takes the published arguments, as keywords or from a ``DreamGenerationConfig``, and refuses others.  At
-    temperature 0 and without hooks it makes Dream's tokens.  What differs is listed in ``docs/integrations.md``.
+    temperature 0 it makes Dream's tokens.  What differs is listed in ``docs/integrations.md``.
 
     Args:
         model: a model of Dream's kind: the logits at p - 1 predict position p.
         sampler: decodes instead of Dream's algorithms.  A preset, or another function from a :class:`Denoiser` to a
             sampler, or a sampler of this model.  It decodes its template, or ``max_new_tokens`` if it has none.
+        model_precision: compute and compare confidences in the precision of the model's logits, as Dream does, instead
+            of float32, to reproduce published scores.
 
     Raises:
-        NapDecodeError: a sampler of another model.
+        NapDecodeError: a sampler of another model; one that would ignore ``model_precision``.
 
     Example:
         >>> from nap_decode import demo
@@ -72,10 +75,12 @@ def install(model: Any, sampler: AnySampler | None = None) -> None:
     """
     if isinstance(sampler, Sampler):
         bind(sampler, model, lambda: sampler.denoiser)
+    if sampler is not None:
+        refuse({"model_precision": model_precision}, {"model_precision": False}, "the sampler decides that")
     before = vars(model).get("diffusion_generate")
     if isinstance(before, _DiffusionGenerate):
         before = before.before
-    model.diffusion_generate = _DiffusionGenerate(model, sampler, before)
+    model.diffusion_generate = _DiffusionGenerate(model, sampler, model_precision, before)
 
 
 def uninstall(model: Any) -> None:
@@ -96,6 +101,7 @@ def uninstall(model: Any) -> None:
 class _DiffusionGenerate:
     model: Any
     sampler: AnySampler | None
+    model_precision: bool
     before: Any  # what the instance had under this name
 
     def __call__(
@@ -109,7 +115,8 @@ class _DiffusionGenerate:
         tokens_hook, logits_hook = (kwargs.get(name) for name in _HOOKS)
         sampler = self._bind(options, generation_config, kwargs)
         ids, attention_mask = self._expand(inputs, kwargs.get("attention_mask"), options)
-        sampler, callback = with_hooks(sampler, tokens_hook, logits_hook)
+        history = list[Tensor]()
+        sampler, callback = with_hooks(sampler, tokens_hook, logits_hook, history)
         template = sampler.template or CanvasTemplate.plain(self._length(ids.shape[1], options))
         canvas = _canvas(ids, attention_mask, template, sampler.denoiser, tokens_hook)
         output = sampler.decode(canvas, callback=callback)
@@ -119,24 +126,28 @@ class _DiffusionGenerate:
             return sequences
         if not options["output_history"]:
             return DiffusionOutput(sequences)
-        steps = options["steps"] if self.sampler is None else int(output.trace.step.max()) + 1
-        return DiffusionOutput(sequences, [output.trace.canvas_at(step + 1).to(inputs.device) for step in range(steps)])
+        if callback is None:
+            steps = options["steps"] if self.sampler is None else int(output.trace.step.max()) + 1
+            history = [output.trace.canvas_at(step + 1) for step in range(steps)]
+        return DiffusionOutput(sequences, [canvas.to(inputs.device) for canvas in history])
 
     def _options(self, generation_config: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Keywords go before the generation config, or, as in Dream, what the model's config has under these names."""
-        source = self.model.config if generation_config is None else generation_config
+        source = getattr(innermost(self.model), "config", None) if generation_config is None else generation_config
         found = {name: getattr(source, name, None) for name in _CONFIG}
         if generation_config is None:
             found["return_dict"] = None  # in a model's config it is about forward
         found |= {name: value for name, value in kwargs.items() if name in _CONFIG}
         options = {name: _CONFIG[name] if value is None else value for name, value in found.items()}
         if options["mask_token_id"] is None and generation_config is not None:
-            options["mask_token_id"] = getattr(self.model.generation_config, "mask_token_id", None)
+            own = getattr(innermost(self.model), "generation_config", None)
+            options["mask_token_id"] = getattr(own, "mask_token_id", None)
         return options
 
     def _bind(self, options: dict[str, Any], generation_config: Any, kwargs: dict[str, Any]) -> Sampler:
         def denoiser() -> Denoiser:
-            family = replace(find_family(self.model.config), shift=True)  # as Dream, whatever the model
+            # As Dream, whatever the model.
+            family = replace(find_family(getattr(innermost(self.model), "config", None)), shift=True)
             return Denoiser(self.model, mask_token_id=options["mask_token_id"], family=family)
 
         if self.sampler is not None:
@@ -155,7 +166,8 @@ class _DiffusionGenerate:
             rule["alg_temp"] = options["alg_temp"]
         elif options["alg_temp"]:
             refuse({"alg_temp": options["alg_temp"]}, {}, "alg='origin' chooses positions at random")
-        return _ALGORITHMS[options["alg"]](denoiser(), **rule)
+        sampler = _ALGORITHMS[options["alg"]](denoiser(), **rule)
+        return in_model_precision(sampler) if self.model_precision else sampler
 
     def _expand(self, ids: Tensor, attention_mask: Tensor | None, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
         if attention_mask is None:
@@ -178,8 +190,9 @@ class _DiffusionGenerate:
         length, longest = options["max_new_tokens"], options["max_length"]
         if length is None:
             length = longest - prompt
+            config = getattr(innermost(self.model), "config", None)
             if longest == _LENGTH["max_length"]:  # as in Dream, the default does not count the prompt
-                length = min(longest, (getattr(self.model.config, "max_position_embeddings", None) or 2**31) - prompt)
+                length = min(longest, (getattr(config, "max_position_embeddings", None) or 2**31) - prompt)
         check_integer(f"the number of new tokens (max_length={longest}, less a prompt of {prompt})", length, 1)
         return int(length)
 

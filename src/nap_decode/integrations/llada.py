@@ -12,7 +12,7 @@ from nap_decode import presets
 from nap_decode.confidence import ProbabilityWithout
 from nap_decode.denoiser import Denoiser, LogitsProcessor
 from nap_decode.errors import check_name
-from nap_decode.integrations._shared import AnySampler, bind, refuse
+from nap_decode.integrations._shared import AnySampler, bind, in_model_precision, refuse
 from nap_decode.sampler import Sampler
 
 EOS_TOKEN_ID, EOT_TOKEN_ID = 126081, 126348
@@ -33,8 +33,9 @@ def generate(
     logits_eos_inf: bool = False,
     confidence_eos_eot_inf: bool = False,
     sampler: AnySampler | None = None,
+    model_precision: bool = False,
 ) -> Tensor:
-    """LLaDA's ``generate``, argument for argument; ``sampler`` is ours.
+    """LLaDA's ``generate``, argument for argument; ``sampler`` and ``model_precision`` are ours.
 
     At temperature 0 it makes LLaDA's tokens.  What differs is listed in ``docs/integrations.md``.
 
@@ -54,6 +55,8 @@ def generate(
         sampler: decode with this instead.  A preset, or another function from a :class:`Denoiser` to a sampler, is
             called with a Denoiser that has ``mask_id``, ``cfg_scale`` and ``logits_eos_inf``; a sampler of this
             model has its own.  It decodes its template, or ``gen_length`` slots if it has none.
+        model_precision: compute and compare confidences in the precision of the model's logits, as LLaDA does, instead
+            of float32, to reproduce published scores.
 
     Returns:
         ``(B, P + gen_length)`` int64 on the model's device: the prompt as it was given, and what was decoded.
@@ -79,8 +82,9 @@ def generate(
         bound = _published(
             denoiser(), min(steps, gen_length), block_length, temperature, remasking, confidence_eos_eot_inf
         )
+        bound = in_model_precision(bound) if model_precision else bound
     else:
-        own = ("steps", "block_length", "temperature", "remasking", "confidence_eos_eot_inf")
+        own = ("steps", "block_length", "temperature", "remasking", "confidence_eos_eot_inf", "model_precision")
         check(own, "the sampler decides that")
         bound = bind(sampler, model, denoiser)
         if isinstance(sampler, Sampler):
