@@ -272,7 +272,7 @@ def run_bulk(args: argparse.Namespace, make: Callable[[argparse.Namespace], Samp
     if args.output is None:
         raise NapDecodeError("--input needs --output, a directory for the results")
     workers = 1 if args.workers is None else args.workers
-    check_integer("--workers", workers, 1)
+    check_integer("--workers", workers, 0)  # 0, too, is this process alone
     on_ray = workers > 1 or args.ray_address is not None
     resources = given(args, ["cpus_per_worker", "gpus_per_worker"])
     for name, value in resources.items():
@@ -299,7 +299,7 @@ def run_bulk(args: argparse.Namespace, make: Callable[[argparse.Namespace], Samp
         print(bulk.run_parts(parts, lambda parts: map(decoder, parts), args.output, say))
         return
 
-    ray = _ray()
+    ray, workers = _ray(), max(workers, 1)
     if args.ray_address is not None:
         ray.init(address=args.ray_address, log_to_driver=False)
     else:
