@@ -57,7 +57,7 @@ class ModelCall:
             )
         if getattr(self.config, "is_encoder_decoder", False):
             raise NapDecodeError(f"{self.name} is an encoder-decoder; only models of one stack fill in masks")
-        self.family = family or find_family(self.config)
+        self.family = family or find_family(self.config, self.name)
         if self.family.refusal is not None:
             raise NapDecodeError(f"{self.family.name} cannot be decoded here: {self.family.refusal}")
         self.must_be_told = False

@@ -16,7 +16,7 @@ from nap_decode import foreign
 from nap_decode.calling import Model, ModelCall
 from nap_decode.canvas import Canvas
 from nap_decode.cost import Cost
-from nap_decode.errors import NapDecodeError, check_between
+from nap_decode.errors import NapDecodeError, check_between, check_ids, check_integer, check_tokenizer
 from nap_decode.families import ModelFamily, find_mask
 from nap_decode.heads import Output, Passing
 from nap_decode.passes import ForwardPass, ReusingPass
@@ -102,8 +102,9 @@ class Denoiser:
         self._compiled: ModelCall | None = None  # for decoding; what is found out is found out without
         self._compile_options: dict[str, Any] = {}
         self.tokenizer = tokenizer
+        check_tokenizer(tokenizer, self.num_embeddings)
         self.mask_token_id = self._find_mask(mask_token_id)
-        self.end_token_ids = tuple(end_token_ids) if end_token_ids is not None else self._find_ends()
+        self.end_token_ids = self._find_ends() if end_token_ids is None else _ends(end_token_ids)
         self.cfg_scale = cfg_scale
         self.logits_processor = _as_tuple(logits_processor)
         self._device = torch.device(device) if device is not None else None
@@ -139,7 +140,7 @@ class Denoiser:
         """
         other = copy.copy(self)
         if end_token_ids is not None:
-            other.end_token_ids = tuple(end_token_ids)
+            other.end_token_ids = _ends(end_token_ids)
         if cfg_scale is not None:
             check_between("cfg_scale", cfg_scale, 0.0, float("inf"))
             other.cfg_scale = cfg_scale
@@ -204,12 +205,13 @@ class Denoiser:
         if given is None:
             raise NapDecodeError(
                 "no mask token is known: the tokenizer has no mask_token, the config no mask_token_id, and the "
-                f"family of {self.family.name!r} models names none; pass mask_token_id="
+                f"family of {self.family.name!r} models names none for this vocabulary; pass mask_token_id="
             )
+        check_integer("mask_token_id", given, 0)
         size = self._call.num_embeddings
         if not 0 <= given < (size or given + 1):
             raise NapDecodeError(f"mask_token_id {given} is not one of the model's {size} token ids")
-        return given
+        return int(given)
 
     def _find_ends(self) -> tuple[int, ...]:
         generation_config = getattr(self._call.module, "generation_config", None)
@@ -638,6 +640,10 @@ def _are_slots(wanted: Tensor, places: Tensor) -> Tensor:
     """Bool in the shape of ``wanted``: which of its entries are slots, and not there to fill up."""
     is_slot = torch.zeros_like(wanted, dtype=torch.bool).flatten().index_fill_(0, places, True).view_as(wanted)
     return is_slot & (wanted >= 0)
+
+
+def _ends(ids: Sequence[int]) -> tuple[int, ...]:
+    return tuple(check_ids("end_token_ids", ids))
 
 
 def _as_tuple(processors: LogitsProcessor | Sequence[LogitsProcessor]) -> tuple[LogitsProcessor, ...]:

@@ -150,14 +150,18 @@ def register_family(model_type: str, family: ModelFamily) -> None:
     _FAMILIES[model_type] = family
 
 
-def find_family(config: Any) -> ModelFamily:
+def find_family(config: Any, architecture: str | None = None) -> ModelFamily:
     """The family of a model with this transformers config; in place, 2-D mask if it is not known.
 
     What the config itself says goes before what is known of its type: ``right_shift_logits``, the
     ``block_size`` (or ``bd_size``) of a family that has blocks, and ``time_conditioning``.  The family's mask id is
     left out if ``vocab_size`` is not that of a released checkpoint, for then it may be any token.
+
+    Args:
+        config: the config, or None.
+        architecture: name of the model's class, which a config names only once it was saved.
     """
-    family = _published(config)
+    family = _published(config, architecture)
     said: dict[str, Any] = {}
     shift = getattr(config, "right_shift_logits", None)
     if shift is not None:
@@ -184,11 +188,11 @@ def find_mask(config: Any) -> int | None:
     return None if mask == 50256 and _published(config) == _LLADA else mask
 
 
-def _published(config: Any) -> ModelFamily:
-    """What is known of models with the config's architecture or type."""
-    for architecture in getattr(config, "architectures", None) or ():
-        if architecture in _ARCHITECTURES:
-            return _ARCHITECTURES[architecture]
+def _published(config: Any, architecture: str | None = None) -> ModelFamily:
+    """What is known of models with this architecture, or with the config's architecture or type."""
+    for name in (architecture, *(getattr(config, "architectures", None) or ())):
+        if name in _ARCHITECTURES:
+            return _ARCHITECTURES[name]
     model_type = getattr(config, "model_type", None) or "unknown"
     if model_type == "llada" and getattr(config, "num_experts", None) is not None:
         model_type = "llada_moe"  # published under the dense model's type
