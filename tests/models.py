@@ -63,6 +63,30 @@ def tiny_model(**options) -> transformers.PreTrainedModel:
         return model.to(torch.float64).eval()
 
 
+def _reads_is_causal() -> bool:
+    model = tiny_model()
+    rows = torch.tensor([[MASK, 5], [MASK, 6]])
+    one, other = model(input_ids=rows).logits[:, 0]
+    return not torch.equal(one, other)
+
+
+READS_IS_CAUSAL = _reads_is_causal()
+needs_is_causal = pytest.mark.skipif(
+    not READS_IS_CAUSAL, reason="decoders of this release attend both ways only if a mask says so"
+)
+
+
+def plain_model() -> transformers.PreTrainedModel:
+    """A model that attends both ways without being told, in float64: a Llama, or a BERT where that does not."""
+    if READS_IS_CAUSAL:
+        return tiny_model()
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = transformers.BertConfig(vocab_size=VOCABULARY, initializer_range=0.6, pad_token_id=PAD, **sizes)
+        return transformers.BertForMaskedLM(config).to(torch.float64).eval()
+
+
 class TableModel:
     """Logits that are an arbitrary function of the whole row: a table with an entry for every row of ids."""
 

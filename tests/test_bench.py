@@ -8,7 +8,6 @@ import re
 
 import pytest
 import torch
-from models import needs_transformers_5
 from torch import nn
 
 from nap_decode import Denoiser, ModelFamily, NapDecodeError
@@ -43,7 +42,6 @@ def decode_both(workload, **shape):
 # ---------------------------------------------------------------------------------------------------- the loops
 
 
-@needs_transformers_5
 @pytest.mark.parametrize(
     "options",
     [
@@ -68,7 +66,6 @@ def test_textbook_and_ours_decode_the_same(options):
         assert canvas.is_padded
 
 
-@needs_transformers_5
 def test_textbook_draws():
     workload = Workload(prompt_length=4, new_tokens=12, steps=3, temperature=1.0)
     _, first, ours = decode_both(workload)
@@ -95,7 +92,6 @@ def test_quotas_and_widths():
     assert one_by_one.widths() == [4, 2, 4, 2]
 
 
-@needs_transformers_5
 def test_bare_passes_see_the_wanted_rows_only():
     workload = Workload(prompt_length=3, new_tokens=7, steps=3, batch_size=2)
     model = Shape.parse(SMALL).build()
@@ -110,7 +106,6 @@ def test_bare_passes_see_the_wanted_rows_only():
     assert shapes == [(2, 10, 32)] * 3
 
 
-@needs_transformers_5
 def test_models_that_are_more_than_body_and_output_layer(tiny):
     class Scaled(type(tiny)):
         def forward(self, input_ids, attention_mask=None, **kwargs):
@@ -129,7 +124,6 @@ def test_models_that_are_more_than_body_and_output_layer(tiny):
     assert result.ratios["attainable_by_head"] == [1.0]
 
 
-@needs_transformers_5
 def test_masks_that_are_not_made(tiny):
     denoiser = Denoiser(tiny, mask_token_id=1, family=ModelFamily(name="Four", attention="4d"))
     one_length = Workload(prompt_length=4, new_tokens=6, steps=2, batch_size=2)
@@ -231,7 +225,6 @@ def test_ratios_are_taken_in_each_repetition():
     assert result.to_dict()["median_ratios"]["speedup"] == pytest.approx(2.7)
 
 
-@needs_transformers_5
 def test_benchmark_of_a_model():
     workload = Workload(prompt_length=5, new_tokens=12, steps=3, batch_size=2, ragged=True)
     lines = []
@@ -250,7 +243,6 @@ def test_benchmark_of_a_model():
     assert plain["environment"]["versions"]["torch"] == torch.__version__
 
 
-@needs_transformers_5
 def test_tokens_are_counted_up_to_the_end(tiny):
     model = copy.deepcopy(tiny)
     workload = Workload(prompt_length=4, new_tokens=24, steps=2)
@@ -280,7 +272,6 @@ def test_fits_recover_known_laws():
         fit_growth([5, 5], [1, 2])
 
 
-@needs_transformers_5
 def test_ladder():
     sizes = {"canvas": (80, 96), "batch": (2, 1), "blocks": (1, 4), "vocabulary": (100, 200)}
     result = ladder(Shape.parse(SMALL), sizes, repeats=2)
@@ -291,7 +282,6 @@ def test_ladder():
     assert "ours, largest over smallest:" in str(result)
 
 
-@needs_transformers_5
 def test_ladder_skips_what_takes_too_long():
     result = ladder(Shape.parse(SMALL), {"batch": (1, 2)}, repeats=1, limit=0.0)
     assert result.skipped == {"batch": [1, 2]}
@@ -369,7 +359,6 @@ def test_bad_sizes():
         ladder(sizes={"block": (1,)})
 
 
-@needs_transformers_5
 def test_command(capsys, tmp_path):
     file = tmp_path / "bench.json"
     few = ["--prompt-length", "4", "--new-tokens", "8", "--steps", "2"]

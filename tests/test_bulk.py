@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from models import needs_transformers_5
 
 from nap_decode import CanvasTemplate, CommittedReuse, Denoiser, NapDecodeError, ParallelForcedSampler, demo, presets
 from nap_decode.bulk import BulkDecoder, BulkPrompt, cut_into_parts, generate, read_prompts, read_results, row_seed
@@ -297,7 +296,6 @@ bulk.generate(rows, sampler, sys.argv[1], rows_per_part=4, progress=lambda line:
 """
 
 
-@needs_transformers_5
 def test_a_killed_run_continues(embedded, tmp_path):
     killed = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True)
     for _ in range(3):

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
-from models import MASK, PAD, TRANSFORMERS_5, VOCABULARY, DreamLike, LLaDALike, Remote, needs_transformers_5, tiny_model
+from models import MASK, PAD, VOCABULARY, DreamLike, LLaDALike, Remote, needs_is_causal, tiny_model
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -152,7 +152,7 @@ def test_hooks_of_others_on_the_output_layer():
 
 
 @torch.no_grad()
-@pytest.mark.skipif(not TRANSFORMERS_5, reason="they wait in transformers 4")
+@needs_is_causal
 def test_native_models_are_handed_the_mask_that_they_would_make():
     model = tiny_model()
     denoiser, masks = Denoiser(model, mask_token_id=MASK), []
@@ -170,7 +170,7 @@ def test_native_models_are_handed_the_mask_that_they_would_make():
     assert given[-1].dtype == torch.int64
 
 
-@needs_transformers_5
+@needs_is_causal
 def test_who_is_not_handed_a_mask_like_that(monkeypatch):
     class Mine(transformers.LlamaForCausalLM):
         """May do something else with its mask."""

@@ -111,8 +111,6 @@ def test_closed_blocks(denoiser):
 
 def test_parts_that_remember_are_refused(tiny):
     for name in ("klass", "wino", "lopa", "credit", "llada21_editing"):
-        if name == "wino" and name not in [p.values[0] for p in NAMES if not p.marks]:
-            continue
         with pytest.raises(NapDecodeError, match='use compile="kernels"'):
             make(Denoiser(tiny, Words()), name).replace(compile="graphs")
 

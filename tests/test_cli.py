@@ -8,7 +8,6 @@ import subprocess
 import sys
 
 import pytest
-from models import needs_transformers_5
 from safetensors.torch import load_file, save_file
 
 from nap_decode import CanvasTemplate, DecodeTrace, Denoiser, NapDecodeError, demo, presets
@@ -17,7 +16,6 @@ from nap_decode.decoding import Decoding
 from nap_decode.denoiser import no_model
 from nap_decode.integrations.ray import BULK
 
-pytestmark = needs_transformers_5
 MODEL = ["--model", str(demo.CHECKPOINT)]
 PROMPT = ["--prompt", "6 0 6 4 6 2 1 2 4 7 0 6 ="]
 PLACES = ["--path-length", "11", "--summary-length", "2"]

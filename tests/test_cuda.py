@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import Words, needs_transformers_5, tiny_model
+from models import Words, tiny_model
 from test_presets import NAMES, PROMPTS, make
 
 from nap_decode import Denoiser, MicroConfidenceCommitter
 from nap_decode.decoding import Decoding
 from nap_decode.randomness import row_seeds
 
-pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
-    needs_transformers_5,
-]
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
 
 @pytest.fixture(scope="module")

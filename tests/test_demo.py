@@ -6,7 +6,6 @@ import re
 
 import numpy as np
 import pytest
-from models import needs_transformers_5
 
 from nap_decode import NapDecodeError, ParallelForcedSampler, demo, presets
 from nap_decode.demo.problems import NimSum, running_totals, sample_problems
@@ -51,7 +50,6 @@ def test_the_embedded_model_solves_held_out_problems(embedded):
         assert set(out.finish_reason) == {"end"}
 
 
-@needs_transformers_5
 def test_demo_prints_a_canvas_and_a_table():
     file = io.StringIO()
     run_demo(problems=3, tokens_per_step=(6, 12), file=file)
@@ -94,7 +92,6 @@ def test_the_embedded_models_are_those_of_the_study():
     assert sum(file.stat().st_size for file in demo.CHECKPOINT.parent.rglob("*") if file.is_file()) < 8e6
 
 
-@needs_transformers_5
 def test_the_chain_model_solves_held_out_problems():
     model, tokenizer = demo.load("chain")
     problems = sample_problems(40, HELD_OUT_SEED + 1)

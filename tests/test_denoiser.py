@@ -24,7 +24,9 @@ from models import (
     TableModel,
     Words,
     blocks,
+    needs_is_causal,
     needs_transformers_5,
+    plain_model,
     tiny_model,
 )
 from torch import nn
@@ -178,7 +180,7 @@ class Wrapped(nn.Module):
 
     def __init__(self, model_type):
         super().__init__()
-        self.tiny = tiny_model()
+        self.tiny = plain_model()
         self.config = transformers.PretrainedConfig(vocab_size=VOCABULARY)
         self.config.model_type = model_type
         self.masks = []
@@ -194,7 +196,7 @@ class Wrapped(nn.Module):
         return self.tiny(input_ids=input_ids, attention_mask=attention_mask)
 
 
-@needs_transformers_5  # before, BERT takes no 4-D mask
+@needs_is_causal
 @torch.no_grad()
 def test_dream_is_shifted_and_takes_a_4d_mask(ragged):
     model = Wrapped("Dream")

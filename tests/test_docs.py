@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models import needs_transformers_5
 
 import nap_decode
 from nap_decode import NapDecodeError, cli
@@ -224,7 +223,6 @@ def test_data_are_valid(block):
 RUN = [block for block in BLOCKS if is_ours(block) and not block.needs]
 
 
-@needs_transformers_5
 @pytest.mark.parametrize("page", sorted({block.page for block in RUN}), ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

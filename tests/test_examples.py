@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import torch
-from models import needs_transformers_5
 from transformers import BertConfig, BertForMaskedLM
 
 from nap_decode import CanvasTemplate, Denoiser, DriftReuse, PromptReuse, presets
@@ -41,7 +40,6 @@ def test_the_tables_of_presets_are_those_of_the_results():
     assert f"{record['problems']} held-out problems" in page
 
 
-@needs_transformers_5
 def test_comparing_presets(embedded):
     example = load_example("compare_presets")
     template = CanvasTemplate.nap(NUM_PATHS, path_length=PATH_LENGTH, summary_length=SUMMARY_LENGTH)
@@ -75,7 +73,6 @@ def test_the_frontier_of_reuse():
     assert table.splitlines()[-1] == "| any | 4 | 98.0 | - | - |"
 
 
-@needs_transformers_5
 def test_following_an_exact_decode():
     example = load_example("study_reuse")
     shape = example.Shape(hidden=32, layers=2, heads=2, intermediate=64, vocab=100)

@@ -5,7 +5,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from models import needs_transformers_5
 
 NEEDS = {"real_weights": "rxnmapper"}  # packages of which a notebook uses the files
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "examples" / "notebooks").glob("*.ipynb"))
@@ -26,7 +25,6 @@ def test_no_outputs_are_committed(path):
     assert set(notebook["metadata"]) <= {"kernelspec", "language_info"}
 
 
-@needs_transformers_5
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("default")  # jupyter's own; ours are looked for in the outputs
 def test_notebook_runs(path, tmp_path, monkeypatch):

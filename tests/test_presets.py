@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import reference
 import torch
-from models import KNOWN, MASK, PAD, VOCABULARY, TableModel, Words, needs_transformers_5
+from models import KNOWN, MASK, PAD, VOCABULARY, TableModel, Words
 from reference import law
 
 from nap_decode import (
@@ -58,8 +58,7 @@ OPTIONS = {
     "parallel_forced": {"tokens_per_step": 3},
     "mdlm_first_hitting": {},
 }
-# Leave-one-out needs a 4-D mask, which decoders honour since transformers 5.
-NAMES = [pytest.param(name, marks=needs_transformers_5 if name == "wino" else ()) for name in presets.PRESETS]
+NAMES = list(presets.PRESETS)
 
 
 @pytest.fixture(scope="module")
@@ -302,7 +301,6 @@ def test_editing_agrees_with_the_reference(tiny, denoiser):
     assert edits > 3
 
 
-@needs_transformers_5
 def test_wino_agrees_with_the_reference(denoiser):
     threshold, back_threshold, length, block_length = 0.2, 0.3, 16, 8
     sampler = make(denoiser, "wino", block_length=block_length)
@@ -337,7 +335,6 @@ def test_wino_agrees_with_the_reference(denoiser):
     assert again > 3
 
 
-@needs_transformers_5
 def test_hiding_slots_does_not_depend_on_rows_with_more_of_them(denoiser):
     """Rows of one length without padding, but with different numbers of slots to hide."""
     texts = [[5, MASK, 7, MASK, 8, 6, 9, MASK], [MASK] * 8, [5, 6, 7, 8, 9, MASK, MASK, 5]]

@@ -32,7 +32,7 @@ from nap_decode import (
 from nap_decode.reuse import Kept
 
 POLICIES = [PromptReuse, CommittedReuse, BlockReuse, DriftReuse]
-PRESETS = [param.values[0] for param in NAMES]
+PRESETS = NAMES
 
 
 class Everything(Reuse):

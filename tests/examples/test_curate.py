@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from models import needs_transformers_5
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -110,7 +109,6 @@ def words(ids):
 # --------------------------------------------------------------------------------------------- the canvas
 
 
-@needs_transformers_5
 def test_the_canvas_is_that_of_the_decoder(run, embedded):
     rows, report = run(too_long="truncate", num_paths=2)
     assert [row["id"] for row in rows] == [str(n) for n in range(6)]
@@ -515,7 +513,6 @@ def test_the_student_needs_its_tokens(run, tmp_path, missing, message):
         assert (len(rows), report["mask_token_id"]) == (6, MASK)
 
 
-@needs_transformers_5
 def test_ids_are_those_of_the_decoder(example, embedded):
     model, tokenizer = embedded
     words = ("--student", str(demo.CHECKPOINT), "--teacher", "-", "--input", "-", "--output", "-")

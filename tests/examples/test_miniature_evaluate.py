@@ -4,7 +4,6 @@ import shutil
 
 import numpy as np
 import pytest
-from models import needs_transformers_5
 from study_results import make_result
 
 from examples.miniature import evaluate as evaluating
@@ -19,8 +18,6 @@ from examples.miniature.evaluate import (
     write_results,
 )
 from nap_decode import MacroParallelScheduler, NapDecodeError, Sampler, demo
-
-pytestmark = needs_transformers_5
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,4 @@
 import pytest
-from models import needs_transformers_5
 from study_results import make_all_results, make_result
 
 from examples.miniature import figures
@@ -66,7 +65,6 @@ def test_arness(drawn, tmp_path):
     assert [container.lines[0].get_xdata()[0] for container in ax.containers] == [0.75, 0.5]
 
 
-@needs_transformers_5
 def test_orders(drawn, tmp_path):
     figures.draw_orders(tmp_path / "figure.png")
     titles = [ax.get_title() for ax in drawn[0].axes]

@@ -1,5 +1,4 @@
 import pytest
-from models import needs_transformers_5
 
 from examples.miniature import run as running
 from examples.miniature.evaluate import RESULTS_FILE, read_results
@@ -27,7 +26,6 @@ def test_the_plans():
     assert list(Plan(("a", "b"), (0, 1)).models()) == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
 
 
-@needs_transformers_5
 def test_from_nothing_to_results(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(running, "CONFIGS", tmp_path)
     (tmp_path / "one.yaml").write_text(TINY)

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import needs_transformers_5
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.miniature import train as training
@@ -90,7 +89,6 @@ def weights(directory):
     return AutoModelForCausalLM.from_pretrained(directory).state_dict()
 
 
-@needs_transformers_5
 def test_training_is_determined_by_the_seed_and_can_be_interrupted(tmp_path, monkeypatch):
     train(TINY, 1, tmp_path / "whole")
     train(TINY, 2, tmp_path / "other")
@@ -126,7 +124,6 @@ def test_training_is_determined_by_the_seed_and_can_be_interrupted(tmp_path, mon
     assert tokenizer.mask_token == "<mask>"
 
 
-@needs_transformers_5
 def test_it_learns(tmp_path):
     """A few steps bring the loss from that of guessing any word to that of guessing digits."""
     config = dataclasses.replace(TINY, stages=(Stage(80, 5e-2),), batch=32)

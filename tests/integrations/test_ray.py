@@ -10,7 +10,6 @@ import sys
 import time
 
 import pytest
-from models import needs_transformers_5
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("ray")
@@ -19,8 +18,6 @@ from pyarrow import parquet
 
 from nap_decode import CanvasTemplate, ParallelForcedSampler, demo
 from nap_decode.bulk import generate, read_results
-
-pytestmark = needs_transformers_5
 
 # A worker that has decoded a part, but not written it, and finds the file `kill`, dies of it.
 SCRIPT = """
