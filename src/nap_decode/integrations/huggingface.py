@@ -2,90 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nap_decode import foreign
 from nap_decode.errors import NapDecodeError
 from nap_decode.integrations._shared import bind, refuse
 from nap_decode.live import Streams
 from nap_decode.output import SamplerOutput
 from nap_decode.sampler import Sampler
 from nap_decode.trace import ends_before
-
-# ---- What is known of transformers ----
-# Names that users write, and names of logits processors.  What is not here is refused if somebody gave it.
-
-_ARGUMENTS = ("inputs", "generation_config", "use_model_defaults", "logits_processor", "stopping_criteria")
-_INPUTS = ("input_ids", "attention_mask")
-
-_LENGTH = ("max_length", "max_new_tokens", "num_return_sequences", "return_dict_in_generate")
-_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-_PROCESSED = ("suppress_tokens", "bad_words_ids", "sequence_bias", "repetition_penalty", "remove_invalid_values")
-_NEITHER = ("use_cache", "disable_compile", "transformers_version", "renormalize_logits")
-_HONOURED = {*_LENGTH, *_IDS, *_PROCESSED, *_NEITHER, "do_sample"}
-# A checkpoint says these of its usual decoding.  They ask for something if it is the call that has them.
-_CACHE = ("cache_implementation", "cache_config", "compile_config")
-_DRAWS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
-
-_PENALTY = "RepetitionPenaltyLogitsProcessor"
-_BIAS = "SequenceBiasLogitsProcessor"  # from which that of bad_words_ids inherits
-_PROCESSORS = {"SuppressTokensLogitsProcessor", "InfNanRemoveLogitsProcessor", "LogitNormalization", _PENALTY, _BIAS}
-
-
-@dataclass(frozen=True)
-class _Given:
-    """Arguments of a call of ``generate``, as opposed to what it makes for its own loops."""
-
-    named: Mapping[str, Any]
-    """Those in its signature that do not have their defaults."""
-    keywords: Mapping[str, Any]
-    """The others, for the generation config and the model, without those of :func:`custom_generate`."""
-
-    @staticmethod
-    def to_generate(model: Any) -> _Given | None:
-        """Arguments of the call of the model's ``generate`` that is under way; None if there is none.
-
-        ``generate`` drops some of its arguments (a streamer, an assistant model), and passes others on among what it
-        makes, whose names change from release to release.  Its frame has them all, under the names that users write.
-        """
-        from transformers import GenerationMixin
-
-        function = inspect.unwrap(GenerationMixin.generate)
-        (this, *parameters) = inspect.signature(function).parameters.values()
-        frame = inspect.currentframe()
-        while frame is not None and (
-            frame.f_code is not function.__code__ or frame.f_locals.get(this.name) is not model
-        ):
-            frame = frame.f_back
-        if frame is None:
-            return None
-        named, keywords = {}, {}
-        for parameter in parameters:
-            value = frame.f_locals.get(parameter.name, parameter.default)
-            if parameter.kind is parameter.VAR_KEYWORD:
-                keywords = dict(value)
-            elif value is not parameter.default:
-                named[parameter.name] = value
-        return _Given(named, keywords)
-
-
-def _calls_functions() -> bool:
-    """Whether ``generate`` takes a function as ``custom_generate``; before 4.57, if any, the name of a repository."""
-    from transformers import GenerationMixin
-
-    parameter = inspect.signature(GenerationMixin.generate).parameters.get("custom_generate")
-    return parameter is not None and (
-        parameter.annotation is parameter.empty or "Callable" in str(parameter.annotation)
-    )
-
-
-# ---- The integration ----
 
 
 def for_generate(sampler: Sampler) -> Callable[..., Tensor | SamplerOutput]:
@@ -94,7 +25,7 @@ def for_generate(sampler: Sampler) -> Callable[..., Tensor | SamplerOutput]:
     Raises:
         NapDecodeError: ``generate`` of this release of transformers calls no functions.
     """
-    if not _calls_functions():
+    if not foreign.generate_calls_functions():
         import transformers
 
         raise NapDecodeError(
@@ -142,10 +73,12 @@ def custom_generate(
         NapDecodeError: something that is not honoured.
     """
     bind(sampler, model, lambda: sampler.denoiser)
-    given = _Given.to_generate(model)
+    given = foreign.GivenToGenerate.under_way(model)
     attention_mask = model_kwargs.pop("attention_mask", None)
     if given is None:  # somebody else calls, and means what is passed
-        given = _Given({"stopping_criteria": stopping_criteria, "logits_processor": logits_processor}, model_kwargs)
+        given = foreign.GivenToGenerate(
+            {"stopping_criteria": stopping_criteria, "logits_processor": logits_processor}, model_kwargs
+        )
     _check_made({name: value for name, value in model_kwargs.items() if name not in given.keywords})
     _check_named(given.named)
     _check_config(generation_config, sampler, getattr(model, "generation_config", None), given.keywords)
@@ -188,7 +121,7 @@ def custom_generate(
 
 def _check_named(arguments: Mapping[str, Any]) -> None:
     """Refuse arguments that ``generate`` has for its own loops alone, and criteria other than those it makes."""
-    known = (*_ARGUMENTS, "custom_generate")
+    known = (*foreign.GENERATE_ARGUMENTS, "custom_generate")
     dropped = {name: value for name, value in arguments.items() if name not in known and value is not False}
     why = "it is for generate's own loops"
     refuse(dropped, {}, f"{why}; a streamer can be passed as stream_to=" if "streamer" in dropped else why)
@@ -201,21 +134,24 @@ def _check_named(arguments: Mapping[str, Any]) -> None:
 
 def _check_config(config: Any, sampler: Sampler, checkpoint: Any, keywords: Mapping[str, Any]) -> None:
     """Refuse options that would have no effect, except what the checkpoint alone says of caches and of drawing."""
-    from transformers import GenerationConfig
-
-    neutral = vars(GenerationConfig()) | getattr(GenerationConfig, "_get_default_generation_params", dict)()
+    neutral = foreign.neutral_options()
     usual = {} if checkpoint is None else vars(checkpoint)
-    options = {name: value for name, value in vars(config).items() if name[0] != "_" and name not in _HONOURED}
+    options = {
+        name: value for name, value in vars(config).items() if name[0] != "_" and name not in foreign.HONOURED_OPTIONS
+    }
     given = {
         name: value
         for name, value in options.items()
         if name in keywords or value not in (usual.get(name), neutral.get(name))
     }
-    draws = {name: given[name] for name in _DRAWS if name in given}
+    draws = {name: given[name] for name in foreign.DRAWING_OPTIONS if name in given}
     asked = {
-        name: value for name, value in options.items() if name in given or (name in neutral and name not in _CACHE)
+        name: value
+        for name, value in options.items()
+        if name in given or (name in neutral and name not in foreign.CACHE_OPTIONS)
     }
-    asked = {name: value for name, value in asked.items() if value and name not in _DRAWS}  # False, 0 ask nothing
+    # False and 0 ask nothing.
+    asked = {name: value for name, value in asked.items() if value and name not in foreign.DRAWING_OPTIONS}
     refuse(asked, neutral, f"{type(sampler).__name__} does not implement it")
     why = "the sampler draws as it was made to; give these options to it"
     if sampler.committer.is_random:
@@ -244,7 +180,7 @@ def _check_inputs(input_ids: Tensor, attention_mask: Tensor | None, given: Mappi
     """Refuse inputs of the model, but for those that a decode is the same with as without."""
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     for name, value in given.items():
-        if value is None or value is False or name in _INPUTS:
+        if value is None or value is False or name in foreign.GENERATE_INPUTS:
             continue
         if "position" in name and isinstance(value, Tensor):
             if bool((value != mask.cumsum(1) - 1)[mask.bool()].any()):
@@ -262,7 +198,7 @@ def _check_inputs(input_ids: Tensor, attention_mask: Tensor | None, given: Mappi
             )
 
 
-def _processors(processors: Sequence[Any], config: Any, given: _Given) -> list[Any]:
+def _processors(processors: Sequence[Any], config: Any, given: foreign.GivenToGenerate) -> list[Any]:
     """Those that may be called with a whole canvas.  A class that is not transformers' is taken at its word."""
     kept = []
     for processor in processors:
@@ -271,15 +207,15 @@ def _processors(processors: Sequence[Any], config: Any, given: _Given) -> list[A
             kept.append(processor)
             continue
         is_given = any(processor is other for other in given.named.get("logits_processor") or ())
-        draws = {name: getattr(processor, name) for name in _DRAWS if hasattr(processor, name)}
+        draws = {name: getattr(processor, name) for name in foreign.DRAWING_OPTIONS if hasattr(processor, name)}
         if draws and config.do_sample and not is_given and draws.items() <= vars(config).items():
             continue  # generate's or the checkpoint's default, see _check_config
-        if kind.__name__ == _PENALTY and not is_given:
+        if kind.__name__ == foreign.PENALTY and not is_given:
             processor = kind(processor.penalty)  # without generate's count of padding, which is on the left
-        what = None if kind.__name__ in _PROCESSORS else ""
-        if kind.__name__ == _BIAS and any(len(ids) > 1 for ids in processor.sequence_bias):
+        what = None if kind.__name__ in foreign.WHOLE_CANVAS_PROCESSORS else ""
+        if kind.__name__ == foreign.BIAS and any(len(ids) > 1 for ids in processor.sequence_bias):
             what = " for sequences of several tokens"
-        elif kind.__name__ == _PENALTY and processor.prompt_ignore_length:
+        elif kind.__name__ == foreign.PENALTY and processor.prompt_ignore_length:
             what = " with prompt_ignore_length"
         if what is not None:
             raise NapDecodeError(
