@@ -195,11 +195,26 @@ class Quantised(nn.Linear):
         return super().forward(hidden)
 
 
+class QuantisedWeight(torch.Tensor):
+    """As torchao's: the layer is a plain one, but its weight is not, and takes no empty input."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is nn.functional.linear:
+            assert args[0].numel()
+        return super().__torch_function__(function, types, args, kwargs)
+
+
 @torch.no_grad()
-def test_other_output_layers_are_never_called_with_nothing():
+@pytest.mark.parametrize("part", ["layer", "weight"])
+def test_other_output_layers_are_never_called_with_nothing(part):
     model = tiny_model()
     expected = ask(Denoiser(model, mask_token_id=MASK), 2, 5)
-    model.get_output_embeddings().__class__ = Quantised
+    layer = model.get_output_embeddings()
+    if part == "layer":
+        layer.__class__ = Quantised
+    else:
+        layer.weight = nn.Parameter(layer.weight.detach().as_subclass(QuantisedWeight), requires_grad=False)
     denoiser = Denoiser(model, mask_token_id=MASK)
     assert not denoiser._call.head.is_late
     torch.testing.assert_close(ask(denoiser, 2, 5), expected, rtol=0, atol=1e-9)

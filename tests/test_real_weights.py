@@ -12,7 +12,7 @@ from random import Random
 import pytest
 import torch
 
-from nap_decode import CommittedReuse, Denoiser, NapDecodeError, presets
+from nap_decode import CommittedReuse, Denoiser, Reuse, presets
 
 MISSING = [package for package in ("rxnmapper", "sapiens") if find_spec(package) is None]
 pytestmark = [
@@ -188,10 +188,24 @@ def test_what_a_denoiser_knows_of_them(loaded):
     assert denoiser.mask_token_id == tokenizer.mask_token_id
 
 
-def test_layers_that_are_shared_cannot_keep_keys_and_values():
-    model, tokenizer, _ = load("rxnmapper")  # ALBERT calls one layer twelve times
-    with pytest.raises(NapDecodeError, match="cannot reuse keys and values"):
-        Denoiser(model, tokenizer, reuse=CommittedReuse())
+class Everything(Reuse):
+    """Computes everything that is there, but as a choice: what is kept is right if that is exact."""
+
+    def select(self, glance):
+        return glance.present
+
+
+def test_keys_and_values_are_reused(loaded):
+    """Also of a layer that is called twelve times, as ALBERT's is."""
+    model, tokenizer, texts = loaded
+    masked = list(tokenizer(texts[0])["input_ids"])
+    masked[3:9] = [tokenizer.mask_token_id] * 6
+    outputs = [
+        presets.llada_low_confidence(Denoiser(model, tokenizer, reuse=reuse), tokens_per_step=1).infill([masked])
+        for reuse in (None, Everything(), CommittedReuse())
+    ]
+    assert outputs[1].sequences.tolist() == outputs[0].sequences.tolist()
+    assert outputs[2].positions_forwarded[0] < outputs[2].positions_exact[0] / 2
 
 
 def test_the_page_shows_the_table():
