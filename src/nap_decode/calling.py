@@ -72,7 +72,7 @@ class ModelCall:
         weights = [next(layer.parameters(), None) for layer in (self.input_embeddings, self.head.layer) if layer]
         return (
             hash(tuple((id(part), type(part)) for part in parts)),
-            *((tuple(w.shape), w.dtype, w.device) for w in weights if w is not None),
+            *((type(w), tuple(w.shape), w.dtype, w.device) for w in weights if w is not None),
             foreign.attention_kind(self.config),
             foreign.claims_both_ways(self.config),
         )

@@ -338,7 +338,9 @@ def test_every_argument_of_generate_has_an_effect_or_is_refused(model, generate,
         generate(**{name: model if name == "assistant_model" else GIVEN.get(name, object())})
 
 
-@pytest.mark.parametrize("criterion", [transformers.MaxLengthCriteria(8), transformers.EosTokenCriteria(5)], ids=["length", "end"])
+@pytest.mark.parametrize(
+    "criterion", [transformers.MaxLengthCriteria(8), transformers.EosTokenCriteria(5)], ids=["length", "end"]
+)
 @pytest.mark.filterwarnings("ignore:A custom stopping criteria")
 def test_criteria_of_the_callers_own(generate, criterion):
     with pytest.raises(NapDecodeError, match=f"{type(criterion).__name__} cannot stop a decoder"):
