@@ -103,7 +103,6 @@ def test_other_canvases(capsys):
             [*PLACES, "--scheduler", "any-order", "--share-last-step"],
             "--share-last-step goes with --scheduler",
         ),
-        ([], "takes 1040 positions .* but the model has 256"),
     ],
 )
 def test_bad_input(capsys, arguments, message):

@@ -148,8 +148,8 @@ def test_budgets_are_kept_and_steps_are_saved(data):
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        ((-1,), "an id of close_on"),
-        ((1.5,), "an id of close_on"),
+        ((-1,), "token id of close_on"),
+        ((1.5,), "token id of close_on"),
         ((MASK,), "never emits"),
         ((99,), "never emits"),
         ("eos", "must be token ids"),

@@ -161,6 +161,7 @@ class MicroConfidenceCommitter(Committer):
     def __post_init__(self) -> None:
         check_between("temperature", self.temperature, 0.0, math.inf)
         check_flag("scores_proposal", self.scores_proposal)
+        check_flag("model_precision", self.model_precision)
         if 0 < self.temperature < 1e-6:
             raise NapDecodeError(f"temperature must be 0 or at least 1e-6, but is {self.temperature!r}")
         if self.top_k is not None:

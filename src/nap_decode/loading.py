@@ -71,8 +71,7 @@ def load_all(loader: Any, path: str | PathLike[str], **options: Any) -> Any:
         options: those of its ``from_pretrained``.
 
     Raises:
-        NapDecodeError: parameters that the checkpoint does not have, or has in other shapes.  Buffers may be missing:
-            these are computed, not learnt.
+        NapDecodeError: parameters that the checkpoint does not have, or has in other shapes.
 
     Warns:
         UserWarning: the model's own code loads it, and does not say what was missing.
@@ -101,7 +100,8 @@ def load_all(loader: Any, path: str | PathLike[str], **options: Any) -> Any:
         )
         return loaded
     model, info = loaded
-    missing = sorted(set(info["missing_keys"]).difference(name for name, _ in model.named_buffers()))
+    # Those that are tied count once, and buffers, which are computed and not learnt, do not.
+    missing = sorted(name for name, _ in model.named_parameters() if name in info["missing_keys"])
     if missing:
         unexpected = sorted(info["unexpected_keys"])
         hint = f", which has {len(unexpected)} others, such as {unexpected[0]}" if unexpected else ""

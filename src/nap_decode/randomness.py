@@ -41,7 +41,7 @@ def wrap(seed: Any) -> int:
     Raises:
         NapDecodeError: ``seed`` is no whole number.
     """
-    if not is_whole(seed):
+    if not (is_whole(seed) or (isinstance(seed, Tensor) and seed.ndim == 0 and seed.dtype == torch.int64)):
         raise NapDecodeError(f"a seed must be a whole number, but is {seed!r}")
     return (int(seed) + 2**63) % 2**64 - 2**63
 

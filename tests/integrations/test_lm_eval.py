@@ -199,7 +199,7 @@ def test_a_plain_canvas_is_as_long_as_the_task_says(make, embedded):
     lm = make(sampler="left_to_right")
     texts = lm.generate_until(requests(QUESTIONS[:3], max_gen_toks=6, until=[]), disable_tqdm=True)
     out = presets.left_to_right(*embedded)(QUESTIONS[:3], max_new_tokens=6)
-    assert texts == out.text
+    assert texts == [text.lstrip() for text in out.text]  # as the harness has it, without the space before it
     assert [text.cost.forward_passes for text in texts] == [6, 6, 6]
     with pytest.raises(NapDecodeError, match="max_gen_toks=256 leaves no room"):
         lm.generate_until(requests(QUESTIONS[:1]), disable_tqdm=True)
