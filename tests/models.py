@@ -45,7 +45,31 @@ class Words:
 
 
 def tiny_model(**options) -> transformers.PreTrainedModel:
-    """A bidirectional Llama with random weights, in float64."""
+    """A Llama with random weights, in float64, that attends both ways, also where a release does not read that.
+
+    So it can be called by a reference; :func:`untold_model` is as the release makes it.
+    """
+    model = untold_model(**options)
+    if not READS_IS_CAUSAL and model.config.is_causal is False:
+        model.register_forward_pre_hook(_tell, with_kwargs=True)
+    return model
+
+
+def _tell(module, args, kwargs):
+    """Make a flat mask, or none, one that lets every position see both ways."""
+    ids = kwargs["input_ids"] if "input_ids" in kwargs else kwargs.get("inputs_embeds", args[0] if args else None)
+    mask = kwargs.get("attention_mask")
+    if mask is not None and mask.ndim > 2:
+        return None
+    there = torch.ones(ids.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+    seen = there[:, None, None].expand(-1, -1, ids.shape[1], -1)
+    dtype = module.dtype
+    told = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+    return args, {**kwargs, "attention_mask": told}
+
+
+def untold_model(**options) -> transformers.PreTrainedModel:
+    """The same as the installed release makes it, which may look back only unless a mask says otherwise."""
     options = {
         "vocab_size": VOCABULARY,
         "hidden_size": 16,
@@ -64,7 +88,7 @@ def tiny_model(**options) -> transformers.PreTrainedModel:
 
 
 def _reads_is_causal() -> bool:
-    model = tiny_model()
+    model = untold_model()
     rows = torch.tensor([[MASK, 5], [MASK, 6]])
     one, other = model(input_ids=rows).logits[:, 0]
     return not torch.equal(one, other)
@@ -74,17 +98,6 @@ READS_IS_CAUSAL = _reads_is_causal()
 needs_is_causal = pytest.mark.skipif(
     not READS_IS_CAUSAL, reason="decoders of this release attend both ways only if a mask says so"
 )
-
-
-def plain_model() -> transformers.PreTrainedModel:
-    """A model that attends both ways without being told, in float64: a Llama, or a BERT where that does not."""
-    if READS_IS_CAUSAL:
-        return tiny_model()
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = transformers.BertConfig(vocab_size=VOCABULARY, initializer_range=0.6, pad_token_id=PAD, **sizes)
-        return transformers.BertForMaskedLM(config).to(torch.float64).eval()
 
 
 class TableModel:

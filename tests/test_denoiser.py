@@ -26,7 +26,6 @@ from models import (
     blocks,
     needs_is_causal,
     needs_transformers_5,
-    plain_model,
     tiny_model,
 )
 from torch import nn
@@ -69,6 +68,8 @@ DECODERS = {"Llama": {}, "Qwen2": {}, "Qwen3": {"head_dim": 8}, "Mistral": {"hea
 
 
 def build(name, **options):
+    if not hasattr(transformers, f"{name}Config"):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
     kind = "ForMaskedLM" if name in MASKED else "ForCausalLM"
     options = SMALL | (MASKED.get(name) or DECODERS.get(name, {})) | options
     if name in DECODERS:
@@ -81,8 +82,6 @@ def build(name, **options):
 
 @pytest.fixture(scope="module", params=[*MASKED, *DECODERS])
 def model(request):
-    if not hasattr(transformers, f"{request.param}Config"):
-        pytest.skip(f"transformers {transformers.__version__} has no {request.param}")
     return build(request.param)
 
 
@@ -180,7 +179,7 @@ class Wrapped(nn.Module):
 
     def __init__(self, model_type):
         super().__init__()
-        self.tiny = plain_model()
+        self.tiny = tiny_model()
         self.config = transformers.PretrainedConfig(vocab_size=VOCABULARY)
         self.config.model_type = model_type
         self.masks = []

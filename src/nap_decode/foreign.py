@@ -117,6 +117,13 @@ def text_config(module: Any) -> Any:
     return part
 
 
+def precision_argument() -> str:
+    """The name by which ``from_pretrained``, ``from_config`` and configs take a precision; torch_dtype before 4.56."""
+    from transformers import PretrainedConfig
+
+    return "dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype"
+
+
 def claims_both_ways(config: Any) -> bool:
     """Whether a config says of a decoder that it attends both ways."""
     return getattr(config, "is_causal", None) is False
@@ -216,6 +223,8 @@ def _cache_class() -> type[Any]:
         """What a decoder hands its keys and values to; knows of no past, so that positions are those passed."""
 
         def __init__(self, update: Update, width: int) -> None:
+            if isinstance(self, nn.Module):  # in releases before 4.48; what it is made of does not matter
+                nn.Module.__init__(self)
             self.put, self.width = update, width
             self.layers: list[Any] = []  # none that transformers knows of
 

@@ -8,6 +8,7 @@ from os import PathLike
 from typing import Any
 
 from nap_decode.errors import NapDecodeError
+from nap_decode.foreign import precision_argument
 
 
 def load_checkpoint(
@@ -42,8 +43,7 @@ def load_checkpoint(
     config = transformers.AutoConfig.from_pretrained(path, **trust)
     if bidirectional:
         config.is_causal = False
-    # What releases before 4.56 call torch_dtype, in configs as in from_pretrained.
-    options = {"dtype" if hasattr(transformers.PretrainedConfig(), "dtype") else "torch_dtype": dtype}
+    options = {precision_argument(): dtype}
     model = load_all(auto_class(config), path, config=config, **options, **trust)
     return model.to(device).eval(), transformers.AutoTokenizer.from_pretrained(path, **trust)
 

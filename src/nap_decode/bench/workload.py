@@ -14,6 +14,7 @@ from nap_decode.canvas import Block, Canvas, CanvasTemplate
 from nap_decode.committers import MicroConfidenceCommitter
 from nap_decode.denoiser import Denoiser
 from nap_decode.errors import NapDecodeError, check_integer, check_name
+from nap_decode.foreign import precision_argument
 from nap_decode.schedulers import BlockScheduler, MacroParallelScheduler, SemiAutoregressiveScheduler
 
 SCHEDULERS: dict[str, type[BlockScheduler]] = {
@@ -76,7 +77,7 @@ class Shape:
         return cls(**sizes)
 
     def build(self, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0) -> Any:
-        """The model, made where it shall live and in its precision; needs transformers 5, see :class:`Denoiser`."""
+        """The model, made where it shall live and in its precision."""
         import transformers
 
         config = transformers.LlamaConfig(
@@ -98,7 +99,7 @@ class Shape:
         device = torch.device(device)
         with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
             torch.manual_seed(seed)
-            return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+            return transformers.AutoModelForCausalLM.from_config(config, **{precision_argument(): dtype}).eval()
 
 
 SHAPES = {
