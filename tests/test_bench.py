@@ -124,6 +124,7 @@ def test_models_that_are_more_than_body_and_output_layer(tiny):
     assert result.ratios["attainable_by_head"] == [1.0]
 
 
+@needs_is_causal
 def test_masks_that_are_not_made(tiny):
     denoiser = Denoiser(tiny, mask_token_id=1, family=ModelFamily(name="Four", attention="4d"))
     one_length = Workload(prompt_length=4, new_tokens=6, steps=2, batch_size=2)

@@ -361,6 +361,11 @@ class Denoiser:
         return cost if cost is None or self.cfg_scale == 0 else dataclasses.replace(cost, branches=2)
 
     @property
+    def must_be_told(self) -> bool:
+        """Whether the model looks ahead only if a 4-D mask says so, since its release does not read ``is_causal``."""
+        return self._call.must_be_told
+
+    @property
     def is_split(self) -> bool:
         """Whether the model's parameters are on several devices."""
         return self._call.is_split

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from nap_decode.attention import additive
 from nap_decode.bench.workload import Workload, banned_ids
 from nap_decode.canvas import Canvas
 from nap_decode.denoiser import Denoiser
@@ -37,6 +38,9 @@ class Parts:
             )
         self.shift = family.shift
         self.options: dict[str, Any] = {"attention_mask": canvas.attention_mask} if canvas.is_padded else {}
+        if denoiser.must_be_told:
+            seen = canvas.attention_mask.bool()[:, None, None].expand(-1, -1, canvas.tokens.shape[1], -1)
+            self.options["attention_mask"] = additive(seen, self.model.dtype)
         if "use_cache" in inspect.signature(self.model.forward).parameters:
             self.options["use_cache"] = False
         self.head = self._head()
