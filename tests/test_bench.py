@@ -8,6 +8,7 @@ import re
 
 import pytest
 import torch
+from models import needs_is_causal
 from torch import nn
 
 from nap_decode import Denoiser, ModelFamily, NapDecodeError

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 import transformers
-from models import MASK, PAD, TRANSFORMERS_5, tiny_model
+from models import MASK, PAD, tiny_model
 
 from nap_decode import Block, CanvasTemplate, Denoiser, NapDecodeError, SamplerOutput, presets
 
@@ -21,11 +21,7 @@ PRESENT = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1], [0, 1, 1, 1]])
 
 @pytest.fixture(scope="module")
 def model(tiny):
-    if TRANSFORMERS_5:
-        return tiny
-    bert = transformers.BertLMHeadModel(tiny.config)  # the same, and may generate
-    bert.load_state_dict(tiny.state_dict())
-    return bert.to(torch.float64).eval()
+    return tiny
 
 
 @pytest.fixture
@@ -223,8 +219,6 @@ def test_refusals(generate, options, message):
 
 
 def test_another_model(generate, sampler):
-    if not TRANSFORMERS_5:
-        pytest.skip("the other tiny model cannot generate")
     with pytest.raises(NapDecodeError, match="the sampler is for another model"):
         tiny_model().generate(PROMPTS, custom_generate=sampler.custom_generate, max_new_tokens=2)
 
@@ -242,8 +236,6 @@ def takes_all(model, monkeypatch):
 
 
 def test_a_filled_cache(model, generate):
-    if not TRANSFORMERS_5:
-        pytest.skip("an encoder has no cache")
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     with pytest.raises(NapDecodeError, match=f"{name} cannot be used"):
         generate(PROMPTS[:1], attention_mask=PRESENT[:1], **{name: filled_cache()})
@@ -266,7 +258,7 @@ class TestGivenAndMade:
         got = model.generate(PROMPTS, attention_mask=PRESENT, custom_generate=renamed, max_new_tokens=6)
         assert torch.equal(got[:, :4], PROMPTS)
         assert "use_cache" in made
-        assert len(made) > 1 or not TRANSFORMERS_5
+        assert len(made) > 1
 
     @pytest.mark.parametrize("value", [3, 0.5, "text", [1], {"a": 1}, len])
     def test_what_generate_would_not_make(self, sampler, generate, value):
@@ -309,7 +301,7 @@ class TestGivenAndMade:
 
     def test_under_another_models_generate(self, model, sampler):
         """That call's keywords say nothing of this one."""
-        other = tiny_model() if TRANSFORMERS_5 else copy.deepcopy(model)
+        other = tiny_model()
         config = transformers.GenerationConfig(max_length=10)
 
         def outer(other, ids, **passed):
