@@ -66,7 +66,17 @@ def lora(task):
     return wrap
 
 
+@pytest.fixture(scope="module")
+def _one_process(tmp_path_factory):
+    """A group of one process, which distributed wrappers ask for."""
+    store = tmp_path_factory.mktemp("group") / "store"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
 WRAPPERS = {
+    "DDP": nn.parallel.DistributedDataParallel,
     "torch.compile": lambda module: torch.compile(module, backend="eager"),
     "DataParallel": nn.DataParallel,
     "passes on": Passes,
@@ -98,6 +108,8 @@ MODELS = {
 
 @pytest.fixture(params=WRAPPERS)
 def wrap(request):
+    if request.param == "DDP":
+        request.getfixturevalue("_one_process")
     return WRAPPERS[request.param]
 
 
@@ -422,6 +434,19 @@ def test_offloaded_models():
     for prompts in ([[5, 6]], [[5, 6], [7]]):
         ours, theirs = found(prompts, max_new_tokens=4), expected(prompts, max_new_tokens=4)
         assert ours.sequences.tolist() == theirs.sequences.tolist()
+
+
+@pytest.mark.parametrize("make", [tiny_model, lambda: Generating("Dream", mask_token_id=MASK)])
+def test_autocast(make):
+    """On the CPU, too: what the model says in it is what is decoded."""
+    model = make().float()
+    sampler = Sampler(model, mask_token_id=MASK, scheduler=AnyOrderScheduler(tokens_per_step=1))
+    shifted = int(sampler.denoiser.family.shift)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = sampler([[5, 6, 7]], max_new_tokens=1)
+        logits = model(input_ids=torch.tensor([[5, 6, 7, MASK]])).logits[0, 3 - shifted].float()
+    logits[MASK] = -torch.inf
+    assert out.sequences[0, -1] == logits.argmax()
 
 
 @pytest.mark.parametrize("pad", [-1, VOCABULARY, 1000])
