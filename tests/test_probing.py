@@ -113,6 +113,24 @@ def test_a_model_that_has_changed_is_asked_again(change, reuse):
     torch.testing.assert_close(ours.trace.confidence, theirs.trace.confidence, equal_nan=True, rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_compiled_model_that_has_changed_is_compiled_again():
+    peft = pytest.importorskip("peft")
+    torch._dynamo.reset()
+    model = tiny_model()
+    compiled = Sampler(
+        Denoiser(model, mask_token_id=MASK).compiled(backend="eager"), scheduler=AnyOrderScheduler(tokens_per_step=1)
+    )
+    plain = Sampler(Denoiser(model, mask_token_id=MASK), scheduler=AnyOrderScheduler(tokens_per_step=1))
+    before = compiled([[5, 6, 7]], max_new_tokens=6)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, lora_alpha=64)
+        peft.get_peft_model(model, config).eval()
+    ours, theirs = (one([[5, 6, 7]], max_new_tokens=6) for one in (compiled, plain))
+    assert ours.sequences.tolist() == theirs.sequences.tolist() != before.sequences.tolist()
+
+
 def test_weights_that_are_trained_are_no_change():
     model = tiny_model()
     sampler = Sampler(model, mask_token_id=MASK, scheduler=AnyOrderScheduler(steps=2))

@@ -41,8 +41,8 @@ class ARness:
             masked at the start of its step: in descending order nothing below p_c has been removed yet.
         global_upper: its upper bound (ascending positions).
         local_at: Local@k by k; 1 for left to right, nan for sequences of at most k tokens.
-        kendall_tau: tau-b between position and step, ties allowed; 1 for left to right, -1 for right to
-            left, nan if everything was committed in one step.
+        kendall_tau: tau-b between position and step, ties allowed; with one token per step 1 for left to right, -1 for
+            right to left; less with several; nan if everything was committed in one step.
         tokens_per_step: tokens by steps that commit at least one ("AFP").
         tokens_per_forward: tokens before the end of their block by forward passes ("TPF").
         blocks: the same measures for every block on its own: order and positions restricted to it.

@@ -155,8 +155,8 @@ class Denoiser:
 
         It is compiled when it is called: for the first shape ``(N, W)`` that it is called with, and at the
         first other one once for all.  Rows with padding and without are compiled apart, and so is a single
-        row.  The result is that of the model as it is now: modules that are exchanged later, such as
-        adapters, are not seen; weights are.
+        row.  The result is that of the model as it is: weights that are trained are seen, and if modules are
+        exchanged, such as for adapters, the next :meth:`check` compiles anew.
 
         Args:
             options: those of ``torch.compile``, such as ``mode="max-autotune"`` or ``fullgraph=True``.

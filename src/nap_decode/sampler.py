@@ -484,6 +484,8 @@ class Sampler:
 
     def _check(self, canvas: Canvas) -> None:
         self.denoiser.check(canvas)
+        if self._compiled[0] is not self.denoiser:
+            self._compiled[0].refresh()
         masked = (canvas.tokens == self.denoiser.mask_token_id) & canvas.attention_mask.bool()
         if bool((masked & ~canvas.decodable).any()):
             raise NapDecodeError(
