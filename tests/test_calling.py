@@ -101,6 +101,14 @@ def test_weights_of_the_copy_are_the_models_own():
 
 
 class TestNotCompiled:
+    def test_what_torch_does_not_compile(self):
+        def broken(graph, inputs):
+            raise ValueError("out of registers")
+
+        denoiser = Denoiser(DreamLike("Dream"), mask_token_id=MASK).compiled(backend=broken)
+        with pytest.raises(NapDecodeError, match=r"torch .* does not compile this \(.* Leave compile= out"):
+            ask(denoiser, 2, 5)
+
     def test_capped_logits(self):
         class Capped(Remote):
             def forward(self, input_ids, attention_mask=None):

@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor
 from typing_extensions import override
 
+from nap_decode.compiling import compiled
 from nap_decode.confidence import STATISTICS, Candidates, Confidence, find_confidence, looked_at, random
 from nap_decode.credit import Credit, Ledger
 from nap_decode.distribution import Distribution, Reduce, RoundedDistribution, reduce
@@ -228,7 +229,7 @@ class MicroConfidenceCommitter(Committer):
     def compiled(self) -> MicroConfidenceCommitter:
         other = replace(self)
         # Whatever the number of rows, of which chunks have few.
-        object.__setattr__(other, "_reduce", torch.compile(reduce, dynamic=True))
+        object.__setattr__(other, "_reduce", compiled(reduce, dynamic=True))
         return other
 
     @override

@@ -3,10 +3,42 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+
+from nap_decode.errors import NapDecodeError
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def compiled(function: Function, **options: Any) -> Function:
+    """A function through ``torch.compile``, whose failures are told as ours.
+
+    Args:
+        function: the function.
+        options: those of ``torch.compile``.
+
+    Raises:
+        NapDecodeError: when it is called: the installed torch does not compile it.
+    """
+    fast = torch.compile(function, **options)
+
+    @functools.wraps(function)
+    def call(*args: Any, **named: Any) -> Any:
+        try:
+            return fast(*args, **named)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise NapDecodeError(
+                f"torch {torch.__version__} does not compile this ({reason}); another torch, or another transformers, "
+                "may. Leave compile= out to decode without"
+            ) from error
+
+    return cast(Function, call)
 
 
 class CompiledBody:
@@ -26,7 +58,7 @@ class CompiledBody:
         self.module = _without(module, head)
         self._first_shape: torch.Size | None = None
         # Kernels for one shape are the faster ones, but a new shape must not cost a compilation each time.
-        self._first, self._other = (torch.compile(self.plain, **{"dynamic": d} | options) for d in (False, True))
+        self._first, self._other = (compiled(self.plain, **{"dynamic": d} | options) for d in (False, True))
 
     def plain(self, tokens: Tensor, options: dict[str, Any]) -> Tensor:
         """``(N, W) -> (N, W, H)``, not compiled.
