@@ -369,8 +369,8 @@ def neutral_options() -> dict[str, Any]:
     from transformers import GenerationConfig
 
     # Without the private method, options whose neutral value it alone knows are refused by name.
-    own: dict[str, Any] = getattr(GenerationConfig, "_get_default_generation_params", dict)()
-    return vars(GenerationConfig()) | own
+    neutral: dict[str, Any] = {**vars(GenerationConfig())}
+    return neutral | getattr(GenerationConfig, "_get_default_generation_params", dict)()
 
 
 def generate_calls_functions() -> bool:
