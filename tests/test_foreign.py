@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from torch import nn
 from transformers import Cache
 
 from nap_decode import AnyOrderScheduler, CommittedReuse, Denoiser, ModelFamily, NapDecodeError, Sampler, foreign
+from nap_decode.integrations._shared import bind
 
 
 class Passes(nn.Module):
@@ -41,6 +43,21 @@ class Named(Passes):
 
     def forward(self, input_ids=None, attention_mask=None, **kwargs):
         return self.module(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+
+class Keywords(Passes):
+    """Names the ids, and passes everything else on."""
+
+    def __init__(self, module):
+        super().__init__(module)
+        self.config = module.config
+
+    def forward(self, input_ids, **kwargs):
+        return self.module(input_ids=input_ids, **kwargs)
+
+
+def takes_embeddings(module):
+    return "inputs_embeds" in inspect.signature(module.forward).parameters
 
 
 class Loaded(nn.Module):
@@ -84,6 +101,9 @@ WRAPPERS = {
     "named": Named,
     "named, passed on": lambda module: Passes(Named(module)),
     "exchanged forward": Loaded,
+    "a partial": lambda module: functools.partial(module, inputs_embeds=None) if takes_embeddings(module) else module,
+    "its forward": lambda module: module.forward,
+    "its class's keywords": lambda module: Keywords(module),
     "PEFT": lora(None),
     "PEFT, with a task": lora("CAUSAL_LM"),
 }
@@ -137,10 +157,11 @@ class TestWrappers:
 
     def test_it_goes_through_the_wrapper(self, wrap, make):
         wrapped, calls = wrap(make()), []
-        denoiser = Denoiser(wrapped, mask_token_id=MASK)
-        if isinstance(denoiser.model, torch._dynamo.OptimizedModule):
+        if isinstance(wrapped, torch._dynamo.OptimizedModule) or not isinstance(wrapped, nn.Module):
             pytest.skip("runs no hooks of its own")
         wrapped.register_forward_pre_hook(lambda *_: calls.append(1))
+        denoiser = Denoiser(wrapped, mask_token_id=MASK)
+        calls.clear()
         Sampler(denoiser, scheduler=AnyOrderScheduler(steps=2))([[5]], max_new_tokens=4)
         assert len(calls) == 2
 
@@ -154,8 +175,10 @@ class TestWrappers:
         ],
     )
     def test_what_is_refused_bare_is_refused_wrapped(self, wrap, options, call, message):
-        model = wrap(tiny_model(**options))
-        model.train("attention_dropout" in options)
+        model = tiny_model(**options)
+        wrapped = wrap(model)
+        (wrapped if isinstance(wrapped, nn.Module) else model).train("attention_dropout" in options)
+        model = wrapped
         with pytest.raises(NapDecodeError, match=message):
             Sampler(model, mask_token_id=MASK, scheduler=AnyOrderScheduler(steps=1))([[9]], max_new_tokens=1)
 
@@ -174,6 +197,49 @@ class TestWrappers:
 
 
 class TestWhatIsNoWrapper:
+    def test_blocks_that_nothing_could_be_told_of(self):
+        class Blocks(Remote):
+            def forward(self, input_ids, position_ids=None):
+                return self.run(input_ids, position_ids, None)
+
+        with pytest.raises(
+            NapDecodeError, match="SDAR models are told their blocks by an attention_mask, but the forward"
+        ):
+            Denoiser(Blocks("sdar"), mask_token_id=MASK)
+
+    def test_what_names_nothing_and_wraps_nothing_that_does(self):
+        model = Generating("Dream", mask_token_id=MASK)
+
+        class Both(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.policy, self.value = model, DreamLike("bert")
+
+            def forward(self, *args, **kwargs):
+                return self.policy(args[0])
+
+        class Held(nn.Module):
+            def forward(self, *args, **kwargs):
+                return model(args[0])
+
+        for module in (Both(), Held()):
+            with pytest.raises(NapDecodeError, match="names no arguments, and what it wraps is not to be found"):
+                Denoiser(module, mask_token_id=MASK)
+            shifted = Denoiser(module, mask_token_id=MASK, family=ModelFamily(name="mine", shift=True))
+            assert shifted.family.shift
+
+    def test_a_module_without_a_config_around_a_model_of_a_family(self):
+        class Around(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.model = Generating("Dream", mask_token_id=MASK)
+
+            def forward(self, input_ids, attention_mask=None):
+                return self.model(input_ids)
+
+        with pytest.warns(UserWarning, match="there is a Dream model in Around, which has no config"):
+            Denoiser(Around(), mask_token_id=MASK)
+
     def test_a_module_with_a_config_that_cannot_be_read(self):
         class Opaque(nn.Module):
             config = SimpleNamespace(model_type="mine", vocab_size=VOCABULARY)
@@ -181,7 +247,9 @@ class TestWhatIsNoWrapper:
             def forward(self, *args, **kwargs):
                 return torch.zeros(*args[0].shape, VOCABULARY)
 
-        with pytest.raises(NapDecodeError, match="Opaque has a config, but its forward names no arguments"):
+        with pytest.raises(
+            NapDecodeError, match="the forward of Opaque names no arguments, and what it wraps is not to be found"
+        ):
             Denoiser(Opaque(), mask_token_id=MASK)
 
     def test_a_module_that_uses_another_one(self):
@@ -243,6 +311,39 @@ class TestIdsAlone:
         with pytest.warns(UserWarning, match="takes no mask"):
             sampler([[5], [6, 7], [8]], max_new_tokens=1)
         assert sorted(seen) == [(1, 3), (2, 2)]
+
+
+class TestMaskArgument:
+    @pytest.mark.parametrize(
+        ("function", "expected"),
+        [
+            (lambda ids, mask: 0, 1),
+            (lambda ids, seen: 0, 1),
+            (lambda ids, mask=None: 0, 1),
+            (lambda ids, sigma=None: 0, None),
+            (lambda ids, model=None, scale=1: 0, None),
+            (lambda ids, position_ids=None, attention_mask=None: 0, "attention_mask"),
+            (lambda ids, *, attention_mask: 0, "attention_mask"),
+            (lambda *args: 0, 1),
+            (lambda ids: 0, None),
+        ],
+    )
+    def test_where_it_goes(self, function, expected):
+        assert foreign.mask_argument(function) == expected
+
+    def test_what_else_may_be_given_is_left_alone(self):
+        model = tiny_model()
+        plain = Sampler(
+            lambda ids: model(input_ids=ids).logits, mask_token_id=MASK, scheduler=AnyOrderScheduler(steps=2)
+        )
+
+        def timed(ids, sigma=None, *, attention_mask=None):
+            assert sigma is None
+            return model(input_ids=ids).logits
+
+        sampler = Sampler(timed, mask_token_id=MASK, scheduler=AnyOrderScheduler(steps=2))
+        rows = [[5, MASK, 6, MASK]]
+        assert sampler.infill(rows).sequences.tolist() == plain.infill(rows).sequences.tolist()
 
 
 def signature(function):
@@ -397,6 +498,12 @@ class TestVirtualTokens:
 
         assert decode(wrapped) == decode(by_hand)
         assert decode(wrapped) != decode(model)
+        sampler = Sampler(wrapped, mask_token_id=MASK, scheduler=AnyOrderScheduler(tokens_per_step=1))
+        together = sampler([[5, 6, 7], [8]], max_new_tokens=4).sequences
+        alone = [sampler([prompt], max_new_tokens=4).sequences[0, -4:].tolist() for prompt in ([5, 6, 7], [8])]
+        assert together[:, -4:].tolist() == alone
+        with pytest.raises(NapDecodeError, match="the sampler is for another model"):
+            bind(sampler, model, lambda: sampler.denoiser)
 
     @pytest.mark.parametrize("difference", [-1, 1, 4])
     @pytest.mark.parametrize("kind", ["function", "module"])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, TypeAlias
@@ -44,43 +46,69 @@ class ModelCall:
         self.model: Any = model
         self._chain = foreign.unwrapped(model)
         # The module itself, behind its wrappers; None for a function.
-        self.module: Any = self._chain[-1] if isinstance(model, nn.Module) else None
+        self.module: Any = self._chain[-1] if isinstance(self._chain[-1], nn.Module) else None
         self.name = type(self._chain[-1]).__name__
         # A research module may have a config of its own; what takes input_ids is called as transformers models are.
         self.config: Any = foreign.text_config(self.module)
-        has_config = getattr(self.module, "config", None) is not None
-        if self.config is None and has_config and foreign.passes_on(self.module):
+        is_known = self.module is None or self.config is not None or family is not None
+        if not is_known and not foreign.is_readable(self.module):
             raise NapDecodeError(
-                f"{self.name} has a config, but its forward names no arguments, and what it wraps is not to be found, "
-                "so that nothing is known of how it wants to be called. Give its forward an argument input_ids, or "
-                "pass a function (input_ids, attention_mask) -> logits that calls it"
+                f"the forward of {self.name} names no arguments, and what it wraps is not to be found, so that nothing "
+                "is known of it. Give its forward an argument input_ids, pass a function (input_ids, attention_mask) "
+                "-> logits that calls it, or say with family= how it behaves"
             )
         if getattr(self.config, "is_encoder_decoder", False):
             raise NapDecodeError(f"{self.name} is an encoder-decoder; only models of one stack fill in masks")
         self.family = family or find_family(self.config, self.name)
         if self.family.refusal is not None:
             raise NapDecodeError(f"{self.family.name} cannot be decoded here: {self.family.refusal}")
+        if self.family.block_size is not None and self.family.attention != "none" and not self.takes_mask:
+            raise NapDecodeError(
+                f"{self.family.name} models are told their blocks by an attention_mask, but the forward of {self.name} "
+                "takes none; give it that argument, or pass family= with another attention="
+            )
+        if self.config is None and family is None:
+            self._warn_of_what_is_inside()
         self.must_be_told = False
         """Whether the model looks ahead only if a mask of its own for every query says so."""
         self._body: CompiledBody | None = None
 
     # ---------------------------------------------------------------------------------------- facts
 
+    @property
+    def parts(self) -> Sequence[nn.Module]:
+        """All modules, those of wrappers included; none of a function."""
+        whole = self.model if isinstance(self.model, nn.Module) else self.module
+        return [] if whole is None else list(whole.modules())
+
     def fingerprint(self) -> tuple[object, ...]:
         """Changes whenever the module is not what it was found to be: other parts, precision, device or attention."""
-        parts = self.module.modules() if self.module is not None else ()
         weights = [next(layer.parameters(), None) for layer in (self.input_embeddings, self.head.layer) if layer]
         return (
-            hash(tuple((id(part), type(part)) for part in parts)),
+            foreign.state_of(self.parts),
             *((type(w), tuple(w.shape), w.dtype, w.device) for w in weights if w is not None),
             foreign.attention_kind(self.config),
-            foreign.claims_both_ways(self.config),
+            foreign.virtual_tokens(self._chain),
+            repr(vars(self.config)) if hasattr(self.config, "__dict__") else None,
         )
 
     @property
-    def wrappers(self) -> tuple[int, ...]:
+    def wrappers(self) -> tuple[object, ...]:
         """Tells ways of wrapping the module from each other."""
-        return (*map(id, self._chain[:-1]), self.head.num_virtual)
+        return tuple(map(weakref.ref, self._chain[:-1]))
+
+    def _warn_of_what_is_inside(self) -> None:
+        """A module or function without a config is taken as it is, whatever stands in it."""
+        for part in self.module.modules() if self.module is not None else ():
+            inside = find_family(getattr(part, "config", None), type(part).__name__)
+            if inside.shift or inside.block_size is not None or inside.refusal is not None:
+                warnings.warn(
+                    f"there is a {inside.name} model in {self.name}, which has no config and is taken to predict in "
+                    "place from the whole row; if it passes on what is inside, say so with family=",
+                    UserWarning,
+                    stacklevel=4,
+                )
+                return
 
     @cached_property
     def arguments(self) -> frozenset[str]:
@@ -97,7 +125,14 @@ class ModelCall:
         """Whether there is an attention mask to pass; functions and modules called with ids and mask have one."""
         if self.family.attention == "none":
             return False
-        return not foreign.takes_ids_alone(self.model) if self.config is None else "attention_mask" in self.arguments
+        if self.config is None:
+            return self._mask_argument is not None
+        return "attention_mask" in self.arguments
+
+    @cached_property
+    def _mask_argument(self) -> str | int | None:
+        """See :func:`~nap_decode.foreign.mask_argument`."""
+        return foreign.mask_argument(self.model)
 
     @property
     def attention(self) -> str:
@@ -319,12 +354,19 @@ class ModelCall:
     def _run(self, tokens: Tensor, options: dict[str, Any]) -> Any:
         tokens = tokens.clone()  # the model's own, whatever it does to them
         mask = options.get("attention_mask")
-        written = -1 if mask is None or mask.is_inference() else mask._version
+        if mask is not None and mask.is_inference():  # nobody could tell whether it was written into
+            mask = mask.clone()
+            options = {**options, "attention_mask": mask}
+        written = None if mask is None or mask.is_inference() else mask._version
         if self.config is not None:
             output = self.model(input_ids=tokens, **options)
+        elif not self.takes_mask:
+            output = self.model(tokens)
+        elif self._mask_argument == "attention_mask":
+            output = self.model(tokens, attention_mask=mask)
         else:
-            output = self.model(tokens, mask) if self.takes_mask else self.model(tokens)
-        if mask is not None and written not in (-1, mask._version):
+            output = self.model(tokens, mask)
+        if mask is not None and written is not None and mask._version != written:
             raise NapDecodeError(f"{self.name} writes into its attention mask, which the next call needs as it was")
         return output
 
@@ -342,7 +384,8 @@ class ModelCall:
             return torch.zeros(1, dtype=self.dtype, device=device).expand(shape[0], 1, shape[1], shape[1])
         if present is None:
             present = torch.ones(1, shape[1], dtype=torch.bool, device=device)
-        if attention == "2d" and not foreign.takes_expanded_mask(self.module, self.config):
+        # PEFT puts a part for its virtual tokens in front of a flat one.
+        if attention == "2d" and (self.head.num_virtual or not foreign.takes_expanded_mask(self.module, self.config)):
             return present.long()
         if block_size is None:
             seen = present[:, None].expand(-1, shape[1], -1)

@@ -58,8 +58,10 @@ def render_chat(chat: Sequence[Any] | Mapping[str, Any], tokenizer: Any) -> str:
     if not is_continued:
         return text
     before, mark, behind = text.rpartition(_MARK)
-    if not mark:
-        raise NapDecodeError(f"the chat cannot be continued, because the template leaves its end out: {given!r:.160}")
+    if not mark or _MARK.lower() in before.lower():
+        raise NapDecodeError(
+            f"the chat cannot be continued, because the template does not write its end just once: {given!r:.160}"
+        )
     # A template that trims messages would have trimmed the end of this one, too.
     return before if behind.startswith(" ") else before.rstrip()
 

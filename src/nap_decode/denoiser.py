@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nap_decode import foreign
 from nap_decode.calling import Model, ModelCall
@@ -329,15 +329,20 @@ class Denoiser:
             avoid=self.end_token_ids,
             device=self.device,
         )
+        self._probing.recall()
         self._check_dropout()  # which would make chance of the answers
         self._probing.ask()
         self._check_probe()
 
     def _check_dropout(self, tokens: Tensor | None = None) -> None:
+        if any(isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training for part in self._call.parts):
+            raise NapDecodeError(
+                f"{self._call.name} is in training mode and normalises over the batch, so that rows would depend on "
+                "each other; call model.eval()"
+            )
         if self._probing.is_random(tokens):
             raise NapDecodeError(
-                f"{self._call.name} is in training mode and drops activations at random: it says different things to "
-                "equal rows; call model.eval()"
+                f"{self._call.name} is in training mode and drops activations at random; call model.eval()"
             )
 
     # ---------------------------------------------------------------------------------------- probing
@@ -403,11 +408,10 @@ class Denoiser:
                 f"{self.family.name} models ({self.family.attention!r})"
             )
         if not probing.sees_future:
-            said = (
-                "It does so although its config has is_causal = False, with a 4-D attention mask of zeros, too"
-                if foreign.claims_both_ways(self.config)
-                else "A decoder attends both ways after model.config.is_causal = False"
-            )
+            said = "A decoder attends both ways after model.config.is_causal = False"
+            if foreign.claims_both_ways(self.config):
+                why = "does not help" if probing.error is None else f"fails: {probing.error}"
+                said = f"It does so although its config has is_causal = False; a 4-D attention mask of zeros {why}"
             raise NapDecodeError(
                 f"{name} ignores the future: tokens to the right of a position do not change what it predicts there, "
                 f"so it cannot fill in masks. {said}; its weights must have been trained so"

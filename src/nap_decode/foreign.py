@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -41,14 +42,19 @@ def parameters_of(function: Any) -> Mapping[str, inspect.Parameter] | None:
         return None
 
 
-def takes_ids_alone(function: Any) -> bool:
-    """Whether a function, or a module's forward, has room for a single argument."""
+def mask_argument(function: Any) -> str | int | None:
+    """Where a function, or a module's forward, takes its mask besides the ids: by name, or second; None for nowhere.
+
+    What may be left out is no mask, unless it is called one.
+    """
     parameters = parameters_of(function)
-    if parameters is None:
-        return False
-    kinds = [parameter.kind for parameter in parameters.values()]
-    named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return inspect.Parameter.VAR_POSITIONAL not in kinds and sum(kind in named for kind in kinds) == 1
+    if parameters is None or "attention_mask" in parameters:
+        return 1 if parameters is None else "attention_mask"
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    named = [parameter for parameter in parameters.values() if parameter.kind in positional]
+    if len(named) > 1:
+        return 1 if named[1].default is inspect.Parameter.empty or "mask" in named[1].name else None
+    return 1 if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters.values()) else None
 
 
 def passes_on(module: Any) -> bool:
@@ -56,6 +62,14 @@ def passes_on(module: Any) -> bool:
     parameters = parameters_of(module)
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return parameters is None or all(parameter.kind in variable for parameter in parameters.values())
+
+
+def is_readable(module: Any) -> bool:
+    """Whether a module says what it takes, itself or by the one module that it passes everything on to."""
+    if isinstance(module, torch.jit.ScriptModule) or not passes_on(module):
+        return True
+    children = list(module.children())
+    return len(children) == 1 and getattr(children[0], "config", None) is None and is_readable(children[0])
 
 
 def takes_ids_by_name(module: Any) -> bool:
@@ -66,12 +80,20 @@ def takes_ids_by_name(module: Any) -> bool:
 def unwrapped(model: Any) -> list[Any]:
     """A model, the wrappers in it, and last the module that facts come from.
 
-    A wrapper passes on what it is called with (``torch.compile``, DataParallel, DDP, FSDP, accelerate's, PEFT's without
-    a task), or it names arguments and shares config and output layer with what it wraps (PEFT's with a task).  Facts
-    come from the innermost module whose signature counts; calls go through the outermost one.
+    A wrapper passes on what it is called with (``torch.compile``, DataParallel, DDP, FSDP, accelerate's, PEFT's
+    without a task), or it names arguments and shares config and output layer with what it wraps (PEFT's with a task).
+    So do ``functools.partial`` and a module's ``forward``.  Facts come from the innermost module whose signature
+    counts; calls go through the outermost one.
     """
     found = [model]
-    if isinstance(model, nn.Module) and not isinstance(model, torch.jit.ScriptModule):
+    inner: Any = None
+    if isinstance(model, functools.partial) and not model.args:
+        inner = model.func
+    elif inspect.ismethod(model) and model.__name__ in ("forward", "__call__"):
+        inner = model.__self__
+    if inner is not None and takes_ids_by_name((chain := unwrapped(inner))[-1]):
+        found += chain
+    elif isinstance(model, nn.Module) and not isinstance(model, torch.jit.ScriptModule):
         inside = [chain for child in model.children() if takes_ids_by_name((chain := unwrapped(child))[-1])]
         inside = [chain for chain in inside if _wraps(model, chain[-1])]
         if len(inside) == 1:
@@ -84,13 +106,42 @@ def _wraps(outer: nn.Module, inner: nn.Module) -> bool:
     same_config = config is getattr(inner, "config", None)
     if passes_on(outer):
         return config is None or same_config
-    layer = part_of(outer, "get_output_embeddings")
-    return takes_ids_by_name(outer) and same_config and layer is part_of(inner, "get_output_embeddings") is not None
+    layer, own = part_of(inner, "get_output_embeddings"), part_of(outer, "get_output_embeddings")
+    kinds = [parameter.kind for parameter in (parameters_of(outer) or {}).values()]
+    passes_layer = own is layer or (own is None and inspect.Parameter.VAR_KEYWORD in kinds)
+    return takes_ids_by_name(outer) and same_config and layer is not None and passes_layer
 
 
 def innermost(model: Any) -> Any:
     """The module that facts about a model come from, see :func:`unwrapped`; a function itself."""
     return unwrapped(model)[-1]
+
+
+def wrappers_of_others(model: Any) -> list[Any]:
+    """What is around a module and may change what it says: wrappers of nobody's but the user's."""
+    known = ("torch", "peft", "accelerate")
+    return [one for one in unwrapped(model)[:-1] if type(one).__module__.split(".")[0] not in known]
+
+
+def owner_of_attributes(model: Any) -> Any:
+    """The module that gets what is set on a model: torch.compile's wrapper hands it on."""
+    return getattr(model, "_orig_mod", model)
+
+
+def state_of(parts: Sequence[nn.Module]) -> tuple[object, ...]:
+    """Changes when modules of a model are exchanged, or what runs when they are called: forwards, hooks, autocast."""
+    hooks = [(*part._forward_pre_hooks, *part._forward_hooks) for part in parts]  # their numbers, never given again
+    forwards = tuple(_reference(part.forward) for part in parts if vars(part).get("forward") is not None)
+    contexts = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
+    return hash(tuple((id(part), type(part)) for part in parts)), tuple(hooks), forwards, tuple(contexts)
+
+
+def _reference(value: Any) -> object:
+    """Equal to another one of the same object, while that is there."""
+    try:
+        return weakref.ref(value)
+    except TypeError:
+        return id(value)
 
 
 def is_compiled(chain: list[Any]) -> bool:

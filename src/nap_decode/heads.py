@@ -93,17 +93,26 @@ class Head:
             wanted: ``(N, K)`` int64, positions to look at.
 
         Returns:
-            ``(N, K, V)``: the logits; and whether it can, which :attr:`is_late` is still to be told.
+            ``(N, K, V)``: the logits; and whether it can, which :attr:`is_late` is still to be told.  A layer that is
+            called more than once is forgotten, so that logits are taken from all there are.
         """
+        output = None
         with self._watched(shape, partial(take, wanted=wanted)) as (inputs, outputs):
-            output = call()
+            try:
+                output = call()
+            except Exception:  # of a model that goes on with what the layer makes, maybe
+                if not inputs:
+                    raise
+        if output is None or len(outputs) > 1:
+            self.layer = None  # it is more than the last thing that happens
+            return self.learn(call, shape, wanted)
         logits = self._logits(output, shape, wanted.shape[1] if inputs else shape[1])
         if not inputs:
             return take(logits, wanted), False
-        # A quantised one may not take what is empty.
-        if type(self.layer) is not nn.Linear or not _is_plain(self.layer.weight):
-            return logits, False
+        # A quantised one may not take what is empty, and autocast may be inside the model alone.
         hidden = take(inputs[0], wanted)
+        if type(self.layer) is not nn.Linear or not _is_plain(self.layer.weight) or not _fits(hidden, self.layer):
+            return logits, False
         again = self.layer(hidden).to(logits)
         # To the bit; and untouched but for a cast or a move, because a bias that is added behind the layer may be 0
         # now, and trained tomorrow.
@@ -230,6 +239,11 @@ class Passing:
             return False
         parameters = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
         return all(_is_plain(p) and p.device.type == "cpu" and p.dtype == rows.dtype for p in parameters)
+
+
+def _fits(hidden: Tensor, layer: nn.Linear) -> bool:
+    """Whether a layer can be called with hidden states where nothing casts them."""
+    return hidden.dtype == layer.weight.dtype or torch.is_autocast_enabled(hidden.device.type)
 
 
 def _is_plain(parameter: Tensor) -> bool:

@@ -148,21 +148,25 @@ class Answers:
     Args:
         alone: ``(N, 2, V)``, what the model says to rows without padding.
         is_late: whether its output layer can be applied later.
+        keeps_layer: whether there is an output layer that is called once, so that calls may keep what is wanted of it.
         must_be_told: whether it looks ahead only if a mask says so, see :class:`ModelCall`.
         hides_padding: see :class:`Probe`; None if that was not asked yet.
         leaves_one_out: whether it was seen to predict with slots left out.
         reuses: whether it was seen to compute some positions only.
+        calm: modules that were in training mode when it was seen to draw nothing.
     """
 
     alone: Tensor
     is_late: bool
+    keeps_layer: bool
     must_be_told: bool = False
     hides_padding: bool | None = None
     leaves_one_out: bool = False
     reuses: bool = False
+    calm: tuple[bool, ...] = ()
 
 
-_REMEMBERED: WeakKeyDictionary[nn.Module, tuple[object, dict[object, Answers]]] = WeakKeyDictionary()
+_REMEMBERED: WeakKeyDictionary[nn.Module, dict[object, tuple[object, Answers]]] = WeakKeyDictionary()
 _MOST = 16
 """Ways of asking one module that are remembered."""
 
@@ -186,7 +190,9 @@ class Probing:
         self.rows: ProbeRows | None = None
         """What the model is asked; None for functions, modules without a config, and models of few ids."""
         self.answers: Answers | None = None
-        self._calm: list[bool] = []  # which modules were in training mode, and drew nothing
+        self.error: Exception | None = None
+        """What the model said to a mask by which it was told to attend both ways."""
+        self._calm: tuple[bool, ...] = ()  # see Answers
         if call.config is None:
             return
         self.rows = ProbeRows.make(
@@ -199,43 +205,55 @@ class Probing:
         )
         self._key = call.wrappers, call.family, mask_token_id, pad_token_id, tuple(avoid), device
 
-    def ask(self) -> None:
-        """Find out what rows without padding tell, or remember it."""
+    def recall(self) -> None:
+        """Remember what was found out about the model as it is now, if anything."""
         if self.rows is None:
             return
-        # Of a module's last state only: the ids that tell states apart may be given again.
-        state, known = _REMEMBERED.get(self.call.module, (None, {}))
-        if state != self.fingerprint or len(known) >= _MOST:
-            known = {}
-            _REMEMBERED[self.call.module] = self.fingerprint, known
-        answers = known.get(self._key)
-        if answers is None:
-            answers = known[self._key] = self._ask(self.rows)
+        fingerprint, answers = _REMEMBERED.get(self.call.module, {}).get(self._key, (None, None))
+        if fingerprint == self.fingerprint:
+            self.answers = answers
+
+    def ask(self) -> None:
+        """Find out what rows without padding tell, unless that is remembered."""
+        if self.rows is None:
+            return
+        answers = self.answers or self._ask(self.rows)
+        answers.calm = self._calm or answers.calm
         self.answers = answers
         self._tell(answers)
+        # What speaks against a model is asked again: its weights may be loaded, or trained, by then.
+        if self.sees_future and not bool(answers.alone.isnan().any()):
+            known = _REMEMBERED.setdefault(self.call.module, {})
+            if len(known) >= _MOST:
+                known.clear()
+            known[self._key] = self.fingerprint, answers
 
     def _ask(self, rows: ProbeRows) -> Answers:
         """What rows without padding tell."""
         answers = Answers(*self._learn(rows))
         if not rows.sees_future(answers.alone) and foreign.claims_both_ways(self.call.config):
             # Releases that do not read this of a config still do what a mask says for every query.
-            told = Answers(answers.alone, answers.is_late, must_be_told=True)
-            self._tell(told)
+            self.call.must_be_told = True
             try:
-                told.alone, told.is_late = self._learn(rows)
-            except Exception:  # whatever foreign code says to a mask that it does not take
+                told = Answers(*self._learn(rows), must_be_told=True)
+            except Exception as error:  # whatever foreign code says to a mask that it does not take
+                self.call.must_be_told = False
+                self.error = error
                 return answers
             return told if rows.sees_future(told.alone) else answers
         return answers
 
-    def _learn(self, rows: ProbeRows) -> tuple[Tensor, bool]:
+    def _learn(self, rows: ProbeRows) -> tuple[Tensor, bool, bool]:
         with torch.no_grad():
-            return self.call.learn(rows.tokens, rows.wanted)
+            alone, is_late = self.call.learn(rows.tokens, rows.wanted)
+        return alone, is_late, self.call.head.layer is not None
 
     def _tell(self, answers: Answers) -> None:
         """Let calls be made as was found out."""
-        self.call.must_be_told = answers.must_be_told
-        self.call.head.is_late, self.call.head.dtype = answers.is_late, answers.alone.dtype
+        head = self.call.head
+        self.call.must_be_told, head.is_late, head.dtype = answers.must_be_told, answers.is_late, answers.alone.dtype
+        if not answers.keeps_layer:
+            head.layer = None
 
     @property
     def sees_future(self) -> bool | None:
@@ -263,27 +281,38 @@ class Probing:
         return answers.hides_padding
 
     def is_random(self, tokens: Tensor | None) -> bool:
-        """Whether a model in training mode says different things to equal rows: dropout, of whatever kind.
+        """Whether a model in training mode draws, or says different things to equal rows: dropout, of whatever kind.
 
         That is asked once for what is in training mode, with one small forward pass; of a model that is not probed
-        otherwise, with two of the rows ``(B, W)`` that it is to be called with.
+        otherwise, with one of the rows ``(B, W)`` that it is to be called with.
         """
-        module = self.call.module
-        mode = [part.training for part in module.modules()] if module is not None else []
-        if not any(mode) or mode == self._calm or (self.rows is None and tokens is None):
+        mode = tuple(part.training for part in self.call.parts)
+        if not any(mode) or mode in (self._calm, self.answers and self.answers.calm):
+            return False
+        if self.rows is None and tokens is None:
             return False
         if self.rows is not None:
             tokens = torch.full((32, 3), int(self.rows.tokens[0, 1]), device=self.device)
             tokens[:, 1] = self.mask_token_id
         assert tokens is not None
-        wanted = torch.ones_like(tokens[:, :1])
+        before = self._random_state()
         with torch.no_grad():
-            logits = self.call.learn(tokens, wanted)[0]
-            again = logits[:1] if self.rows is not None else self.call.learn(tokens, wanted)[0]
-        if bool((logits - again).abs().max() > 64 * torch.finfo(logits.dtype).eps * logits.abs().max()):
+            logits = self.call.learn(tokens, torch.ones_like(tokens[:, :1]))[0]
+        if not torch.equal(before, self._random_state()):
             return True
+        if self.rows is not None:
+            rounding = 64 * torch.finfo(logits.dtype).eps * logits.abs().max()
+            if bool((logits - logits[:1]).abs().max() > rounding):
+                return True
         self._calm = mode
+        if self.answers is not None:
+            self.answers.calm = mode
         return False
+
+    def _random_state(self) -> Tensor:
+        """Of torch's global generators, that of the model's device among them."""
+        state = torch.random.get_rng_state()
+        return torch.cat([state, torch.cuda.get_rng_state(self.device)]) if self.device.type == "cuda" else state
 
     # ---------------------------------------------------------------------------------------- leaving one out
 

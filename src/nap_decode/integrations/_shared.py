@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeAlias
 
+from nap_decode import foreign
 from nap_decode.committers import MicroConfidenceCommitter
 from nap_decode.denoiser import Denoiser
 from nap_decode.errors import NapDecodeError
-from nap_decode.foreign import innermost
 from nap_decode.sampler import Sampler
 from nap_decode.selections import QuotaSelection
 
@@ -35,7 +35,12 @@ def bind(sampler: AnySampler, model: Any, denoiser: Callable[[], Denoiser]) -> S
             "sampler must be a Sampler, or a function from a Denoiser to one, such as presets.klass or "
             f"functools.partial(presets.klass, threshold=0.8), but gives {bound!r:.80}"
         )
-    if innermost(bound.denoiser.model) is not innermost(model):
+    own, given = bound.denoiser.model, model
+    if (
+        foreign.innermost(own) is not foreign.innermost(given)
+        or foreign.virtual_tokens(foreign.unwrapped(own)) != foreign.virtual_tokens(foreign.unwrapped(given))
+        or list(map(id, foreign.wrappers_of_others(own))) != list(map(id, foreign.wrappers_of_others(given)))
+    ):
         raise NapDecodeError(
             f"the sampler is for another model ({type(bound.denoiser.model).__name__}) than it is run with "
             f"({type(model).__name__}); make it with this model, or pass a preset instead, such as presets.klass"

@@ -15,7 +15,7 @@ from nap_decode.canvas import Canvas, CanvasTemplate
 from nap_decode.denoiser import Denoiser
 from nap_decode.errors import NapDecodeError, check_integer, check_name
 from nap_decode.families import find_family
-from nap_decode.foreign import innermost
+from nap_decode.foreign import innermost, owner_of_attributes
 from nap_decode.integrations._hooks import TokensHook, edit_tokens, with_hooks
 from nap_decode.integrations._shared import AnySampler, bind, in_model_precision, refuse
 from nap_decode.sampler import Sampler
@@ -77,10 +77,11 @@ def install(model: Any, sampler: AnySampler | None = None, *, model_precision: b
         bind(sampler, model, lambda: sampler.denoiser)
     if sampler is not None:
         refuse({"model_precision": model_precision}, {"model_precision": False}, "the sampler decides that")
-    before = vars(model).get("diffusion_generate")
+    owner = owner_of_attributes(model)
+    before = vars(owner).get("diffusion_generate")
     if isinstance(before, _DiffusionGenerate):
         before = before.before
-    model.diffusion_generate = _DiffusionGenerate(model, sampler, model_precision, before)
+    owner.diffusion_generate = _DiffusionGenerate(model, sampler, model_precision, before)
 
 
 def uninstall(model: Any) -> None:
@@ -89,12 +90,13 @@ def uninstall(model: Any) -> None:
     Raises:
         NapDecodeError: it is not there.
     """
-    installed = vars(model).get("diffusion_generate")
+    owner = owner_of_attributes(model)
+    installed = vars(owner).get("diffusion_generate")
     if not isinstance(installed, _DiffusionGenerate):
         raise NapDecodeError(f"nothing is installed on this {type(model).__name__}; install(model) does it")
-    del model.diffusion_generate
+    del owner.diffusion_generate
     if installed.before is not None:
-        model.diffusion_generate = installed.before
+        owner.diffusion_generate = installed.before
 
 
 @dataclass(frozen=True, eq=False)
