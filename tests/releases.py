@@ -141,7 +141,8 @@ def both_ways(model: transformers.PreTrainedModel, ids: Tensor) -> Tensor:
     plain = model(input_ids=ids).logits
     if not torch.equal(plain[:, 0], model(input_ids=other).logits[:, 0]):
         return plain
-    assert not getattr(model.config, "sliding_window", None), "what is visible is not known, and it was not refused"
+    window = getattr(model.config, "use_sliding_window", True) and getattr(model.config, "sliding_window", None)
+    assert not window or window >= ids.shape[1], "what is visible is not known, and it was not refused"
     everything = torch.zeros(len(ids), 1, ids.shape[1], ids.shape[1], dtype=torch.float64)
     return model(input_ids=ids, attention_mask=everything).logits
 
