@@ -219,8 +219,13 @@ def test_a_head_that_is_called_twice_is_left_alone():
 
     model = Refining("refining", mask_token_id=MASK)
     canvas, wanted = Canvas.from_infill([[5, 6, MASK, 7]], mask_token_id=MASK), torch.tensor([[2]])
-    for _ in range(2):  # asked, and remembered
-        logits = Denoiser(model)(canvas.tokens, wanted, canvas)
+    calls = watched(model)
+    for number in (2, 0):  # asked, and remembered
+        calls.clear()
+        denoiser = Denoiser(model)
+        denoiser.check(canvas)
+        assert len(calls) == number
+        logits = denoiser(canvas.tokens, wanted, canvas)
         torch.testing.assert_close(logits[0, 0], model(canvas.tokens).logits[0, 2])
 
 

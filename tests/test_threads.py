@@ -117,6 +117,18 @@ def test_likelihoods_and_the_model_itself(tiny):
     same_in_threads(call)
 
 
+def test_a_model_is_not_asked_again_because_another_thread_is_in_it():
+    """Hooks are a change of a model, but ours are not."""
+    model = tiny_model()
+    sampler, calls = Sampler(model, Words(), scheduler=AnyOrderScheduler(tokens_per_step=1)), []
+    model.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    sampler([PROMPTS[0]], max_new_tokens=3)
+    calls.clear()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: sampler([PROMPTS[0]], max_new_tokens=3), range(24)))
+    assert len(calls) == 24 * 3
+
+
 def test_samplers_made_in_threads():
     """Whoever asks first what the model does."""
     model = tiny_model()
