@@ -92,7 +92,7 @@ class TestContinued:
             render_chat([USER, says(content)], tokenizer_of(TEMPLATES["plain"]))
 
     def test_a_template_that_hides_it(self):
-        with pytest.raises(NapDecodeError, match="the template leaves its end out"):
+        with pytest.raises(NapDecodeError, match="the template does not write its end just once"):
             render_chat([USER, says("4")], tokenizer_of("{{ m['role'] }}"))
 
 

@@ -118,7 +118,7 @@ def test_likelihoods_and_the_model_itself(tiny):
 
 
 def test_a_model_is_not_asked_again_because_another_thread_is_in_it():
-    """Hooks are a change of a model, but ours are not."""
+    """Ours are on it meanwhile."""
     model = tiny_model()
     sampler, calls = Sampler(model, Words(), scheduler=AnyOrderScheduler(tokens_per_step=1)), []
     model.model.register_forward_pre_hook(lambda *_: calls.append(1))

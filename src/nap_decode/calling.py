@@ -19,7 +19,7 @@ from nap_decode.compiling import CompiledBody
 from nap_decode.cost import Cost
 from nap_decode.errors import NapDecodeError
 from nap_decode.families import ModelFamily, find_family
-from nap_decode.heads import CALLING, Head, Output, take
+from nap_decode.heads import Head, Output, take
 from nap_decode.keeping import Store
 
 Model: TypeAlias = "nn.Module | Callable[..., Any]"
@@ -85,10 +85,8 @@ class ModelCall:
         """Changes whenever the module is not what it was found to be: other parts, precision, device or attention."""
         layers = [foreign.part_of(self.module, f"get_{which}_embeddings") for which in ("input", "output")]
         weights = [next(layer.parameters(), None) for layer in layers if layer is not None]
-        with CALLING:  # while no hooks of ours are on it
-            state = foreign.state_of(self.parts)
         return (
-            state,
+            foreign.state_of(self.model if isinstance(self.model, nn.Module) else self.module),
             *((type(w), tuple(w.shape), w.dtype, w.device) for w in weights if w is not None),
             foreign.attention_kind(self.config),
             foreign.virtual_tokens(self._chain),

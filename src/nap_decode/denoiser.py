@@ -312,12 +312,14 @@ class Denoiser:
         """Look at the model again if it has changed; whether it has."""
         if self._call.fingerprint() == self._probing.fingerprint:
             return False
-        self._call = ModelCall(self.model, self._call.family)
-        self._banned, self._last_canvas, self._pass, self._reusing_pass = {}, None, None, None
-        self._ask()
-        self._set_reuse(self.reuse)
+        other = copy.copy(self)  # until all is known, threads that decode go on with what was
+        other._call = ModelCall(self.model, self._call.family)
+        other._banned, other._last_canvas, other._pass = {}, None, None
+        other._ask()
+        other._set_reuse(self.reuse)
         if self._compiled is not None:
-            self._compile()
+            other._compile()
+        vars(self).update(vars(other))
         return True
 
     def _ask(self) -> None:

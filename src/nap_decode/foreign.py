@@ -11,7 +11,7 @@ import functools
 import inspect
 import sys
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -128,12 +128,24 @@ def owner_of_attributes(model: Any) -> Any:
     return getattr(model, "_orig_mod", model)
 
 
-def state_of(parts: Sequence[nn.Module]) -> tuple[object, ...]:
-    """Changes when modules of a model are exchanged, or what runs when they are called: forwards, hooks, autocast."""
-    hooks = [(*part._forward_pre_hooks, *part._forward_hooks) for part in parts]  # their numbers, never given again
-    forwards = tuple(_reference(part.forward) for part in parts if vars(part).get("forward") is not None)
+def state_of(model: nn.Module | None) -> tuple[object, ...]:
+    """Changes when modules of a model are exchanged, or what makes its output of them: forwards, hooks, autocast.
+
+    Of hooks those count that see what the output layer makes, and may change it.
+    """
+    parts = dict(model.named_modules()) if model is not None else {}
+    layer = part_of(innermost(model), "get_output_embeddings")
+    path = next((name for name, part in parts.items() if part is layer), "").split(".")
+    above = [parts[".".join(path[:depth])] for depth in range(len(path))] if parts else []
+    hooks = tuple(number for part in above for number in part._forward_hooks)  # numbers are never given again
+    forwards = [vars(part).get("forward") for part in parts.values()]
     contexts = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
-    return hash(tuple((id(part), type(part)) for part in parts)), tuple(hooks), forwards, tuple(contexts)
+    return (
+        hash(tuple((id(part), type(part)) for part in parts.values())),
+        hooks,
+        tuple(_reference(one) for one in forwards if one is not None and not getattr(one, "only_looks", False)),
+        tuple(contexts),
+    )
 
 
 def _reference(value: Any) -> object:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nap_decode.errors import NapDecodeError
 
-CALLING = threading.RLock()
+_CALLING = threading.RLock()
 """Held while hooks are on a model.  They look at the calls of their own thread only; the lock is for their list."""
 
 
@@ -167,7 +167,7 @@ class Head:
         if self.layer is None:
             yield inputs, outputs
             return
-        with CALLING:
+        with _CALLING:
             # Before hooks that there are already: they see what passes the layer later.
             handles = [
                 self.layer.register_forward_pre_hook(before, prepend=True),

@@ -50,6 +50,7 @@ class Watch:
             self._see(_by_name(forward, args, kwargs))
             return forward(*args, **kwargs)
 
+        seen.only_looks = True  # type: ignore[attr-defined]
         return seen
 
     def _see(self, inputs: dict[str, Any]) -> None:
