@@ -86,7 +86,7 @@ class ModelCall:
         layers = [foreign.part_of(self.module, f"get_{which}_embeddings") for which in ("input", "output")]
         weights = [next(layer.parameters(), None) for layer in layers if layer is not None]
         return (
-            foreign.state_of(self.model if isinstance(self.model, nn.Module) else self.module),
+            foreign.state_of(self.model if isinstance(self.model, nn.Module) else self.module, layers[1]),
             *((type(w), tuple(w.shape), w.dtype, w.device) for w in weights if w is not None),
             foreign.attention_kind(self.config),
             foreign.virtual_tokens(self._chain),

@@ -128,13 +128,12 @@ def owner_of_attributes(model: Any) -> Any:
     return getattr(model, "_orig_mod", model)
 
 
-def state_of(model: nn.Module | None) -> tuple[object, ...]:
+def state_of(model: nn.Module | None, layer: nn.Module | None) -> tuple[object, ...]:
     """Changes when modules of a model are exchanged, or what makes its output of them: forwards, hooks, autocast.
 
-    Of hooks those count that see what the output layer makes, and may change it.
+    Of hooks those count that see what the output layer ``layer`` makes, and may change it.
     """
     parts = dict(model.named_modules()) if model is not None else {}
-    layer = part_of(innermost(model), "get_output_embeddings")
     path = next((name for name, part in parts.items() if part is layer), "").split(".")
     above = [parts[".".join(path[:depth])] for depth in range(len(path))] if parts else []
     hooks = tuple(number for part in above for number in part._forward_hooks)  # numbers are never given again
