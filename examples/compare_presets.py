@@ -17,9 +17,10 @@ from typing import Any
 import torch
 import transformers
 
-from nap_decode import ARnessMeter, CanvasTemplate, Denoiser, MacroParallelScheduler, Sampler, demo, presets
-from nap_decode.confidence import background_frequencies
+from nap_decode import ARnessMeter, CanvasTemplate, Denoiser, MacroParallelScheduler, Sampler, demo
+from nap_decode.decoders import presets
 from nap_decode.demo.problems import NUM_PATHS, PATH_LENGTH, SUMMARY_LENGTH, NimSum, sample_problems
+from nap_decode.parts.confidence import background_frequencies
 
 DOCS = Path(__file__).parents[1] / "docs"
 TOKENS_PER_STEP = 6

@@ -34,12 +34,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, LogitsProcessorList
 
 from nap_decode import Canvas, CanvasTemplate, NapDecodeError
+from nap_decode.base.errors import check_between, check_integer
+from nap_decode.base.random import TOKEN_STREAM, uniform
 from nap_decode.bulk import BulkPrompt, cut_into_parts, read_prompts, row_seed
 from nap_decode.canvas import encode_prompts
-from nap_decode.errors import check_between, check_integer
-from nap_decode.families import find_family
-from nap_decode.loading import load_checkpoint
-from nap_decode.randomness import TOKEN_STREAM, uniform
+from nap_decode.model.families import find_family
+from nap_decode.model.load import load_checkpoint
 
 SUMMARY_REQUEST = (
     "{prompt}\n\nSeveral attempts at this, of which some may be wrong:\n\n{paths}\n\nThe correct answer is {answer}. "

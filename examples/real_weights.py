@@ -18,7 +18,8 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AlbertForMaskedLM, PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
 
-from nap_decode import Denoiser, presets
+from nap_decode import Denoiser
+from nap_decode.decoders import presets
 
 PAGE = Path(__file__).parents[1] / "docs" / "models" / "masked-lm.md"
 MARKS = "<!-- reactions -->\n", "<!-- end -->"

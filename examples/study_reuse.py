@@ -38,8 +38,8 @@ from nap_decode import (
 from nap_decode.bench import Shape, Workload, environment
 from nap_decode.bench.observing import interleave
 from nap_decode.demo.problems import NUM_PATHS, PATH_LENGTH, SUMMARY_LENGTH, sample_problems
-from nap_decode.reuse import Kept
-from nap_decode.rows import Rows, to_rows
+from nap_decode.model.rows import Rows, to_rows
+from nap_decode.speed.reuse import Kept
 
 DOCS = Path(__file__).parents[1] / "docs"
 SEED = 6000
@@ -265,7 +265,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
     """Accuracy against FLOPs, a panel for each decoder of the path-trained model."""
     from matplotlib import pyplot
 
-    from nap_decode.viz.plots import COLOURS, MARKERS
+    from nap_decode.measure.viz.plots import COLOURS, MARKERS
 
     pyplot.switch_backend("Agg")
     number = record["accuracy"]["problems"]

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nap_decode import CanvasTemplate, CommittedReuse, Denoiser, NapDecodeError, ParallelForcedSampler, demo, presets
+from nap_decode import CanvasTemplate, CommittedReuse, Denoiser, NapDecodeError, ParallelForcedSampler, demo
 from nap_decode.bulk import BulkDecoder, BulkPrompt, cut_into_parts, generate, read_prompts, read_results, row_seed
+from nap_decode.decoders import presets
 from nap_decode.integrations import ray as integration
 
 pytest.importorskip("pyarrow")

@@ -10,7 +10,7 @@ from nap_decode import AnyOrderScheduler, CanvasTemplate, Denoiser, NapDecodeErr
 from nap_decode.bulk import BulkDecoder
 from nap_decode.canvas import encode_prompts
 from nap_decode.chats import render_chat
-from nap_decode.likelihood import chain_log_likelihood
+from nap_decode.measure.likelihood import chain_log_likelihood
 
 MARKS = tuple(map(int, transformers.__version__.split(".")[:2])) >= (4, 57)
 """Whether transformers marks where a message is to be continued, too."""

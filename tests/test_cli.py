@@ -10,11 +10,12 @@ import sys
 import pytest
 from safetensors.torch import load_file, save_file
 
-from nap_decode import CanvasTemplate, DecodeTrace, Denoiser, NapDecodeError, demo, presets
+from nap_decode import CanvasTemplate, DecodeTrace, Denoiser, NapDecodeError, demo
 from nap_decode.cli import _OF_PARTS, _make_sampler, _parser, main
-from nap_decode.decoding import Decoding
-from nap_decode.denoiser import no_model
+from nap_decode.decoders import presets
 from nap_decode.integrations.ray import BULK
+from nap_decode.model.denoiser import no_model
+from nap_decode.run.loop import Decoding
 
 MODEL = ["--model", str(demo.CHECKPOINT)]
 PROMPT = ["--prompt", "6 0 6 4 6 2 1 2 4 7 0 6 ="]

@@ -8,8 +8,8 @@ from models import Words, tiny_model
 from test_presets import NAMES, PROMPTS, make
 
 from nap_decode import Denoiser, MicroConfidenceCommitter
-from nap_decode.decoding import Decoding
-from nap_decode.randomness import row_seeds
+from nap_decode.base.random import row_seeds
+from nap_decode.run.loop import Decoding
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 

@@ -7,7 +7,8 @@ import re
 import numpy as np
 import pytest
 
-from nap_decode import NapDecodeError, ParallelForcedSampler, demo, presets
+from nap_decode import NapDecodeError, ParallelForcedSampler, demo
+from nap_decode.decoders import presets
 from nap_decode.demo.problems import NimSum, running_totals, sample_problems
 from nap_decode.demo.show import HELD_OUT_SEED, LiveCanvas, run_demo
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
-from nap_decode import CanvasTemplate, Denoiser, DriftReuse, PromptReuse, presets
+from nap_decode import CanvasTemplate, Denoiser, DriftReuse, PromptReuse
+from nap_decode.decoders import presets
 from nap_decode.demo.problems import NUM_PATHS, PATH_LENGTH, SUMMARY_LENGTH, sample_problems
 
 ROOT = Path(__file__).parents[1]

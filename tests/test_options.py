@@ -36,8 +36,8 @@ from nap_decode import (
     schedules,
     selections,
 )
-from nap_decode.denoiser import no_model
-from nap_decode.randomness import wrap
+from nap_decode.base.random import wrap
+from nap_decode.model.denoiser import no_model
 
 DENOISER = Denoiser(tiny_model(), mask_token_id=MASK)
 SAMPLER = presets.llada_low_confidence(DENOISER)

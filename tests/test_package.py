@@ -70,7 +70,7 @@ def test_imports_point_one_way():
 def test_importing_runs_nothing_heavy():
     code = "import sys, nap_decode; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert "nap_decode.sampler" in loaded
+    assert "nap_decode.run.sampler" in loaded
     for heavy in ("transformers", "matplotlib", "nap_decode.demo", "nap_decode.cli"):
         assert heavy not in loaded
 

@@ -12,7 +12,8 @@ from random import Random
 import pytest
 import torch
 
-from nap_decode import CommittedReuse, Denoiser, Reuse, presets
+from nap_decode import CommittedReuse, Denoiser, Reuse
+from nap_decode.decoders import presets
 
 MISSING = [package for package in ("rxnmapper", "sapiens") if find_spec(package) is None]
 pytestmark = [

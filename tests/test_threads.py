@@ -21,7 +21,7 @@ from nap_decode import (
     Sampler,
     likelihood,
 )
-from nap_decode.rows import Rows
+from nap_decode.model.rows import Rows
 
 PROMPTS = [[5, 6, 7], [8, 9, 10], [11, 12, 13, 14]]  # shapes that coincide, and one that does not
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from examples.miniature.data import LAYOUTS
 from examples.miniature.evaluate import DECODERS, Result
 from examples.miniature.study import DECODER_NAMES, KIND_NAMES, SAME_RECIPE, TOKENS_PER_STEP, Estimate, Study
-from nap_decode import Denoiser, demo, viz
+from nap_decode import Denoiser, demo
+from nap_decode.measure import viz
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,7 +42,7 @@ def _style(number: int, *, is_other: bool = False) -> dict[str, Any]:
         number: of the curve, from 0 to 7.
         is_other: another version of it: broken, with hollow marks.
     """
-    from nap_decode.viz.plots import COLOURS, MARKERS
+    from nap_decode.measure.viz.plots import COLOURS, MARKERS
 
     return {
         "color": (*COLOURS, "#000000")[number],

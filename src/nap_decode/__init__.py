@@ -3,28 +3,25 @@
 One loop (:class:`Sampler`) and small parts that plug into it; every one can be replaced by your own.
 """
 
-from nap_decode.arness import ARness, ARnessMeter
+from nap_decode.base.errors import NapDecodeError
 from nap_decode.canvas import Block, Canvas, CanvasTemplate
-from nap_decode.committers import Committer, MicroConfidenceCommitter
-from nap_decode.confidence import CalibratedConfidence
-from nap_decode.credit import Credit
-from nap_decode.denoiser import Denoiser
-from nap_decode.errors import NapDecodeError
-from nap_decode.families import ModelFamily, register_family
-from nap_decode.likelihood import LogLikelihood, chain_log_likelihood, log_likelihood_bound
-from nap_decode.lookahead import LookaheadCommitter
-from nap_decode.output import SamplerOutput
-from nap_decode.reuse import BlockReuse, CommittedReuse, DriftReuse, PromptReuse, Reuse
-from nap_decode.revisers import EditReviser, RemaskReviser, Reviser, Revision
-from nap_decode.sampler import ParallelForcedSampler, Sampler
-from nap_decode.schedulers import (
+from nap_decode.decoders.dinfer_credit import Credit
+from nap_decode.decoders.lookahead import LookaheadCommitter
+from nap_decode.measure.arness import ARness, ARnessMeter
+from nap_decode.measure.likelihood import LogLikelihood, chain_log_likelihood, log_likelihood_bound
+from nap_decode.model.denoiser import Denoiser
+from nap_decode.model.families import ModelFamily, register_family
+from nap_decode.parts.committer import Committer, MicroConfidenceCommitter
+from nap_decode.parts.confidence import CalibratedConfidence
+from nap_decode.parts.reviser import EditReviser, RemaskReviser, Reviser, Revision
+from nap_decode.parts.schedule import AncestralSchedule, CosineSchedule, DreamSchedule, EvenSchedule, Schedule
+from nap_decode.parts.scheduler import (
     AnyOrderScheduler,
     BlockScheduler,
     MacroParallelScheduler,
     SemiAutoregressiveScheduler,
 )
-from nap_decode.schedules import AncestralSchedule, CosineSchedule, DreamSchedule, EvenSchedule, Schedule
-from nap_decode.selections import (
+from nap_decode.parts.selection import (
     CappedSelection,
     EntropyBoundSelection,
     FactorSelection,
@@ -35,9 +32,12 @@ from nap_decode.selections import (
     StableSelection,
     ThresholdSelection,
 )
-from nap_decode.slots import Commit, Slots
-from nap_decode.state import DecodeState
-from nap_decode.trace import DecodeTrace
+from nap_decode.parts.slots import Commit, Slots
+from nap_decode.results.output import SamplerOutput
+from nap_decode.results.trace import DecodeTrace
+from nap_decode.run.sampler import ParallelForcedSampler, Sampler
+from nap_decode.run.state import DecodeState
+from nap_decode.speed.reuse import BlockReuse, CommittedReuse, DriftReuse, PromptReuse, Reuse
 
 __version__ = "0.6.0"
 

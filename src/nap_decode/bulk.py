@@ -24,11 +24,11 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nap_decode.base.errors import NapDecodeError, check_integer, is_whole
+from nap_decode.base.random import wrap
 from nap_decode.canvas import Prompt, encode_prompts
-from nap_decode.errors import NapDecodeError, check_integer, is_whole
-from nap_decode.output import SamplerOutput
-from nap_decode.randomness import wrap
-from nap_decode.sampler import Sampler
+from nap_decode.results.output import SamplerOutput
+from nap_decode.run.sampler import Sampler
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -422,7 +422,7 @@ def read_results(output: str | PathLike[str]) -> pa.Table:
         ...     read_results(directory)
         Traceback (most recent call last):
         ...
-        nap_decode.errors.NapDecodeError: there are no results in ...
+        nap_decode.base.errors.NapDecodeError: there are no results in ...
     """
     pa = _pyarrow()
     parts = _Parts(output)

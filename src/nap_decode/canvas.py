@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nap_decode.base.errors import NapDecodeError, check_flag, check_ids, check_integer, is_whole
 from nap_decode.chats import render_chat
-from nap_decode.errors import NapDecodeError, check_flag, check_ids, check_integer, is_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

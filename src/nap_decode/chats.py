@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nap_decode.errors import NapDecodeError
+from nap_decode.base.errors import NapDecodeError
 
 _MARK = "NAP_DECODE_CONTINUES_HERE"
 _TOKENIZING = frozenset({

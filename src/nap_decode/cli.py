@@ -14,26 +14,27 @@ from typing import Any
 
 import torch
 
-from nap_decode import __version__, bench, presets
-from nap_decode.arness import ARnessMeter
+from nap_decode import __version__, bench
+from nap_decode.base.errors import NapDecodeError, check_between, check_integer
 from nap_decode.canvas import CanvasTemplate
-from nap_decode.committers import MicroConfidenceCommitter
-from nap_decode.confidence import CONFIDENCES
-from nap_decode.denoiser import Denoiser, no_model
-from nap_decode.errors import NapDecodeError, check_between, check_integer
+from nap_decode.decoders import presets
 from nap_decode.integrations import evaluation, ray
 from nap_decode.integrations._shared import given
-from nap_decode.loading import load_checkpoint
-from nap_decode.reuse import REUSES
-from nap_decode.sampler import Sampler
-from nap_decode.schedulers import (
+from nap_decode.measure.arness import ARnessMeter
+from nap_decode.model.denoiser import Denoiser, no_model
+from nap_decode.model.load import load_checkpoint
+from nap_decode.parts.committer import MicroConfidenceCommitter
+from nap_decode.parts.confidence import CONFIDENCES
+from nap_decode.parts.scheduler import (
     AnyOrderScheduler,
     BlockScheduler,
     MacroParallelScheduler,
     SemiAutoregressiveScheduler,
 )
-from nap_decode.selections import QuotaSelection, ThresholdSelection
-from nap_decode.trace import DecodeTrace
+from nap_decode.parts.selection import QuotaSelection, ThresholdSelection
+from nap_decode.results.trace import DecodeTrace
+from nap_decode.run.sampler import Sampler
+from nap_decode.speed.reuse import REUSES
 
 _SCHEDULERS: dict[str, type[BlockScheduler]] = {
     "macro-parallel": MacroParallelScheduler,

@@ -9,7 +9,8 @@ import pytest
 import torch
 from models import MASK, Words
 
-from nap_decode import Block, CanvasTemplate, Denoiser, ModelFamily, NapDecodeError, presets
+from nap_decode import Block, CanvasTemplate, Denoiser, ModelFamily, NapDecodeError
+from nap_decode.decoders import presets
 from nap_decode.integrations.dllm import AlphaSchedule, Sampler
 
 PROMPTS = [[5, 6, 7, 8], [9, 5], [7, 7, 3]]

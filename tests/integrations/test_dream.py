@@ -10,7 +10,8 @@ import pytest
 import torch
 from models import MASK, PAD, TableModel, tiny_model
 
-from nap_decode import Block, CanvasTemplate, NapDecodeError, presets
+from nap_decode import Block, CanvasTemplate, NapDecodeError
+from nap_decode.decoders import presets
 from nap_decode.integrations.dream import install, uninstall
 
 PROMPTS = torch.tensor([[5, 6, 7, 8], [0, 0, 9, 5], [0, 7, 7, 3]])

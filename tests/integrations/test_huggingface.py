@@ -10,7 +10,8 @@ import torch
 import transformers
 from models import MASK, PAD, tiny_model
 
-from nap_decode import Block, CanvasTemplate, Denoiser, NapDecodeError, SamplerOutput, presets
+from nap_decode import Block, CanvasTemplate, Denoiser, NapDecodeError, SamplerOutput
+from nap_decode.decoders import presets
 
 if tuple(map(int, transformers.__version__.split(".")[:2])) < (4, 57):
     pytest.skip("generate takes a custom_generate since transformers 4.57", allow_module_level=True)

@@ -8,11 +8,12 @@ import pytest
 import torch
 from models import MASK, TableModel
 
-from nap_decode import Block, CanvasTemplate, Denoiser, NapDecodeError, Sampler, Slots, presets
-from nap_decode.confidence import Candidates
-from nap_decode.distribution import Distribution
+from nap_decode import Block, CanvasTemplate, Denoiser, NapDecodeError, Sampler, Slots
+from nap_decode.base.random import CONFIDENCE_STREAM, row_seeds, uniform
+from nap_decode.decoders import presets
 from nap_decode.integrations.llada import EOS_TOKEN_ID, EOT_TOKEN_ID, ProbabilityWithout, generate
-from nap_decode.randomness import CONFIDENCE_STREAM, row_seeds, uniform
+from nap_decode.model.statistics import Distribution
+from nap_decode.parts.confidence import Candidates
 
 PROMPTS = torch.tensor([[5, 6, 7, 8], [0, 0, 9, 5], [0, 7, 7, 3]])
 PRESENT = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1], [0, 1, 1, 1]])

@@ -40,7 +40,7 @@ from nap_decode.integrations.lm_eval import (
     make_sampler,
     parse_options,
 )
-from nap_decode.likelihood import chain_log_likelihood, log_likelihood_bound
+from nap_decode.measure.likelihood import chain_log_likelihood, log_likelihood_bound
 
 has_harness = importlib.util.find_spec("lm_eval") is not None
 needs_harness = pytest.mark.skipif(not has_harness, reason="lm_eval is not installed")

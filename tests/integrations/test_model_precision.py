@@ -11,7 +11,8 @@ import torch
 from models import MASK
 from torch.nn import functional
 
-from nap_decode import MicroConfidenceCommitter, NapDecodeError, presets
+from nap_decode import MicroConfidenceCommitter, NapDecodeError
+from nap_decode.decoders import presets
 from nap_decode.integrations import dream, llada
 
 VOCABULARY, CASES = 50, range(30)

@@ -26,7 +26,8 @@ import ray
 
 ray.init(num_cpus=2, object_store_memory=100 * 2**20, include_dashboard=False, log_to_driver=False, logging_level=40)
 logging.getLogger("ray.data").setLevel(logging.ERROR)
-from nap_decode import CanvasTemplate, ParallelForcedSampler, demo, sampler
+from nap_decode import CanvasTemplate, ParallelForcedSampler, demo
+from nap_decode.run import sampler
 from nap_decode.integrations.ray import generate
 
 prompts, output, kill, workers = sys.argv[1:]

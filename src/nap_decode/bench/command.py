@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from nap_decode.base.errors import NapDecodeError, check_integer
 from nap_decode.bench.comparing import BenchmarkResult, benchmark
 from nap_decode.bench.growth import LADDER, LadderResult, ladder
 from nap_decode.bench.workload import SCHEDULERS, SHAPES, Shape, Workload
-from nap_decode.errors import NapDecodeError, check_integer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nap_decode.base.errors import NapDecodeError, check_integer
 from nap_decode.bench.loops import make_loops
 from nap_decode.bench.observing import Say, environment, interleave, observe
 from nap_decode.bench.workload import Workload
-from nap_decode.denoiser import Denoiser
-from nap_decode.errors import NapDecodeError, check_integer
+from nap_decode.model.denoiser import Denoiser
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

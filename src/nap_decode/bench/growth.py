@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from nap_decode.base.errors import NapDecodeError, check_between, check_integer, check_name
 from nap_decode.bench.loops import make_loops
 from nap_decode.bench.observing import Say, environment, interleave, seconds_of
 from nap_decode.bench.workload import SHAPES, Shape, Workload
-from nap_decode.denoiser import Denoiser
-from nap_decode.errors import NapDecodeError, check_between, check_integer, check_name
+from nap_decode.model.denoiser import Denoiser
 
 _STEPS, _PROMPT = 8, 64
 

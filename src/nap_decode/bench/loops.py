@@ -9,12 +9,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from nap_decode.attention import additive
+from nap_decode.base.errors import NapDecodeError
 from nap_decode.bench.workload import Workload, banned_ids
 from nap_decode.canvas import Canvas
-from nap_decode.denoiser import Denoiser
-from nap_decode.errors import NapDecodeError
-from nap_decode.sampler import Sampler
+from nap_decode.model.attention import additive
+from nap_decode.model.denoiser import Denoiser
+from nap_decode.run.sampler import Sampler
 
 
 class Parts:

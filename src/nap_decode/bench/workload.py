@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nap_decode.base.errors import NapDecodeError, check_integer, check_name
 from nap_decode.canvas import Block, Canvas, CanvasTemplate
-from nap_decode.committers import MicroConfidenceCommitter
-from nap_decode.denoiser import Denoiser
-from nap_decode.errors import NapDecodeError, check_integer, check_name
-from nap_decode.foreign import precision_argument
-from nap_decode.schedulers import BlockScheduler, MacroParallelScheduler, SemiAutoregressiveScheduler
+from nap_decode.model.denoiser import Denoiser
+from nap_decode.model.foreign import precision_argument
+from nap_decode.parts.committer import MicroConfidenceCommitter
+from nap_decode.parts.scheduler import BlockScheduler, MacroParallelScheduler, SemiAutoregressiveScheduler
 
 SCHEDULERS: dict[str, type[BlockScheduler]] = {
     "macro-parallel": MacroParallelScheduler,
@@ -130,7 +130,7 @@ class Workload:
         >>> Workload(new_tokens=64, steps=100)
         Traceback (most recent call last):
         ...
-        nap_decode.errors.NapDecodeError: steps=100 is more than the 64 tokens to decode in row 0, ...
+        nap_decode.base.errors.NapDecodeError: steps=100 is more than the 64 tokens to decode in row 0, ...
     """
 
     prompt_length: int = 64

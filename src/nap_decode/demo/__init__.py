@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from nap_decode.base.errors import check_name
 from nap_decode.demo.problems import NUM_DIGITS, NUM_PATHS, PATH_LENGTH, SUMMARY_LENGTH, NimSum, sample_problems
-from nap_decode.errors import check_name
 
 __all__ = [
     "CHAIN_CHECKPOINT",
@@ -45,7 +45,7 @@ def load(trained_on: str = "paths") -> tuple[Any, Any]:
         >>> model, tokenizer = load()
         >>> tokenizer.mask_token, model.num_parameters()
         ('<mask>', 855680)
-        >>> from nap_decode import presets
+        >>> from nap_decode.decoders import presets
         >>> sampler = presets.left_to_right(*load("chain"), tokens_per_step=5)
         >>> sampler("6 0 6 4 6 2 1 2 4 7 0 6 =", max_new_tokens=35).text
         ' 6 0 6 6 6 0 0 4 4 4 6 2 2 2 0 0 1 1 1 2 3 3 4 7 7 7 0 0 0 0 0 6 6 6'

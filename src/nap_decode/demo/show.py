@@ -8,14 +8,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
-from nap_decode.arness import ARnessMeter
 from nap_decode.canvas import CanvasTemplate
-from nap_decode.committers import MicroConfidenceCommitter
 from nap_decode.demo import NUM_PATHS, PATH_LENGTH, SUMMARY_LENGTH, load, sample_problems
-from nap_decode.denoiser import Denoiser
-from nap_decode.sampler import ParallelForcedSampler, Sampler
-from nap_decode.schedulers import AnyOrderScheduler, BlockScheduler, MacroParallelScheduler
-from nap_decode.state import DecodeState
+from nap_decode.measure.arness import ARnessMeter
+from nap_decode.model.denoiser import Denoiser
+from nap_decode.parts.committer import MicroConfidenceCommitter
+from nap_decode.parts.scheduler import AnyOrderScheduler, BlockScheduler, MacroParallelScheduler
+from nap_decode.run.sampler import ParallelForcedSampler, Sampler
+from nap_decode.run.state import DecodeState
 
 HELD_OUT_SEED = 20_261_121
 """Seed of the problems; training uses seeds below 1000."""

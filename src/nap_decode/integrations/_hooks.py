@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from nap_decode.base.errors import NapDecodeError
+from nap_decode.base.random import SCHEDULE_STREAM
 from nap_decode.canvas import Canvas
-from nap_decode.committers import Committer, Predict
-from nap_decode.denoiser import Denoiser
-from nap_decode.errors import NapDecodeError
-from nap_decode.prediction import Prediction
-from nap_decode.randomness import SCHEDULE_STREAM
-from nap_decode.reuse import Kept
-from nap_decode.rows import Rows, to_canvas
-from nap_decode.sampler import Sampler
-from nap_decode.schedulers import AnyOrderScheduler, BlockScheduler
-from nap_decode.schedules import AncestralSchedule, DreamSchedule
-from nap_decode.slots import Commit, Slots
-from nap_decode.state import Callback, DecodeState
+from nap_decode.model.denoiser import Denoiser
+from nap_decode.model.prediction import Prediction
+from nap_decode.model.rows import Rows, to_canvas
+from nap_decode.parts.committer import Committer, Predict
+from nap_decode.parts.schedule import AncestralSchedule, DreamSchedule
+from nap_decode.parts.scheduler import AnyOrderScheduler, BlockScheduler
+from nap_decode.parts.slots import Commit, Slots
+from nap_decode.run.sampler import Sampler
+from nap_decode.run.state import Callback, DecodeState
+from nap_decode.speed.reuse import Kept
 
 TokensHook: TypeAlias = Callable[["int | None", Tensor, "Tensor | None"], Tensor]
 """``(step, tokens (B, L), logits (B, L, V)) -> tokens (B, L)``; step and logits are None before the first step."""

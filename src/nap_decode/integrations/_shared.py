@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeAlias
 
-from nap_decode import foreign
-from nap_decode.committers import MicroConfidenceCommitter
-from nap_decode.denoiser import Denoiser
-from nap_decode.errors import NapDecodeError
-from nap_decode.sampler import Sampler
-from nap_decode.selections import QuotaSelection
+from nap_decode.base.errors import NapDecodeError
+from nap_decode.model import foreign
+from nap_decode.model.denoiser import Denoiser
+from nap_decode.parts.committer import MicroConfidenceCommitter
+from nap_decode.parts.selection import QuotaSelection
+from nap_decode.run.sampler import Sampler
 
 AnySampler: TypeAlias = "Sampler | Callable[[Denoiser], Sampler]"
 """A sampler of the model, or what makes one of a Denoiser: a preset, or a function of yours."""

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nap_decode import presets
+from nap_decode.base.errors import NapDecodeError, check_integer, check_name
 from nap_decode.canvas import Canvas, CanvasTemplate
-from nap_decode.denoiser import Denoiser
-from nap_decode.errors import NapDecodeError, check_integer, check_name
-from nap_decode.families import find_family
-from nap_decode.foreign import innermost, owner_of_attributes
+from nap_decode.decoders import presets
 from nap_decode.integrations._hooks import TokensHook, edit_tokens, with_hooks
 from nap_decode.integrations._shared import AnySampler, bind, in_model_precision, refuse
-from nap_decode.sampler import Sampler
+from nap_decode.model.denoiser import Denoiser
+from nap_decode.model.families import find_family
+from nap_decode.model.foreign import innermost, owner_of_attributes
+from nap_decode.run.sampler import Sampler
 
 _ALGORITHMS: dict[str, Callable[..., Sampler]] = {
     "origin": presets.dream_origin,
@@ -70,7 +70,7 @@ def install(model: Any, sampler: AnySampler | None = None, *, model_precision: b
         >>> model.diffusion_generate(torch.tensor([[5, 6]]), step=8)
         Traceback (most recent call last):
         ...
-        nap_decode.errors.NapDecodeError: there is no argument of diffusion_generate 'step'. Did you mean 'steps'? ...
+        nap_decode.base.errors.NapDecodeError: there is no argument of diffusion_generate 'step'. Did ...
         >>> uninstall(model)
     """
     if isinstance(sampler, Sampler):

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from nap_decode.errors import NapDecodeError, check_between
+from nap_decode.base.errors import NapDecodeError, check_between
 from nap_decode.integrations.lm_eval import LIKELIHOODS, TASKS, add_costs, harness_model, need_harness, parse_options
 
 __all__ = ["add_arguments", "run"]

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nap_decode import foreign
-from nap_decode.errors import NapDecodeError
+from nap_decode.base.errors import NapDecodeError
 from nap_decode.integrations._shared import bind, refuse
-from nap_decode.live import Streams
-from nap_decode.output import SamplerOutput
-from nap_decode.sampler import Sampler
-from nap_decode.trace import ends_before
+from nap_decode.model import foreign
+from nap_decode.results.output import SamplerOutput
+from nap_decode.results.trace import ends_before
+from nap_decode.run.sampler import Sampler
+from nap_decode.run.watch import Streams
 
 
 def for_generate(sampler: Sampler) -> Callable[..., Tensor | SamplerOutput]:

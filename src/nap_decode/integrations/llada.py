@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nap_decode import presets
-from nap_decode.confidence import ProbabilityWithout
-from nap_decode.denoiser import Denoiser, LogitsProcessor
-from nap_decode.errors import check_name
+from nap_decode.base.errors import check_name
+from nap_decode.decoders import presets
 from nap_decode.integrations._shared import AnySampler, bind, in_model_precision, refuse
-from nap_decode.sampler import Sampler
+from nap_decode.model.denoiser import Denoiser, LogitsProcessor
+from nap_decode.parts.confidence import ProbabilityWithout
+from nap_decode.run.sampler import Sampler
 
 EOS_TOKEN_ID, EOT_TOKEN_ID = 126081, 126348
 """LLaDA's ``<|endoftext|>`` and ``<|eot_id|>``, which its flags are about."""

@@ -1,7 +1,7 @@
 """A model of EleutherAI's lm-evaluation-harness (``lm_eval``).
 
 :func:`harness_model` makes the class: a subclass of the harness's ``HFLM`` that generates with one of our samplers and
-scores with :mod:`nap_decode.likelihood`.  Batching, chat templates, stop strings, request caches, resuming and
+scores with :mod:`nap_decode.measure.likelihood`.  Batching, chat templates, stop strings, request caches, resuming and
 evaluation in several processes are HFLM's own.  ``docs/evaluation.md`` says how to use it.
 
 The harness takes strings from its models.  Those that come from here are :class:`Generation`, strings that know what
@@ -30,19 +30,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nap_decode import demo, presets
-from nap_decode.arness import ARnessMeter
+from nap_decode import demo
+from nap_decode.base.errors import NapDecodeError, check_between, check_integer, check_name
+from nap_decode.base.random import wrap
 from nap_decode.canvas import CanvasTemplate
-from nap_decode.committers import Committer, MicroConfidenceCommitter
-from nap_decode.denoiser import Denoiser, no_model
-from nap_decode.errors import NapDecodeError, check_between, check_integer, check_name
+from nap_decode.decoders import presets
+from nap_decode.decoders.lookahead import LookaheadCommitter
 from nap_decode.integrations._shared import AnySampler, bind, refuse
-from nap_decode.likelihood import chain_log_likelihood, check_samples, log_likelihood_bound
-from nap_decode.loading import auto_class, load_all
-from nap_decode.lookahead import LookaheadCommitter
-from nap_decode.output import SamplerOutput
-from nap_decode.randomness import wrap
-from nap_decode.sampler import Sampler
+from nap_decode.measure.arness import ARnessMeter
+from nap_decode.measure.likelihood import chain_log_likelihood, check_samples, log_likelihood_bound
+from nap_decode.model.denoiser import Denoiser, no_model
+from nap_decode.model.load import auto_class, load_all
+from nap_decode.parts.committer import Committer, MicroConfidenceCommitter
+from nap_decode.results.output import SamplerOutput
+from nap_decode.run.sampler import Sampler
 
 __all__ = ["TASKS", "DecodeCost", "Generation", "add_costs", "harness_model"]
 
@@ -79,7 +80,7 @@ class DecodeCost:
         forward_passes: forward passes that its row took part in.
         tokens_per_forward: decoded tokens by forward passes; what stands behind the end of a block or behind a stop
             string counts for nothing.
-        arness_global: Global AR-ness@1, see :mod:`nap_decode.arness`.
+        arness_global: Global AR-ness@1, see :mod:`nap_decode.measure.arness`.
         arness_local: Local AR-ness@1; nan for a single token.
     """
 
@@ -174,7 +175,7 @@ def harness_model() -> Any:
     * ``sampler_args``: options of the preset, and of NAP's canvas (``num_paths``, ``path_length``, ``summary_length``,
       ``total_length``), and ``close_on`` and ``compile``; a mapping, or a text ``name=value,...`` with JSON values (as
       part of a text of model arguments ``name:value;...``);
-    * ``likelihood``: ``"bound"`` or ``"chain"``, see :mod:`nap_decode.likelihood`, and ``samples`` for the former;
+    * ``likelihood``: ``"bound"`` (with its ``samples``) or ``"chain"``, see :mod:`nap_decode.measure.likelihood`;
     * ``seed``: everything that is drawn derives from it and from the request;
     * ``mask_token_id`` and ``cfg_scale``, see :class:`Denoiser`, and ``bidirectional``: set ``is_causal = False``.
 
@@ -697,7 +698,7 @@ def make_sampler(
         >>> make_sampler(Denoiser(*demo.load()), "klass", {"treshold": 0.9})
         Traceback (most recent call last):
         ...
-        nap_decode.errors.NapDecodeError: there is no option of klass 'treshold'. Did you mean 'threshold'? ...
+        nap_decode.base.errors.NapDecodeError: there is no option of klass 'treshold'. Did you mean 'threshold'? ...
     """
     compiled = options.get("compile", False)
     if name not in presets.PRESETS and (name.endswith(".json") or os.path.exists(name)):

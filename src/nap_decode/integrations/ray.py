@@ -20,12 +20,13 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from nap_decode import bulk, presets
-from nap_decode.denoiser import Denoiser, no_model
-from nap_decode.errors import NapDecodeError, check_between, check_integer, check_name
+from nap_decode import bulk
+from nap_decode.base.errors import NapDecodeError, check_between, check_integer, check_name
+from nap_decode.decoders import presets
 from nap_decode.integrations._shared import given
-from nap_decode.loading import load_checkpoint
-from nap_decode.sampler import Sampler
+from nap_decode.model.denoiser import Denoiser, no_model
+from nap_decode.model.load import load_checkpoint
+from nap_decode.run.sampler import Sampler
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -105,7 +106,7 @@ def generate(
         >>> generate([{"id": 1, "prompt": "1 2 ="}], model="a directory", sampler="klas", output="results")
         Traceback (most recent call last):
         ...
-        nap_decode.errors.NapDecodeError: there is no preset (nor a file) 'klas'. Did you mean 'klass'? ...
+        nap_decode.base.errors.NapDecodeError: there is no preset (nor a file) 'klas'. Did you mean 'klass'? ...
     """
     make = partial(_make, model, _composition(sampler, sampler_options), mask_token_id, "cuda" if num_gpus else "cpu")
     for name, value, least in (("rows_per_part", rows_per_part, 1), ("max_batch", max_batch, 1)):

@@ -1,0 +1,109 @@
+"""The one exception of the package, and the checks that raise it."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import warnings
+from collections.abc import Iterable
+from numbers import Integral, Real
+from typing import Any
+
+
+class NapDecodeError(ValueError):
+    """Something was asked for that cannot be done; the message says what, why and how to mend it.
+
+    Example:
+        >>> from nap_decode import AnyOrderScheduler
+        >>> AnyOrderScheduler(steps=0)
+        Traceback (most recent call last):
+        ...
+        nap_decode.base.errors.NapDecodeError: steps must be a whole number of at least 1, but is 0
+    """
+
+
+def is_whole(value: Any) -> bool:
+    """Whether ``value`` is a whole number: numpy's will do, a ``bool`` will not."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def check_integer(name: str, value: Any, minimum: int) -> None:
+    """Raise unless ``value`` is a whole number (see :func:`is_whole`) of at least ``minimum``."""
+    if not is_whole(value) or int(value) < minimum:
+        raise NapDecodeError(f"{name} must be a whole number of at least {minimum}, but is {value!r}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise unless ``value`` is a ``bool``: the text "False" is true."""
+    if not isinstance(value, bool):
+        raise NapDecodeError(f"{name} must be True or False, but is {value!r}")
+
+
+def check_ids(what: str, ids: Any) -> list[int]:
+    """Token ids as a list of plain numbers; raises unless they are whole numbers of at least 0."""
+    ids = ids.tolist() if hasattr(ids, "tolist") else ids  # tensors and arrays
+    if not isinstance(ids, Iterable) or isinstance(ids, str | bytes):
+        raise NapDecodeError(f"{what} must be a list of token ids, but is {ids!r:.80}")
+    ids = list(ids)
+    for token in ids:
+        if type(token) is not int or token < 0:  # the check itself takes a while for long texts
+            check_integer(f"a token id of {what}", token, 0)
+    return [int(token) for token in ids]
+
+
+def check_between(name: str, value: Any, low: float, high: float) -> None:
+    """Raise unless ``value`` is a finite number with ``low <= value <= high``."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not low <= float(value) <= high or math.isinf(value):
+        allowed = (
+            f"a number from {low:g} to {high:g}" if math.isfinite(high) else f"a finite number of at least {low:g}"
+        )
+        raise NapDecodeError(f"{name} must be {allowed}, but is {value!r}")
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise unless ``value`` is a number; infinities will do."""
+    if isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value):
+        raise NapDecodeError(f"{name} must be a number, but is {value!r}")
+
+
+def check_name(what: str, name: str, known: Iterable[str]) -> None:
+    """Raise unless ``name`` is one of ``known``; the message suggests the nearest."""
+    names = sorted(known)
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"Did you mean {near[0]!r}? " if near else ""
+        raise NapDecodeError(f"there is no {what} {name!r}. {hint}Known: {', '.join(names)}")
+
+
+def check_tokenizer(tokenizer: Any, num_embeddings: int | None) -> None:
+    """Compare the ids of a tokenizer with those of a model.
+
+    A model may have more of them, because its vocabulary was padded, and a tokenizer a few that were added to it and
+    that no text has; everything else is a tokenizer of another model.
+
+    Args:
+        tokenizer: whatever has ``get_vocab``; None passes.
+        num_embeddings: ids that the model has; None, if that is not known, passes.
+
+    Raises:
+        NapDecodeError: the tokenizer's own ids go beyond the model's.
+
+    Warns:
+        UserWarning: the model has more than twice as many ids, and more than padding explains.
+    """
+    if tokenizer is None or num_embeddings is None:
+        return
+    vocabulary = tokenizer.get_vocab()
+    added = tokenizer.get_added_vocab() if hasattr(tokenizer, "get_added_vocab") else {}
+    highest = max((number for token, number in vocabulary.items() if token not in added), default=0)
+    if highest >= num_embeddings:
+        raise NapDecodeError(
+            f"the tokenizer has ids up to {highest}, but the model has {num_embeddings}, from 0 to "
+            f"{num_embeddings - 1}; take the tokenizer that the model was trained with"
+        )
+    if num_embeddings > max(2 * len(vocabulary), len(vocabulary) + 512):
+        warnings.warn(
+            f"the tokenizer has {len(vocabulary)} ids, but the model {num_embeddings}; only those of the tokenizer can "
+            "be emitted. Is it the one that the model was trained with?",
+            stacklevel=3,
+        )

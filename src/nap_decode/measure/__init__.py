@@ -1,0 +1,1 @@
+"""Meters: AR-ness, likelihood, parallelism, and pictures of them."""

@@ -1,0 +1,276 @@
+"""How autoregressive was a decode?
+
+Global and local AR-ness are those of DiffuCoder (arXiv 2506.20639, appendix A.2), which NAP uses with
+k = 1.  With p_c the position of the c-th committed token, M_(c-1) the positions still masked before it and
+T tokens in all::
+
+    Global@k = (1/T) #{c : p_c is among the k smallest of M_(c-1)}
+    Local@k  = (1/(T - k)) #{c > k : p_(c-k), ..., p_c are consecutive positions, ascending}
+
+Positions are numbered over the decoded slots only, so a header counts for nothing, however many tokens it
+has.  The definitions assume one token per step.  With several the order inside a step matters; here it is
+by confidence, highest first, ties (and steps without confidences) by lower position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from nap_decode.base.errors import NapDecodeError, check_integer
+from nap_decode.measure.watch import Watch
+from nap_decode.results.trace import DecodeTrace
+
+_Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ARness:
+    """Order measures, each per sequence and then averaged over sequences; nan where none is defined.
+
+    Args:
+        sequences: number of sequences averaged over.
+        global_at: Global@k by k; 1 for left to right.
+        global_lower: its lower bound over the orders inside steps (descending positions).  It is at the
+            same time the step-level value, which asks whether p_c is among the k smallest of what was
+            masked at the start of its step: in descending order nothing below p_c has been removed yet.
+        global_upper: its upper bound (ascending positions).
+        local_at: Local@k by k; 1 for left to right, nan for sequences of at most k tokens.
+        kendall_tau: tau-b between position and step, ties allowed; with one token per step 1 for left to right, -1 for
+            right to left; less with several; nan if everything was committed in one step.
+        tokens_per_step: tokens by steps that commit at least one ("AFP").
+        tokens_per_forward: tokens before the end of their block by forward passes ("TPF").
+        blocks: the same measures for every block on its own: order and positions restricted to it.
+        before_end: the same measures without the padding after each block's end; None if no trace says which
+            tokens end a block, or nothing stands before them.
+
+    Example:
+        >>> import torch
+        >>> meter = ARnessMeter(ks=(1, 2))
+        >>> meter.update(DecodeTrace(
+        ...     tokens=torch.tensor([[7, 7, 7, 7]]), block=torch.zeros(1, 4, dtype=torch.int64),
+        ...     step=torch.tensor([[0, 1, 0, 1]]), confidence=torch.tensor([[0.9, 0.9, 0.5, 0.5]]),
+        ...     forward_passes=torch.tensor([2]), block_names=("completion",), mask_token_id=1))
+        >>> measured = meter.compute()  # committed in the order 0 2 | 1 3
+        >>> measured.global_at, measured.local_at
+        ({1: 0.75, 2: 1.0}, {1: 0.0, 2: 0.0})
+    """
+
+    sequences: int
+    global_at: dict[int, float]
+    global_lower: dict[int, float]
+    global_upper: dict[int, float]
+    local_at: dict[int, float]
+    kendall_tau: float
+    tokens_per_step: float
+    tokens_per_forward: float
+    blocks: dict[str, ARness] = field(default_factory=dict)
+    before_end: ARness | None = None
+
+    @property
+    def step_level(self) -> dict[int, float]:
+        """Global@k with the masks as they stood at the start of the step; see ``global_lower``."""
+        return self.global_lower
+
+    def __str__(self) -> str:
+        ks = sorted(self.global_at)
+        header = ["", *(f"Global@{k} (bounds)" for k in ks), *(f"Local@{k}" for k in ks)]
+        header += ["Kendall's tau", "tokens/step", "tokens/forward"]
+        rows = [header, self._cells("all", ks), *(part._cells(name, ks) for name, part in self.blocks.items())]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            row[0].ljust(widths[0])
+            + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
+            for row in rows
+        )
+
+    def _cells(self, name: str, ks: list[int]) -> list[str]:
+        def bounded(k: int) -> str:
+            return f"{self.global_at[k]:.4f} ({self.global_lower[k]:.4f} to {self.global_upper[k]:.4f})"
+
+        values = (self.kendall_tau, self.tokens_per_step, self.tokens_per_forward)
+        local = [f"{self.local_at[k]:.4f}" for k in ks]
+        return [name, *map(bounded, ks), *local, *(f"{value:.4f}" for value in values)]
+
+
+class ARnessMeter:
+    """Measures decodes; like a torchmetrics metric: ``update``, ``compute``, ``reset``.
+
+    Args:
+        ks: values of k.
+
+    Raises:
+        NapDecodeError: a k below 1.
+
+    Example:
+        >>> from nap_decode import ParallelForcedSampler, demo
+        >>> sampler = ParallelForcedSampler(*demo.load(), path_length=11, summary_length=2, tokens_per_step=4)
+        >>> meter = ARnessMeter()
+        >>> meter.update(sampler("6 0 6 4 6 2 1 2 4 7 0 6 =").trace)
+        >>> 0 < meter.compute().global_at[1] < 1
+        True
+    """
+
+    def __init__(self, ks: Sequence[int] = (1,)) -> None:
+        for k in ks if isinstance(ks, Sequence) else [ks]:
+            check_integer("k", k, 1)
+        self.ks = tuple(ks) if isinstance(ks, Sequence) else (ks,)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        # By block name ("" for the whole sequence) and whether only what stands before the end is counted:
+        # one dict of measures for every sequence.
+        self._values: dict[tuple[str, bool], list[dict[str, float]]] = {}
+
+    def update(self, trace: DecodeTrace) -> None:
+        """Add the sequences of a trace."""
+        before_end = trace.before_end().numpy()
+        block = np.where(trace.step.numpy() < 0, -1, trace.block.numpy())  # what an interruption left masked
+        if trace.closed is not None:  # what was filled without being decoded has no place in the order
+            block = np.where(trace.closed.numpy(), -1, block)
+        scopes = {False: block >= 0} | ({True: before_end} if trace.end_token_ids else {})
+        regions = {"": block >= 0} | {name: block == j for j, name in enumerate(trace.block_names)}
+        for row in range(len(block)):
+            for trimmed, scope in scopes.items():
+                for name, region in regions.items():
+                    counted = scope[row] & region[row]
+                    if counted.any():
+                        step, confidence = trace.step[row].numpy()[counted], trace.confidence[row].numpy()[counted]
+                        values = _measure(step, confidence, self.ks)
+                        tokens = int((counted & before_end[row]).sum())
+                        values["tokens_per_forward"] = tokens / max(int(trace.forward_passes[row]), 1)
+                        self._values.setdefault((name, trimmed), []).append(values)
+
+    def compute(self) -> ARness:
+        """The averages over all sequences so far.
+
+        Raises:
+            NapDecodeError: there are none.
+        """
+        if not self._values:
+            raise NapDecodeError("nothing was measured; call update with a trace first")
+        blocks, trimmed = (
+            {name: self._average(values) for (name, t), values in self._values.items() if name and t == wanted}
+            for wanted in (False, True)
+        )
+        before_end = None
+        if ("", True) in self._values:
+            before_end = replace(self._average(self._values["", True]), blocks=trimmed)
+        return replace(self._average(self._values["", False]), blocks=blocks, before_end=before_end)
+
+    def _average(self, sequences: list[dict[str, float]]) -> ARness:
+        def mean(name: str) -> float:
+            values = [s[name] for s in sequences if not np.isnan(s[name])]
+            return float(np.mean(values)) if values else float("nan")
+
+        return ARness(
+            sequences=len(sequences),
+            global_at={k: mean(f"global@{k}") for k in self.ks},
+            global_lower={k: mean(f"lower@{k}") for k in self.ks},
+            global_upper={k: mean(f"upper@{k}") for k in self.ks},
+            local_at={k: mean(f"local@{k}") for k in self.ks},
+            kendall_tau=mean("kendall_tau"),
+            tokens_per_step=mean("tokens_per_step"),
+            tokens_per_forward=mean("tokens_per_forward"),
+        )
+
+    @staticmethod
+    @contextmanager
+    def watch(
+        model: nn.Module, mask_token_id: int, *, end_token_ids: Sequence[int] = (), num_rows: int | None = None
+    ) -> Iterator[Watch]:
+        """Measure any decoding loop by looking at the ids that the model is called with.
+
+        Inside the ``with`` block run the foreign loop; nothing in it needs to change::
+
+            with ARnessMeter.watch(model, mask_token_id=126336) as watch:
+                ids = foreign_generate(model, prompt, ...)
+            meter.update(watch.trace(ids))
+
+        What a call finds unmasked that was masked when a call last showed it was committed by that one.  The last
+        commits are seen by no call; ``trace`` counts them as made by the last call that showed the slot.  A call may
+        show the whole row or, with a cache, a part of it: what stands behind the positions in the cache (which may be a
+        block that is appended), or the columns that ``replace_position``, ``cache_position`` or ``position_ids`` name.
+        A call with another number of rows, with fewer columns and no cache, or with a changed prompt begins a new
+        decode, and so does ``watch.begin()`` (needed between decodes of one prompt that take one call each);
+        ``watch.traces()`` returns one trace for each.  Rows may leave when they are finished, decodes may take turns
+        if their prompts differ, and calls without a mask that belong to no decode are left out.
+
+        Guidance: a call that differs from the decode by a masked prompt only is left out, and so are rows that are
+        others with their prompt masked, and masked to the end.  The columns that WINO repeats at the end are too.
+
+        A call that does not tell what it shows, as with dKV-Cache's or with several alternatives at once, does not stop
+        the loop: ``trace`` and ``traces`` refuse with the reason.  Not to be told from a decode are a call in between
+        with the prompt and the length of the decode but other masks, and rows that are exchanged for one another.
+        What is appended without having been masked counts as prompt.
+
+        Args:
+            model: the module that the loop calls (or whose ``forward``) with ``input_ids``, or with one tensor of whole
+                numbers ``(B, L)`` under another name.
+            mask_token_id: the mask id.
+            end_token_ids: ids that end a text, to tell tokens from the padding after them.
+            num_rows: look at the first rows only, and take all of them for rows to be decoded.
+
+        Raises:
+            NapDecodeError: at the first call, if it has no such ids.
+        """
+        watch = Watch(mask_token_id, tuple(end_token_ids), num_rows)
+        # A hook would miss loops and wrappers that call model.forward.
+        own = vars(model).get("forward")
+        model.forward = watch._seeing(model.forward)
+        try:
+            yield watch
+        finally:
+            if own is None:
+                del model.forward
+            else:
+                model.forward = own
+
+
+def _measure(step: _Ints, confidence: NDArray[np.float32], ks: Sequence[int]) -> dict[str, float]:
+    """All measures of one sequence of T slots, given by step and confidence in order of position."""
+    positions = np.arange(len(step))
+    orders: dict[str, _Ints] = {
+        "global": np.lexsort((positions, -np.nan_to_num(confidence, nan=np.inf), step)),
+        "upper": np.lexsort((positions, step)),
+        "lower": np.lexsort((-positions, step)),
+    }
+    values = {"kendall_tau": _kendall_tau(step), "tokens_per_step": len(step) / len(np.unique(step))}
+    for name, order in orders.items():
+        skipped = _masked_below(order)
+        for k in ks:
+            values[f"{name}@{k}"] = float(np.mean(skipped < k))
+    for k in ks:
+        values[f"local@{k}"] = _local(orders["global"], k)
+    return values
+
+
+def _masked_below(order: _Ints) -> _Ints:
+    """For each commit the number of lower positions that are still masked then, ``(T,)``."""
+    place = np.argsort(order)  # place[p]: when position p is committed
+    later = place[None, :] > place[:, None]  # (T, T): column committed after row
+    below = np.tril(later, -1).sum(1)
+    return np.asarray(below[order])
+
+
+def _local(order: _Ints, k: int) -> float:
+    if len(order) <= k:
+        return float("nan")
+    # A run of k steps of +1 that ends at c: windows of k consecutive differences, all 1.
+    ascending = np.diff(order) == 1
+    runs = np.lib.stride_tricks.sliding_window_view(ascending, k).all(1)
+    return float(runs.mean())
+
+
+def _kendall_tau(step: _Ints) -> float:
+    """Tau-b between index and value; indices have no ties, values may."""
+    later = step[None, :] > step[:, None]  # (T, T)
+    concordant, discordant = int(np.triu(later, 1).sum()), int(np.tril(later, -1).sum())
+    untied, pairs = concordant + discordant, len(step) * (len(step) - 1) // 2
+    return (concordant - discordant) / float(np.sqrt(float(untied) * pairs)) if untied else float("nan")

@@ -1,0 +1,117 @@
+"""Loading a checkpoint, of whichever kind it is."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any
+
+from nap_decode.base.errors import NapDecodeError
+from nap_decode.model.foreign import precision_argument
+
+
+def load_checkpoint(
+    path: str | PathLike[str],
+    *,
+    device: str = "cpu",
+    dtype: str = "auto",
+    bidirectional: bool = False,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """A model, in evaluation mode, and its tokenizer.
+
+    Args:
+        path: directory or hub name of a transformers checkpoint.
+        device: where the model goes, for example ``"cuda"``.
+        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"`` for that of the checkpoint.
+        bidirectional: set ``is_causal = False`` in the config of a decoder.
+        trust_remote_code: run code that comes with the checkpoint.
+
+    Raises:
+        NapDecodeError: the checkpoint lacks weights of the model, or has them in other shapes.
+
+    Example:
+        >>> from nap_decode import demo
+        >>> model, tokenizer = load_checkpoint(demo.CHECKPOINT)
+        >>> model.num_parameters()
+        855680
+    """
+    import transformers
+
+    trust = {"trust_remote_code": trust_remote_code}
+    config = transformers.AutoConfig.from_pretrained(path, **trust)
+    if bidirectional:
+        config.is_causal = False
+    options = {precision_argument(): dtype}
+    model = load_all(auto_class(config), path, config=config, **options, **trust)
+    return model.to(device).eval(), transformers.AutoTokenizer.from_pretrained(path, **trust)
+
+
+def auto_class(config: Any) -> Any:
+    """The transformers class that loads a checkpoint with this config."""
+    import transformers
+
+    names, remote = config.architectures or [], getattr(config, "auto_map", None) or {}
+    if any(name.endswith("ForMaskedLM") for name in names):
+        return transformers.AutoModelForMaskedLM
+    # A class of the checkpoint's own may be called anything; it says with what to load it.
+    for name in ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModel"):
+        if name in remote:
+            return getattr(transformers, name)
+    return transformers.AutoModelForCausalLM
+
+
+def load_all(loader: Any, path: str | PathLike[str], **options: Any) -> Any:
+    """The model of a checkpoint, by a transformers class, which itself fills up what is missing with random weights.
+
+    Args:
+        loader: the class.
+        path: directory or hub name.
+        options: those of its ``from_pretrained``.
+
+    Raises:
+        NapDecodeError: parameters that the checkpoint does not have, or has in other shapes.
+
+    Warns:
+        UserWarning: the model's own code loads it, and does not say what was missing.
+    """
+    asked = options | {"output_loading_info": True}
+    try:
+        loaded = loader.from_pretrained(path, **asked)
+    except (AttributeError, TypeError):  # code of its own that expects nothing but a model, or fails in any case
+        loaded = loader.from_pretrained(path, **options)
+    except RuntimeError:  # what transformers raises about shapes, not always with their names, and about more
+        _, info = loader.from_pretrained(path, **asked, ignore_mismatched_sizes=True)
+        # Some releases add the shapes.
+        names = sorted(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])
+        if not names:
+            raise
+        raise NapDecodeError(
+            f"{len(names)} weights of the checkpoint {path} have other shapes than its config says: {_some(names)}; "
+            "take config and weights of one model"
+        ) from None
+    if not isinstance(loaded, tuple):
+        warnings.warn(
+            f"{type(loaded).__name__} loads itself, so that it cannot be seen whether the checkpoint {path} has all "
+            "its weights",
+            UserWarning,
+            stacklevel=3,
+        )
+        return loaded
+    model, info = loaded
+    # Those that are tied count once, and buffers, which are computed and not learnt, do not.
+    missing = sorted(name for name, _ in model.named_parameters() if name in info["missing_keys"])
+    if missing:
+        unexpected = sorted(info["unexpected_keys"])
+        hint = f", which has {len(unexpected)} others, such as {unexpected[0]}" if unexpected else ""
+        raise NapDecodeError(
+            f"{len(missing)} weights of {type(model).__name__} are not in the checkpoint {path}{hint}: "
+            f"{_some(missing)}. They would be random. Is it complete, and of this architecture? To decode such a model "
+            "all the same, load it with transformers and make a sampler of it"
+        )
+    return model
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if names[3:] else "")

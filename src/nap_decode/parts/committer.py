@@ -1,0 +1,383 @@
+"""Which positions are committed, and with which tokens."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import ClassVar, Protocol
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from typing_extensions import override
+
+from nap_decode.base.errors import NapDecodeError, check_between, check_flag, check_integer
+from nap_decode.base.lazy import lazy
+from nap_decode.base.random import TOKEN_STREAM
+from nap_decode.decoders.dinfer_credit import Credit, Ledger
+from nap_decode.model.prediction import Prediction
+from nap_decode.model.statistics import Distribution, Reduce, RoundedDistribution, reduce
+from nap_decode.parts.confidence import STATISTICS, Candidates, Confidence, find_confidence, looked_at, random
+from nap_decode.parts.reviser import Reviser
+from nap_decode.parts.selection import QuotaSelection, Selection
+from nap_decode.parts.slots import Commit, Slots
+from nap_decode.speed.compile import compiled
+
+
+class Predict(Protocol):
+    """Asks the model about the slots; every call is one forward pass."""
+
+    def __call__(self, tokens: Tensor | None = None, *, leave_one_out: bool = False) -> Prediction:
+        """What the model says, of shape ``(B, K)``, or ``(J, B, K)`` for alternatives.
+
+        Args:
+            tokens: ``(J, B, K)`` int64, J alternatives for what the slots hold, all in one pass.
+            leave_one_out: predict each committed slot with what it holds hidden, see :class:`Denoiser`; not for
+                alternatives.
+        """
+
+
+class Committer(ABC):
+    """Decides which of the open slots are committed, and with which tokens.  A subclass writes ``__call__``.
+
+    Example:
+        >>> class Eager(Committer):  # everything that is open, whatever the quota
+        ...     is_adaptive = True
+        ...     def __call__(self, slots, predict):
+        ...         prediction = predict()
+        ...         logits = prediction.logits.index_fill(2, prediction.banned, -torch.inf)
+        ...         confidence, tokens = logits.softmax(2).max(2)
+        ...         return Commit(tokens, confidence, slots.open)
+        >>> from nap_decode import MacroParallelScheduler, Sampler, demo
+        >>> sampler = Sampler(*demo.load(), scheduler=MacroParallelScheduler(), committer=Eager())
+        >>> sampler("1 2 3 4 5 6 7 0 1 2 3 4 =", max_new_tokens=5).forward_passes
+        1
+    """
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether the number of tokens it commits depends on the model; if not, it is exactly the quota."""
+        return False
+
+    @property
+    def is_random(self) -> bool:
+        """Whether results depend on the seed."""
+        return False
+
+    @property
+    def revises(self) -> bool:
+        """Whether it wants to see the committed slots of the open blocks too."""
+        return False
+
+    @property
+    def leaves_one_out(self) -> bool:
+        """Whether it asks for leave-one-out predictions, which not every model can give."""
+        return False
+
+    @property
+    def remembers(self) -> bool:
+        """Whether it keeps anything from step to step in the memory of the slots."""
+        return False
+
+    @property
+    def patience(self) -> int:
+        """Steps in a row without progress after which decoding is given up."""
+        return 1000
+
+    def compiled(self) -> Committer:
+        """The same with what it does to logits compiled; itself if there is nothing to compile."""
+        return self
+
+    @abstractmethod
+    def __call__(self, slots: Slots, predict: Predict) -> Commit:
+        """Decide one step.
+
+        Args:
+            slots: the slots of the open blocks.
+            predict: asks the model about them.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class Proposal:
+    """``(B, K)`` tokens, their confidences, and the statistics of the selection, then those of the reviser."""
+
+    tokens: Tensor
+    confidence: Tensor
+    statistics: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroConfidenceCommitter(Committer):
+    """Proposes a token for every open slot, scores it, and commits the best of each block.
+
+    Args:
+        temperature: 0 proposes the most likely token and draws nothing; otherwise (at least 1e-6) a token is
+            drawn from softmax(logits / temperature), from the row's own stream.
+        top_k: draw among this many most likely tokens only.
+        top_p: draw among the fewest most likely tokens whose probabilities reach this sum.
+        confidence: a function of :class:`~nap_decode.parts.confidence.Candidates`, or the name of one:
+            ``"probability"``, ``"margin"``, ``"negative_entropy"``, ``"random"``, ``"leftmost"``.
+        selection: how many are committed; exactly the quota by default.
+        reviser: may replace committed tokens or mask them again; nothing by default.
+        credit: adds credit to the logits of tokens that a slot kept preferring; nothing by default.
+        scores_proposal: whether confidences are those of the distribution that tokens are drawn from
+            (after temperature, top_p and top_k, as in Dream) instead of the model's own.
+        model_precision: compute probabilities, and what is cut off, in the precision of the model's logits, step by
+            step as the published code of LLaDA and Dream does, instead of float32.  It is for ``"probability"``,
+            ``"margin"``, ``"negative_entropy"`` and ``ProbabilityWithout``, and for those who must reproduce published
+            scores: in bfloat16 unequal confidences become equal (which of them count, ``QuotaSelection(ties="topk")``
+            decides as theirs).
+
+    Confidences are by default those of the model's own distribution (temperature 1, nothing cut off),
+    whatever the proposal is drawn from.  Softmax and draws are computed in float32 (float64 if the logits are).  A
+    draw inverts the distribution function at one 24-bit uniform number.
+
+    Raises:
+        NapDecodeError: a value out of range, an unknown name, or a cut-off without a temperature.
+
+    Example:
+        >>> committer = MicroConfidenceCommitter(temperature=0.7, top_p=0.95, confidence="margin")
+        >>> MicroConfidenceCommitter(top_k=5)
+        Traceback (most recent call last):
+        ...
+        nap_decode.base.errors.NapDecodeError: top_k=5 has no effect at temperature 0; set a temperature or leave it out
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    confidence: str | Confidence = "probability"
+    selection: Selection = QuotaSelection()
+    reviser: Reviser | None = None
+    credit: Credit | None = None
+    scores_proposal: bool = False
+    model_precision: bool = False
+
+    _reduce: ClassVar[Reduce | None] = None  # of a compiled one, in the instance
+
+    def __post_init__(self) -> None:
+        check_between("temperature", self.temperature, 0.0, math.inf)
+        check_flag("scores_proposal", self.scores_proposal)
+        check_flag("model_precision", self.model_precision)
+        if 0 < self.temperature < 1e-6:
+            raise NapDecodeError(f"temperature must be 0 or at least 1e-6, but is {self.temperature!r}")
+        if self.top_k is not None:
+            check_integer("top_k", self.top_k, 1)
+        if self.top_p is not None:
+            check_between("top_p", self.top_p, 0.0, 1.0)
+        for name in ("top_k", "top_p"):
+            if getattr(self, name) is not None and self.temperature == 0 and not self.scores_proposal:
+                raise NapDecodeError(
+                    f"{name}={getattr(self, name)} has no effect at temperature 0; set a temperature or leave it out"
+                )
+        find_confidence(self.confidence)
+        for name, kind, example in (
+            ("selection", Selection, "QuotaSelection()"),
+            ("reviser", Reviser | None, "EditReviser()"),
+            ("credit", Credit | None, "Credit()"),
+        ):
+            if not isinstance(getattr(self, name), kind):
+                wanted = f"a {name.capitalize()}, such as {example}"
+                raise NapDecodeError(f"{name} must be {wanted}, but is {getattr(self, name)!r}")
+        if self.selection.compares_steps and self.credit is not None:
+            raise NapDecodeError(
+                f"{type(self.selection).__name__} compares the model's predictions from step to step, which credit "
+                "changes by itself; leave one of them out"
+            )
+
+    @property
+    @override
+    def is_adaptive(self) -> bool:
+        return self.selection.is_adaptive or self.revises
+
+    @property
+    @override
+    def is_random(self) -> bool:
+        parts_draw = self.selection.is_random or (self.reviser is not None and self.reviser.is_random)
+        return self.temperature > 0 or parts_draw or any(map(_may_draw, self._asked))
+
+    @lazy
+    def _asked(self) -> tuple[Confidence, ...]:
+        """The functions whose values are needed: the confidence, then the statistics of selection and reviser."""
+        reviser = () if self.reviser is None else self.reviser.statistics
+        return (find_confidence(self.confidence), *self.selection.statistics, *reviser)
+
+    @lazy
+    def _looked_at(self) -> tuple[tuple[str, ...], bool]:
+        return looked_at(self._asked)
+
+    @property
+    @override
+    def revises(self) -> bool:
+        return self.reviser is not None
+
+    @property
+    @override
+    def leaves_one_out(self) -> bool:
+        return self.reviser is not None and self.reviser.leaves_one_out
+
+    @property
+    @override
+    def remembers(self) -> bool:
+        return self.selection.compares_steps or self.credit is not None or self.revises
+
+    @override
+    def compiled(self) -> MicroConfidenceCommitter:
+        other = replace(self)
+        # Whatever the number of rows, of which chunks have few.
+        object.__setattr__(other, "_reduce", compiled(reduce, dynamic=True))
+        return other
+
+    @override
+    def __call__(self, slots: Slots, predict: Predict) -> Commit:
+        return self.commit(self.propose(predict(leave_one_out=self.leaves_one_out), slots), slots)
+
+    def commit(self, proposal: Proposal, slots: Slots) -> Commit:
+        """Choose among proposals, and revise."""
+        tokens, confidence = proposal.tokens, proposal.confidence
+        number = len(self.selection.statistics)
+        chosen = self.selection(confidence, slots, proposal.statistics[:number])
+        if self.reviser is None:
+            return Commit(tokens, confidence, chosen)
+        revision = self.reviser(slots, tokens, chosen, proposal.statistics[number:])
+        if revision.edited is not None:
+            chosen = chosen | revision.edited
+        return Commit(tokens, confidence, chosen, revision.remasked, revision.unsettled)
+
+    def propose(self, prediction: Prediction, slots: Slots) -> Proposal:
+        """Score every slot; confidences are nan where no id is both possible and allowed.
+
+        Args:
+            prediction: what the model says about the slots.
+            slots: the slots.
+        """
+        previous = _Previous(slots, prediction) if self.selection.compares_steps else None
+        ledger = Ledger(self.credit, slots) if self.credit is not None else None
+        draws = slots.uniform(TOKEN_STREAM).flatten()[prediction.places] if self.temperature > 0 else None  # (T,)
+        names, is_all = self._looked_at
+        # The most likely token, and what is known of it: then the logits of a chunk need not outlive it.
+        is_plain = is_all and draws is None and not self.scores_proposal and not self.model_precision
+        scored, spent = list[tuple[Tensor, ...]](), list[Distribution]()
+        for part, logits in prediction.chunks():
+            places = prediction.places[part]
+            if ledger is not None:
+                logits = ledger.add(logits.to(torch.promote_types(logits.dtype, torch.float32)), places)
+            if is_plain:
+                own, _ = self._read(logits, prediction.banned, ("best", "mode", *names), None)
+                own.spend(names)
+                spent.append(own)
+            else:
+                draw = None if draws is None else draws[part]
+                scored.append(self._score(logits, prediction.banned, slots, places, draw, previous))
+        if spent:
+            own = Distribution.joined(spent)
+            scored.append(self._ask(own, Candidates(own, own.mode, slots, prediction.places)))
+        if previous is not None:
+            previous.remember()
+        if ledger is not None:
+            ledger.remember()
+        tokens, confidence, *statistics = (slots.unpack(torch.cat(values)) for values in zip(*scored, strict=True))
+        return Proposal(tokens, confidence, tuple(statistics))
+
+    def _score(
+        self,
+        logits: Tensor,
+        banned: Tensor,
+        slots: Slots,
+        places: Tensor,
+        uniform: Tensor | None,
+        previous: _Previous | None,
+    ) -> tuple[Tensor, ...]:
+        """Tokens, and what each asked function says of them, for logits ``(R, V)`` of the slots at ``places``."""
+        before = None if previous is None else previous.logits(places, torch.promote_types(logits.dtype, torch.float32))
+        names, _ = self._looked_at
+        own, tokens = self._read(logits, banned, ("best", "mode", *names), uniform if self._draws_as_is else None)
+        whole = own
+        if tokens is None and uniform is not None:
+            _, tokens = self._read(self._warp(own.allowed.to(own.precision)), None, (), uniform)
+        tokens = own.mode if tokens is None else tokens
+        if self.scores_proposal:
+            own, _ = self._read(self._warp(own.logits.to(own.precision)), banned, ("best", *names), None)
+            before = None if before is None else self._warp(before)
+        return self._ask(whole, Candidates(own, tokens, slots, places, before))
+
+    def _ask(self, whole: Distribution, candidates: Candidates) -> tuple[Tensor, ...]:
+        """The candidates' tokens, and what each asked function says of them; nan where no id is possible."""
+        possible = whole.best > -torch.inf
+        scores: dict[int, Tensor] = {}
+        for function in self._asked:
+            if id(function) not in scores:  # each is computed once
+                scores[id(function)] = function(candidates).where(possible, torch.nan)
+        return candidates.tokens, *(scores[id(function)] for function in self._asked)
+
+    def _read(
+        self, logits: Tensor, banned: Tensor | None, names: tuple[str, ...], uniform: Tensor | None
+    ) -> tuple[Distribution, Tensor | None]:
+        """A distribution, whose named properties will be asked for, and a draw from it, if there is a uniform one."""
+        distribution = (RoundedDistribution if self.model_precision else Distribution)(logits, banned)
+        if self._reduce is None or self.model_precision:
+            return distribution, None if uniform is None else distribution.draw(uniform)
+        values, drawn = self._reduce(logits, banned, names, uniform)
+        distribution.know(names, values)
+        return distribution, drawn
+
+    @property
+    def _draws_as_is(self) -> bool:
+        """Whether tokens are drawn from the model's own distribution."""
+        return self.temperature == 1 and self.top_k is None and self.top_p is None
+
+    def _warp(self, logits: Tensor) -> Tensor:
+        """What tokens are drawn from, ``(R, V) -> (R, V)``."""
+        from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
+
+        warpers: list[Callable[[Tensor, Tensor], Tensor]] = []
+        if self.top_k is not None:
+            warpers.append(TopKLogitsWarper(int(self.top_k)))
+        if self.top_p is not None:
+            top_p = float(self.top_p)
+            warpers.append(partial(_published_top_p, top_p) if self.model_precision else TopPLogitsWarper(top_p))
+        scores = logits / self.temperature if self.temperature > 0 else logits
+        unused = torch.empty(0, dtype=torch.long, device="cpu")  # the warpers look at the scores alone
+        for warper in reversed(warpers) if self.scores_proposal else warpers:  # Dream cuts by top_p first
+            scores = warper(unused, scores)
+        return scores
+
+
+def _published_top_p(top_p: float, _: Tensor, scores: Tensor) -> Tensor:
+    """Dream's ``top_p_logits``: rounded, a sum from the largest down is another than one from the smallest up."""
+    ordered, ids = scores.sort(dim=1, descending=True)
+    reached = ordered.softmax(1).cumsum(1) > top_p
+    beyond = torch.nn.functional.pad(reached[:, :-1], (1, 0), value=False)  # the one that reaches it stays
+    return scores.masked_fill(torch.zeros_like(beyond).scatter(1, ids, beyond), -torch.inf)
+
+
+class _Previous:
+    """The logits of the step before, for the slots of this one."""
+
+    def __init__(self, slots: Slots, prediction: Prediction) -> None:
+        self.slots, self.logits_now = slots, prediction.logits  # all at once, since they are kept
+        self.before = slots.memory.get("logits")
+        if self.before is not None:
+            place, known = slots.recall(slots.kept("logits_rank", torch.zeros_like(slots.rank)))
+            width = self.before.shape[1]
+            row = torch.arange(len(place), device=place.device)[:, None]
+            self.place, self.known = (row * width + place.clamp(max=width - 1)).flatten(), known.flatten()
+
+    def logits(self, places: Tensor, dtype: torch.dtype) -> Tensor | None:
+        if self.before is None:
+            return None
+        logits = rearrange(self.before, "b k v -> (b k) v")[self.place[places]].to(dtype)
+        return logits.where(self.known[places, None], torch.nan)
+
+    def remember(self) -> None:
+        self.slots.memory["logits"] = self.logits_now
+        self.slots.memory["logits_rank"] = self.slots.rank + 1
+
+
+def _may_draw(function: Confidence) -> bool:
+    """A function of yours might, unless it says that it does not."""
+    return bool(getattr(function, "is_random", function is random or function not in STATISTICS.values()))

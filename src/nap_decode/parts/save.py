@@ -1,0 +1,153 @@
+"""Parts as plain data and back, and in words.
+
+Every part is a frozen dataclass of numbers, names and other parts, so that what a sampler does can be written
+to a file, compared, and read by people.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import fields, is_dataclass
+from numbers import Integral, Real
+from types import FunctionType
+from typing import Any, TypeAlias
+
+from nap_decode import canvas
+from nap_decode.base.errors import NapDecodeError, check_name
+from nap_decode.decoders import dinfer_credit, lookahead
+from nap_decode.parts import committer, confidence, reviser, schedule, scheduler, selection
+from nap_decode.parts.confidence import STATISTICS
+from nap_decode.speed import reuse
+
+Part: TypeAlias = "type[Any] | Callable[..., Any]"
+"""A class or function of yours, which a file names."""
+
+_MODULES = (canvas, committer, confidence, dinfer_credit, lookahead, reuse, reviser, scheduler, schedule, selection)
+_KNOWN: dict[str, Part] = STATISTICS | {
+    thing.__name__: thing
+    for module in _MODULES
+    for thing in vars(module).values()
+    if isinstance(thing, type) and is_dataclass(thing) and thing.__module__ == module.__name__
+}
+
+
+def to_plain(value: Any) -> Any:
+    """A part as JSON can hold it: dataclasses as their options (those that are not the default), and their name.
+
+    Raises:
+        NapDecodeError: something that is no part, number, text or list of these.
+
+    Example:
+        >>> from nap_decode import AnyOrderScheduler
+        >>> to_plain(AnyOrderScheduler(steps=8))
+        {'part': 'AnyOrderScheduler', 'steps': 8}
+    """
+    if is_dataclass(value) and not isinstance(value, type):
+        options = {name: to_plain(option) for name, option in _options(value).items()}
+        return _named("part", type(value)) | options
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
+    if isinstance(value, FunctionType) and value.__name__ != "<lambda>":
+        return _named("function", value)
+    if callable(value) and _is_bare(value):
+        return _named("part", type(value))
+    raise NapDecodeError(
+        f"{value!r:.80} cannot be saved; make the part a function with a name, or a frozen dataclass of numbers, "
+        "texts and other parts"
+    )
+
+
+def from_plain(data: Any, parts: Iterable[Part] = ()) -> Any:
+    """The part that :func:`to_plain` wrote.
+
+    Args:
+        data: what it returned.
+        parts: classes and functions of yours that occur in it.
+
+    Raises:
+        NapDecodeError: the name of a part that is neither of this package nor among ``parts``.
+
+    Example:
+        >>> from_plain({"part": "AnyOrderScheduler", "steps": 8})
+        AnyOrderScheduler(steps=8, tokens_per_step=None, schedule=EvenSchedule())
+    """
+    return _restore(data, {part.__name__: part for part in parts})
+
+
+def describe(part: Any) -> str:
+    """What a part does, in words: its name and options, the first line of its documentation, and its parts.
+
+    Example:
+        >>> from nap_decode import MicroConfidenceCommitter, ThresholdSelection
+        >>> print(describe(MicroConfidenceCommitter(selection=ThresholdSelection(0.8))))
+        MicroConfidenceCommitter()
+          Proposes a token for every open slot, scores it, and commits the best of each block.
+          selection: ThresholdSelection(threshold=0.8)
+            Every slot that reaches a confidence (Fast-dLLM, arXiv 2505.22618, algorithm 1).
+    """
+    options = _options(part) if is_dataclass(part) else {}
+    inner = {name: option for name, option in options.items() if is_dataclass(option)}
+    for name in ("selection", "committer"):  # they matter so much that they are shown even if they are the default
+        if hasattr(part, name):
+            inner = {name: getattr(part, name)} | inner
+    shown = ", ".join(f"{name}={_short(option)}" for name, option in options.items() if name not in inner)
+    lines = [f"{type(part).__name__}({shown})"]
+    if (part.__doc__ or "").strip():
+        lines.append("  " + part.__doc__.strip().splitlines()[0])
+    lines += ["  " + f"{name}: {describe(option)}".replace("\n", "\n  ") for name, option in inner.items()]
+    return "\n".join(lines)
+
+
+def _is_bare(value: Any) -> bool:
+    """Whether an object has nothing but its class."""
+    kinds = (kind for kind in type(value).__mro__ if kind is not object)
+    takes_options = any("__init__" in vars(kind) or "__new__" in vars(kind) for kind in kinds)
+    return not takes_options and getattr(value, "__dict__", None) == {}
+
+
+def _named(kind: str, part: Part) -> dict[str, Any]:
+    """The name of a part; marked if it is not this package's, so that no other of that name is taken for it."""
+    own = {} if _KNOWN.get(part.__name__) is part else {"own": True}
+    return {kind: part.__name__} | own
+
+
+def _short(option: Any) -> str:
+    return getattr(option, "__name__", None) or f"{option!r:.60}"
+
+
+def _options(part: Any) -> dict[str, Any]:
+    """Options that differ from their default."""
+    options = {field.name: (getattr(part, field.name), field.default) for field in fields(part) if field.init}
+    return {name: value for name, (value, default) in options.items() if not _equal(value, default)}
+
+
+def _equal(value: Any, default: Any) -> bool:
+    try:
+        return value is default or bool(value == default)
+    except ValueError:  # of an array
+        return False
+
+
+def _restore(data: Any, own: dict[str, Part]) -> Any:
+    if isinstance(data, list):
+        return tuple(_restore(item, own) for item in data)
+    if not isinstance(data, dict):
+        return data
+    name = data.get("part", data.get("function"))
+    if not isinstance(name, str):
+        raise NapDecodeError(f"{data!r:.80} is not a part: it has neither a 'part' nor a 'function'")
+    known = own if data.get("own") else _KNOWN
+    check_name("part of yours (name them in parts=)" if data.get("own") else "part", name, known)
+    if "function" in data:
+        return known[name]
+    options = {key: _restore(value, own) for key, value in data.items() if key not in ("part", "own")}
+    try:
+        return known[name](**options)
+    except TypeError as error:
+        raise NapDecodeError(f"{name} cannot be made from {options}: {error}") from error

@@ -1,0 +1,228 @@
+"""The slots that a committer decides about at one step, and what it decides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nap_decode.base.lazy import lazy
+from nap_decode.base.random import uniform
+from nap_decode.model.rows import pad_to
+
+
+@dataclass(frozen=True, eq=False)
+class Slots:
+    """The slots of the open blocks, packed to the left of each row.
+
+    Args:
+        index: ``(B, K)`` int64, their columns, which are positions counted from the row's first token; 0 where a
+            row has fewer than K.
+        block: ``(B, K)`` int64, their blocks; M where a row has fewer than K.
+        committed: ``(B, K)`` bool, slots that hold a token which a reviser may replace or mask again.
+        rank: ``(B, W)`` int64, for every column of the rows its place among the K, -1 if it has none.
+        places: ``(T,)`` int64, the slots there are, among all ``B * K``, row after row.
+        quota: ``(B, M)`` int64, tokens that each block shall commit.
+        seeds: ``(B,)`` int64.
+        step: ``(B,)`` int64, index of the step in each row's schedule.
+        row_tokens: ``(B, W)`` int64, the rows as they stand.
+        row_offsets: ``(B, W)`` int64, columns from the first slot of a slot's block.
+        memory: what parts keep from step to step, each under a name of its own; see :meth:`kept`.
+
+    Example:
+        >>> slots = Slots.of(block=torch.tensor([[0, 0, 0, 1, 1]]), quota=torch.tensor([[2, 1]]))
+        >>> slots.index.tolist()
+        [[0, 1, 2, 3, 4]]
+    """
+
+    index: Tensor
+    block: Tensor
+    committed: Tensor
+    rank: Tensor
+    places: Tensor
+    quota: Tensor
+    seeds: Tensor
+    step: Tensor
+    row_tokens: Tensor
+    row_offsets: Tensor
+    memory: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def pack(
+        cls,
+        wanted: Tensor,
+        block: Tensor,
+        quota: Tensor,
+        *,
+        width: int,
+        total: int,
+        committed: Tensor | None = None,
+        **fields: Any,
+    ) -> Slots:
+        """Collect slots; without a question to the device, as their numbers are known.
+
+        Args:
+            wanted: ``(B, W)`` bool, the slots.
+            block: ``(B, W)`` int64, block of every slot to decode, -1 elsewhere.
+            quota: ``(B, M)`` int64.
+            width: K, the largest number of slots in a row, or more.
+            total: T, the number of all slots, or more.
+            committed: ``(B, W)`` bool, slots that are not masked; None if all wanted ones are.
+            fields: seeds, step, row_tokens, row_offsets and memory of :class:`Slots`.
+        """
+        #   wanted  . x . x x .   ->   rank  -1 0 -1 1 2 -1   ->   index  1 3 4
+        rank = torch.where(wanted, wanted.cumsum(1) - 1, -1)
+        columns = torch.arange(block.shape[1], device=block.device).expand_as(block)
+        index = _pack(columns, wanted, rank, width)
+        valid = torch.arange(width, device=block.device) < wanted.sum(1, keepdim=True)
+        # All alike, as in a batch of one, nothing is to be packed.
+        places = torch.arange(valid.numel(), device=block.device)
+        if total < valid.numel():
+            flat = valid.reshape(1, -1)
+            places = _pack(places[None], flat, flat.cumsum(1) - 1, total)[0]
+        return cls(
+            index=index,
+            block=torch.where(valid, block.gather(1, index), quota.shape[1]),
+            committed=torch.zeros_like(valid) if committed is None else valid & committed.gather(1, index),
+            rank=rank,
+            places=places,
+            quota=quota,
+            **fields,
+        )
+
+    @classmethod
+    def of(cls, block: Tensor, quota: Tensor, **fields: Any) -> Slots:
+        """Slots of rows that consist of nothing else, to try a part by hand.
+
+        Args:
+            block: ``(B, K)`` int64.
+            quota: ``(B, M)`` int64.
+            fields: any other field of :class:`Slots`.
+        """
+        index = torch.arange(block.shape[1], device=block.device).expand_as(block)
+        names = ("index", "rank", "row_offsets")
+        tokens, none = torch.zeros_like(block), torch.zeros(len(block), dtype=torch.int64, device=block.device)
+        others = {"committed": tokens.bool(), "seeds": none, "step": none, "row_tokens": tokens}
+        places = {"places": torch.arange(block.numel(), device=block.device)}
+        return cls(block=block, quota=quota, **(dict.fromkeys(names, index) | others | places | fields))
+
+    @lazy
+    def open(self) -> Tensor:
+        """``(B, K)`` bool: the slots that are masked, and so may be chosen."""
+        return (self.block < self.quota.shape[1]) & ~self.committed
+
+    @lazy
+    def open_block(self) -> Tensor:
+        """``(B, K)`` int64: the block of every slot that may be chosen, M for the others."""
+        return torch.where(self.open, self.block, self.quota.shape[1])
+
+    @lazy
+    def tokens(self) -> Tensor:
+        """``(B, K)`` int64: ids that the slots hold; the mask id, unless they are committed."""
+        return self.row_tokens.gather(1, self.index)
+
+    @lazy
+    def offsets(self) -> Tensor:
+        """``(B, K)`` int64: columns from the first slot of the block."""
+        return self.row_offsets.gather(1, self.index)
+
+    @lazy
+    def _unpacked(self) -> Tensor:
+        """``(B, K)``: where each slot stands among the T."""
+        among = torch.arange(len(self.places), device=self.places.device)
+        # A place that is named twice is the same slot both times; the first is taken, whatever the order of writing.
+        where = torch.zeros(self.block.numel(), dtype=torch.int64, device=among.device)
+        return where.scatter_reduce_(0, self.places, among, "amin", include_self=False).view_as(self.block)
+
+    def unpack(self, values: Tensor) -> Tensor:
+        """Bring values of the T slots back to their rows, ``(T, ...) -> (B, K, ...)``; any where there is no slot."""
+        if len(self.places) == self.block.numel():
+            return values.view(*self.block.shape, *values.shape[1:])
+        return values[self._unpacked]
+
+    def count(self, where: Tensor) -> Tensor:
+        """How many slots of each block are in ``where``, ``(B, K) bool -> (B, M)`` int64."""
+        counts = torch.zeros(len(self.block), self.quota.shape[1] + 1, dtype=torch.int64, device=self.block.device)
+        return counts.scatter_add_(1, self.block, where.long())[:, :-1]
+
+    def per_slot(self, values: Tensor) -> Tensor:
+        """What each slot's block has, ``(B, M) -> (B, K)``; 0 where a row has fewer than K slots."""
+        return torch.nn.functional.pad(values, (0, 1)).gather(1, self.block)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Bring values of the K slots back to the columns of the rows, ``(B, K) -> (B, W)``.
+
+        Columns without a slot get the value of some slot; mask them with ``rank >= 0``.
+        """
+        return values.gather(1, self.rank.clamp(min=0))
+
+    def kept(self, name: str, like: Tensor) -> Tensor:
+        """What a part put in ``memory[name]`` at an earlier step; zeros for rows that are new.
+
+        The batch changes while it is decoded: rows leave and others come, and their widths with them.  So what
+        is kept is a tensor with the batch as its first dimension, in which zero stands for nothing.
+
+        Args:
+            name: the name.
+            like: what there is if nothing was kept; its shape, but for the first dimension, is what comes back,
+                padded or cut at the end.
+        """
+        return pad_to(self.memory[name], like.shape[1:]) if name in self.memory else like
+
+    def recall(self, rank: Tensor) -> tuple[Tensor, Tensor]:
+        """Where these slots stood among those of an earlier step.
+
+        Args:
+            rank: ``(B, W)``, that step's ``rank + 1``; 0 for nothing.
+
+        Returns:
+            ``(B, K)`` int64 places, and ``(B, K)`` bool: whether they were there at all.
+        """
+        place = rank.gather(1, self.index) - 1
+        return place.clamp(min=0), place >= 0
+
+    def uniform(self, stream: int) -> Tensor:
+        """``(B, K)`` float32: a uniform draw on [0, 1) for every slot, from the row's own stream."""
+        return uniform(self.seeds, self.step, stream, self.index)
+
+    def repeat(self, times: int) -> Slots:
+        """The slots of the batch several times over, one batch after the other."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("places", "memory")}
+        repeated = {name: t.repeat(times, *[1] * (t.ndim - 1)) for name, t in tensors.items()}
+        first = torch.arange(times, device=self.places.device)[:, None] * self.block.numel()
+        return replace(self, places=(self.places + first).flatten(), **repeated)
+
+
+def _pack(values: Tensor, wanted: Tensor, rank: Tensor, width: int) -> Tensor:
+    """Move wanted values to the left, ``(B, L) -> (B, width)``, zeros behind them."""
+    packed = torch.zeros(len(values), width + 1, dtype=torch.int64, device=values.device)
+    # Values that are not wanted all write to the last column, which is cut off.
+    packed.scatter_(1, torch.where(wanted, rank, width), values)
+    return packed[:, :width]
+
+
+@dataclass(frozen=True, eq=False)
+class Commit:
+    """What a committer decided.
+
+    Args:
+        tokens: ``(B, K)`` int64, a token for every slot.
+        confidence: ``(B, K)``, how sure the model is of it.
+        chosen: ``(B, K)`` bool, slots that get their token now: masked ones are committed, committed ones
+            are edited.
+        remasked: ``(B, K)`` bool, committed slots that are masked again.
+        unsettled: ``(B, M)`` bool, blocks that shall stay open even if no slot of theirs is masked.
+
+    Example:
+        >>> scores = torch.tensor([[0.2, 0.9]])
+        >>> Commit(tokens=torch.tensor([[5, 7]]), confidence=scores, chosen=scores > 0.5).chosen.tolist()
+        [[False, True]]
+    """
+
+    tokens: Tensor
+    confidence: Tensor
+    chosen: Tensor
+    remasked: Tensor | None = None
+    unsettled: Tensor | None = None

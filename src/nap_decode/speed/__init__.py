@@ -1,0 +1,1 @@
+"""What makes decoding faster: reuse of keys and values, captured steps, compiled kernels."""

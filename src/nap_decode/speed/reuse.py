@@ -1,0 +1,336 @@
+"""Which positions a forward pass computes anew; for all others, keys and values of earlier passes are reused.
+
+A masked-diffusion model attends both ways: a token that is committed anywhere changes the keys and values of every
+position.  A pass that computes only some of them is an approximation, which is off unless asked for
+(``Denoiser(reuse=)``); :class:`~nap_decode.SamplerOutput` says what it saved, and the trace which passes computed
+everything.
+
+Whatever the policy, a pass computes every position whose token has changed since it was last computed, and with all
+policies but :class:`DriftReuse` every position where a prediction is wanted.
+"""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import conv1d, pad
+
+from nap_decode.base.errors import check_between, check_flag, check_integer
+from nap_decode.model.rows import join, narrow
+
+__all__ = ["BlockReuse", "CommittedReuse", "DriftReuse", "Glance", "Kept", "PromptReuse", "Reuse"]
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What earlier passes found out about B rows of W columns.
+
+    Args:
+        tokens: ``(B, W)`` int64, what stood in each position when it was last computed; -1 if it never was.
+        repeats: ``(B, W)`` int64, passes that computed the position with this token.
+        age: ``(B, W)`` int64, passes since it was last computed.
+        pending: ``(B, W)`` float32, what has happened since then that concerns it, see :class:`DriftReuse`.
+        wanted: ``(B, W)`` bool, where predictions were wanted when the whole row was last computed.
+        opened: ``(B, W)`` bool, where predictions were wanted in any pass.
+        passes: ``(B,)`` int64, passes since then.
+        start: ``(B,)`` int64, passes of the batch before the row came.
+        counts: ``(B, S)`` int64, positions that each pass of the batch computed.
+        states: what the model made of them, each ``(B, heads, W, D)``: the keys and values of its layers, and for
+            policies that leave out wanted positions, of one head, what it put out.
+    """
+
+    tokens: Tensor
+    repeats: Tensor
+    age: Tensor
+    pending: Tensor
+    wanted: Tensor
+    opened: Tensor
+    passes: Tensor
+    start: Tensor
+    counts: Tensor
+    states: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def nothing(cls, number: int, width: int, device: torch.device) -> Kept:
+        """Of rows that no pass has seen."""
+        zeros = torch.zeros(number, width, dtype=torch.int64, device=device)
+        return cls(
+            tokens=zeros - 1,
+            repeats=zeros,
+            age=zeros,
+            pending=zeros.float(),
+            wanted=zeros.bool(),
+            opened=zeros.bool(),
+            passes=zeros[:, 0],
+            start=zeros[:, 0],
+            counts=zeros[:, :0],
+        )
+
+    def with_rows(self, number: int, width: int) -> Kept:
+        """These rows, and others that no pass has seen; all with at least ``width`` columns."""
+        others = Kept.nothing(number, width, self.tokens.device)
+        both = join(self, replace(others, start=others.start + self.counts.shape[1]), {"tokens": -1})
+        more = (0, 0, 0, max(0, width - self.tokens.shape[1]), 0, 0, 0, number)  # columns and rows
+        return replace(both, states={name: pad(kept, more) for name, kept in self.states.items()})
+
+    def narrowed(self, width: int) -> Kept:
+        """The first columns."""
+        return replace(
+            narrow(replace(self, counts=self.start, states={}), width),
+            counts=self.counts,
+            states={name: kept[:, :, :width] for name, kept in self.states.items()},
+        )
+
+    def counted(self, computed: Tensor) -> Kept:
+        """With one pass more, of ``(B,)`` positions."""
+        return replace(self, counts=torch.cat([self.counts, computed[:, None]], dim=1))
+
+
+@dataclass(frozen=True, eq=False)
+class Glance:
+    """What a policy sees before a pass; all ``(B, W)``.
+
+    Args:
+        kept: of earlier passes.
+        tokens: int64, the rows as they stand.
+        wanted: bool, where predictions are wanted.
+        prompt: bool.
+        present: bool, false for padding.
+        changed: bool, where another token stands than when the position was last computed.
+        pending: float32, what concerns a position and was not computed yet, this pass's changes included.
+    """
+
+    kept: Kept
+    tokens: Tensor
+    wanted: Tensor
+    prompt: Tensor
+    present: Tensor
+    changed: Tensor
+    pending: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reuse(abc.ABC):
+    """Decides which positions a pass computes; make your own by saying :meth:`select`.
+
+    Args:
+        refresh_every: every so many passes of a row all of it is computed; 1 is exact decoding, None only when the
+            policy itself says so, and the first time.
+
+    Raises:
+        NapDecodeError: options out of range.
+
+    Example:
+        >>> from nap_decode import Denoiser, ParallelForcedSampler, Reuse, demo
+        >>> class Neighbours(Reuse):
+        ...     def select(self, glance: Glance) -> Tensor:  # what is next to what has changed
+        ...         return glance.changed.roll(1, dims=1) | glance.changed.roll(-1, dims=1)
+        >>> denoiser = Denoiser(*demo.load(), reuse=Neighbours(refresh_every=4))
+        >>> sampler = ParallelForcedSampler(denoiser, path_length=11, summary_length=2, tokens_per_step=4)
+        >>> sampler("6 0 6 4 6 2 1 2 4 7 0 6 =").trace.forwarded.tolist()
+        [[53, 35, 31, 29, 53, 21, 15, 13, 53]]
+    """
+
+    refresh_every: int | None = None
+    leaves_out_wanted: ClassVar[bool] = False
+    """Whether a pass may leave out positions where predictions are wanted, and give their last ones instead."""
+
+    def __post_init__(self) -> None:
+        if self.refresh_every is not None:
+            check_integer("refresh_every", self.refresh_every, 1)
+
+    @abc.abstractmethod
+    def select(self, glance: Glance) -> Tensor:
+        """``(B, W)`` bool: what to compute of rows that are not computed as a whole.
+
+        What has changed is computed besides; so is what is wanted, unless :attr:`leaves_out_wanted` says otherwise.
+        """
+
+    def refreshes(self, glance: Glance) -> Tensor:
+        """``(B,)`` bool: which rows to compute as a whole, besides those that are due."""
+        return torch.zeros_like(glance.kept.passes, dtype=torch.bool)
+
+    def concerns(self, changed: Tensor) -> Tensor:
+        """``(B, W)`` float32: how much changes, ``(B, W)`` bool, concern each position."""
+        return changed.float()
+
+    def plan(
+        self, kept: Kept, tokens: Tensor, wanted: Tensor, prompt: Tensor, present: Tensor
+    ) -> tuple[Tensor, Tensor, Kept]:
+        """What the next pass computes.
+
+        Args:
+            kept: of earlier passes.
+            tokens: ``(B, W)`` int64, the rows as they stand.
+            wanted: ``(B, W)`` bool, where predictions are wanted.
+            prompt: ``(B, W)`` bool.
+            present: ``(B, W)`` bool, false for padding.
+
+        Returns:
+            ``(B, W)`` bool, positions to compute; ``(B,)`` bool, rows that are computed as a whole; and what is
+            known after the pass, but for what the model says.
+        """
+        changed = (tokens != kept.tokens) & present
+        pending = kept.pending + self.concerns(changed)
+        glance = Glance(kept, tokens, wanted, prompt, present, changed, pending)
+        whole = (kept.tokens[:, 0] < 0) | self.refreshes(glance)
+        if self.refresh_every is not None:
+            whole |= kept.passes + 1 >= self.refresh_every
+        computed = whole[:, None] | changed | self.select(glance)
+        if not self.leaves_out_wanted:
+            computed |= wanted
+        computed &= present
+        return (
+            computed,
+            whole,
+            replace(
+                kept,
+                tokens=torch.where(computed, tokens, kept.tokens),
+                repeats=torch.where(computed, torch.where(changed, 0, kept.repeats) + 1, kept.repeats),
+                age=torch.where(computed, 0, kept.age + 1),
+                pending=torch.where(computed, 0, pending),
+                wanted=torch.where(whole[:, None], wanted, kept.wanted),
+                opened=kept.opened | wanted,
+                passes=torch.where(whole, 0, kept.passes + 1),
+            ).counted(computed.sum(1)),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptReuse(Reuse):
+    """Computes all but the prompt (the prompt interval of dLLM-Cache, arXiv 2506.06295).
+
+    Example:
+        >>> PromptReuse(refresh_every=16)
+        PromptReuse(refresh_every=16)
+    """
+
+    def select(self, glance: Glance) -> Tensor:
+        """All but the prompt."""
+        return ~glance.prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommittedReuse(Reuse):
+    """Computes what is wanted, and committed tokens for some passes more (dKV-Cache, arXiv 2505.15781).
+
+    Args:
+        delay: passes that compute a token after its commit; then its keys and values are kept.  They change most
+            when the mask becomes a token, so 1 is right for most models.
+        refresh_every: see :class:`Reuse`.
+
+    Example:
+        >>> from nap_decode import CommittedReuse, Denoiser, ParallelForcedSampler, demo
+        >>> denoiser = Denoiser(*demo.load(), reuse=CommittedReuse())
+        >>> sampler = ParallelForcedSampler(denoiser, path_length=11, summary_length=2, tokens_per_step=4)
+        >>> out = sampler("6 0 6 4 6 2 1 2 4 7 0 6 =")
+        >>> out.summary, out.positions_forwarded, out.positions_exact
+        ('6', [200], [477])
+    """
+
+    delay: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integer("delay", self.delay, 1)
+
+    def select(self, glance: Glance) -> Tensor:
+        """What is young."""
+        return glance.kept.repeats < self.delay
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockReuse(Reuse):
+    """Computes the open blocks only, and everything whenever another one opens (Fast-dLLM, arXiv 2505.22618).
+
+    For blocks that are decoded in turn.  If all are open at once, as the paths of NAP, what is left to reuse is what
+    is not decoded; see :class:`DriftReuse`.
+
+    Args:
+        with_suffix: compute what stands behind the block, too: Fast-dLLM's prefix cache.  Without, it is its dual
+            cache.
+        refresh_every: see :class:`Reuse`.
+
+    Example:
+        >>> BlockReuse(with_suffix=True)
+        BlockReuse(refresh_every=None, with_suffix=True)
+    """
+
+    with_suffix: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_flag("with_suffix", self.with_suffix)
+
+    def refreshes(self, glance: Glance) -> Tensor:
+        """Rows with something wanted that was not, when they were last computed as a whole."""
+        return (glance.wanted & ~glance.kept.wanted).any(1)
+
+    def select(self, glance: Glance) -> Tensor:
+        """The open blocks, as they were then."""
+        inside = glance.kept.wanted
+        return inside.long().cummax(1).values.bool() if self.with_suffix else inside
+
+
+@dataclass(frozen=True, kw_only=True)
+class DriftReuse(Reuse):
+    """Computes what has changed, and of what is wanted the share that the changes since then concern most.
+
+    A change concerns what is near: ``exp(-distance / reach)`` for every token that was committed since a position
+    was last computed, summed up.  Where nothing has happened, the last prediction stands.  So the passes follow the
+    decode wherever it is, in one block or in many at once.  Where one is wanted for the first time, it is made.
+
+    Args:
+        share: of the wanted positions, rounded up.
+        reach: positions.
+        max_age: passes after which a wanted position is computed in any case.
+        refresh_every: see :class:`Reuse`.
+
+    Example:
+        >>> from nap_decode import Denoiser, DriftReuse, ParallelForcedSampler, demo
+        >>> denoiser = Denoiser(*demo.load(), reuse=DriftReuse())
+        >>> sampler = ParallelForcedSampler(denoiser, path_length=11, summary_length=2, tokens_per_step=4)
+        >>> out = sampler("6 0 6 4 6 2 1 2 4 7 0 6 =")
+        >>> out.summary, out.positions_forwarded, out.positions_exact
+        ('6', [158], [477])
+    """
+
+    share: float = 0.6
+    reach: float = 4.0
+    max_age: int = 4
+    leaves_out_wanted: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_between("share", self.share, 0.0, 1.0)
+        check_between("reach", self.reach, 0.1, 1000.0)
+        check_integer("max_age", self.max_age, 1)
+
+    def concerns(self, changed: Tensor) -> Tensor:
+        """Near ones most."""
+        # Further away than this it is less than a thousandth.
+        far = min(int(7 * self.reach) + 1, changed.shape[1] - 1)
+        distance = torch.arange(-far, far + 1, device=changed.device).abs()
+        weights = torch.exp(-distance / self.reach)
+        return conv1d(changed[:, None].float(), weights[None, None], padding=far)[:, 0]
+
+    def select(self, glance: Glance) -> Tensor:
+        """The first of the wanted, by concern and then by age; the old, and the new."""
+        wanted, age = glance.wanted, glance.kept.age
+        urgency = torch.where(wanted, glance.pending + 1e-4 * age, -torch.inf)
+        rank = urgency.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        most = (self.share * wanted.sum(1, keepdim=True)).ceil()
+        return wanted & ((rank < most) | (age + 1 >= self.max_age) | ~glance.kept.opened)
+
+
+REUSES: dict[str, type[Reuse]] = {
+    "prompt": PromptReuse,
+    "committed": CommittedReuse,
+    "block": BlockReuse,
+    "drift": DriftReuse,
+}
+"""Policies by their names on the command line."""
