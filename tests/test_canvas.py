@@ -7,7 +7,8 @@ from models import MASK, PAD, Words
 from transformers import BatchEncoding
 
 from nap_decode import Block, Canvas, CanvasTemplate, NapDecodeError
-from nap_decode.canvas import count_blocks, encode_prompts
+from nap_decode.canvas import count_blocks
+from nap_decode.prompts import encode_prompts
 
 TEMPLATE = CanvasTemplate(((7,), Block("a", 2), (8, 9), Block("b", 1, held=True)))
 

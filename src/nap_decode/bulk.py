@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from nap_decode.base.errors import NapDecodeError, check_integer, is_whole
 from nap_decode.base.random import wrap
-from nap_decode.canvas import Prompt, encode_prompts
+from nap_decode.prompts import Prompt, encode_prompts
 from nap_decode.results.output import SamplerOutput
 from nap_decode.run.sampler import Sampler
 

@@ -1,41 +1,32 @@
 """What is to be decoded: canvases, and the templates and texts they are made from.
 
-A canvas is a left-padded batch of token rows in which some slots are still masked::
+A canvas is a batch of token rows in which some slots are still masked.  Rows begin in column 0, so that a column is a
+position; padding stands behind them::
 
-    pad pad  p   p   p  <1>  M   M   M  <2>  M   M   M  <S>  M     row 0
-     p   p   p   p   p  <1>  M   M   M  <2>  M   M   M  <S>  M     row 1
-    -1  -1  -1  -1  -1  -1   0   0   0  -1   1   1   1  -1   2     block
+     p   p   p   p   p  <1>  M   M   M  <2>  M   M   M  <S>  M     row 0
+    -1  -1  -1  -1  -1  -1   0   0   0  -1   1   1   1  -1   2     its blocks
+     p   p   p  <1>  M   M   M  <2>  M   M   M  <S>  M  pad pad    row 1
 
 Slots of a block are decoded; everything else is clamped: given, and never changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from numbers import Real
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import TYPE_CHECKING, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from nap_decode.base.errors import NapDecodeError, check_flag, check_ids, check_integer, is_whole
-from nap_decode.chats import render_chat
+from nap_decode.base.errors import NapDecodeError, check_flag, check_ids, check_integer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Text: TypeAlias = "str | Sequence[int]"
 """Clamped text of a template: a string, tokenized without special tokens, or token ids."""
-Prompt: TypeAlias = "str | Sequence[Mapping[str, Any]] | Mapping[str, Any] | Sequence[int] | Tensor"
-"""One prompt: text, chat messages, ``{"messages": [...]}`` with options of the chat template (``tools``,
-``enable_thinking``, ...) beside them, token ids, a 1-D tensor of token ids, or what a tokenizer returns."""
-Prompts: TypeAlias = "Prompt | Sequence[Prompt]"
-"""One prompt or a batch of them; a 2-D tensor is a batch of rows of equal length."""
-
-_FORMS = frozenset({"messages", "input_ids"})  # of a prompt that is a mapping
 
 
 @dataclass(frozen=True)
@@ -168,7 +159,7 @@ class CanvasTemplate:
         if summary_length:
             parts += [summary_header, Block("summary", summary_length, held=True)]
             parts += [] if summary_footer is None else [summary_footer]
-        return cls(tuple(part for part in map(_plain, parts) if not isinstance(part, str | Sequence) or len(part)))
+        return cls(tuple(part for part in parts if isinstance(part, Block) or len(part)))
 
     def encode(self, tokenizer: PreTrainedTokenizerBase | None, mask_token_id: int) -> tuple[list[int], list[int]]:
         """Token ids of the layout (masks in the blocks) and the block of every slot (-1: clamped).
@@ -204,26 +195,23 @@ class Canvas:
     Args:
         tokens: ``(B, L)`` int64, the mask id in every slot to decode.
         block: ``(B, L)`` int64, the block of every slot to decode, -1 for clamped slots and padding.
-        attention_mask: ``(B, L)`` int64, 0 for padding, which is on the left.
-        prompt: ``(B, L)`` bool, the slots that the unconditional branch of classifier-free guidance
-            masks.
+        attention_mask: ``(B, L)`` int64, 0 for padding, which is behind a row.
+        prompt: ``(B, L)`` bool, the slots that the unconditional branch of classifier-free guidance masks.
         block_names: names of the M blocks.
         held: for each block whether a macro-parallel scheduler holds it back.
         is_infill: whether the blocks are holes in a text rather than what follows a prompt.
-        is_single: whether there is one row because one prompt was given, not a batch; outputs then have
-            texts instead of lists of texts.
+        is_single: whether there is one row because one prompt was given, not a batch; outputs then have texts instead
+            of lists of texts.
 
     Raises:
-        NapDecodeError: shapes that differ, values of another type, padding elsewhere than on the left or to be
+        NapDecodeError: shapes that differ, values of another type, padding elsewhere than behind a row or to be
             decoded, or a block index without a name.
 
     Example:
         >>> canvas = Canvas.from_prompts(
         ...     [[5, 6], [7]], CanvasTemplate.plain(3), mask_token_id=1, pad_token_id=0)
         >>> canvas.tokens.tolist()
-        [[5, 6, 1, 1, 1], [0, 7, 1, 1, 1]]
-        >>> canvas.position_ids.tolist()
-        [[0, 1, 2, 3, 4], [0, 0, 1, 2, 3]]
+        [[5, 6, 1, 1, 1], [7, 1, 1, 1, 0]]
         >>> canvas.lengths.tolist()
         [[3], [3]]
     """
@@ -240,20 +228,20 @@ class Canvas:
     def __post_init__(self) -> None:
         if self.tokens.ndim != 2 or 0 in self.tokens.shape:
             raise NapDecodeError(f"canvas tokens must be (B, L) with B, L >= 1, but are {tuple(self.tokens.shape)}")
-        for name in ("block", "attention_mask", "prompt"):
-            if getattr(self, name).shape != self.tokens.shape:
-                shapes = f"{tuple(getattr(self, name).shape)}, tokens {tuple(self.tokens.shape)}"
-                raise NapDecodeError(f"{name} and tokens of a canvas must have one shape, but {name} has {shapes}")
         for name in ("tokens", "block", "attention_mask", "prompt"):
-            dtype, wanted = getattr(self, name).dtype, torch.bool if name == "prompt" else torch.int64
-            if dtype != wanted:
-                raise NapDecodeError(f"{name} of a canvas must be {wanted}, but is {dtype}")
-        mask = self.attention_mask
-        if bool((mask[:, 1:] < mask[:, :-1]).any() | (mask < 0).any() | (mask > 1).any()):
-            raise NapDecodeError("the attention_mask of a canvas must be 0 for padding on the left, then 1 to the end")
-        if bool((self.decodable & (self.attention_mask == 0)).any()):
+            value, dtype = getattr(self, name), torch.bool if name == "prompt" else torch.int64
+            if value.shape != self.tokens.shape:
+                shapes = f"{tuple(value.shape)}, tokens {tuple(self.tokens.shape)}"
+                raise NapDecodeError(f"{name} and tokens of a canvas must have one shape, but {name} has {shapes}")
+            if value.dtype != dtype:
+                raise NapDecodeError(f"{name} of a canvas must be {dtype}, but is {value.dtype}")
+        # Everything is looked at on the host, brought there at once.
+        block, mask = torch.stack([self.block, self.attention_mask]).cpu()
+        if bool((mask[:, 1:] > mask[:, :-1]).any() | (mask < 0).any() | (mask > 1).any()):
+            raise NapDecodeError("the attention_mask of a canvas must be 1 from column 0 on, then 0 for padding")
+        if bool(((block >= 0) & (mask == 0)).any()):
             raise NapDecodeError("padding of a canvas cannot be decoded; its block must be -1")
-        highest = int(self.block.max())
+        highest = int(block.max())
         if highest < 0:
             raise NapDecodeError("no slot of the canvas is to be decoded; is the mask token in the text?")
         if highest >= len(self.block_names) or len(self.held) != len(self.block_names):
@@ -261,36 +249,23 @@ class Canvas:
                 f"block index {highest} needs {highest + 1} block names and held flags, but there are "
                 f"{len(self.block_names)} and {len(self.held)}"
             )
+        object.__setattr__(self, "lengths", count_blocks(block, len(self.block_names)))
+        object.__setattr__(self, "row_lengths", mask.sum(1))
+
+    lengths: Tensor = field(init=False, repr=False)
+    """``(B, M)`` int64 on the CPU: slots of each block."""
+    row_lengths: Tensor = field(init=False, repr=False)
+    """``(B,)`` int64 on the CPU: tokens of each row."""
 
     @property
     def decodable(self) -> Tensor:
         """``(B, L)`` bool: the slots to decode."""
         return self.block >= 0
 
-    @cached_property
-    def position_ids(self) -> Tensor:
-        """``(B, L)`` int64: positions counted from each row's first token; 0 for padding."""
-        return (self.attention_mask.cumsum(1) - 1).clamp(min=0)
-
-    @cached_property
-    def lengths(self) -> Tensor:
-        """``(B, M)`` int64 on the CPU: slots of each block."""
-        return count_blocks(self.block, len(self.block_names)).cpu()
-
-    @cached_property
-    def longest(self) -> int:
-        """Tokens of the longest row, padding not counted."""
-        return int(self.attention_mask.sum(1).max())
-
-    @cached_property
+    @property
     def is_padded(self) -> bool:
         """Whether any row has padding."""
-        return not bool(self.attention_mask.all())
-
-    @cached_property
-    def padding(self) -> Tensor:
-        """``(B, 1)`` int64: columns of padding on the left of each row."""
-        return self.tokens.shape[1] - self.attention_mask.sum(1, keepdim=True)
+        return int(self.row_lengths.min()) < self.tokens.shape[1]
 
     @classmethod
     def from_prompts(
@@ -301,7 +276,6 @@ class Canvas:
         mask_token_id: int,
         pad_token_id: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        prompt_width: int = 0,
         device: torch.device | str | None = None,
         is_single: bool = False,
     ) -> Canvas:
@@ -311,22 +285,18 @@ class Canvas:
             prompts: token ids of each row.
             template: what follows.
             mask_token_id: id of the mask token.
-            pad_token_id: id that fills rows up on the left.
+            pad_token_id: id that fills rows up behind.
             tokenizer: needed if the template has text.
-            prompt_width: columns that prompts take at least, so that ``tokens[:, prompt_width:]`` of a
-                batch padded by the caller is what was decoded.
             device: where the tensors live.
             is_single: see :class:`Canvas`.
         """
         ids, block = template.encode(tokenizer, mask_token_id)
         prompts = [check_ids("a prompt", prompt) for prompt in prompts]
-        width = max([prompt_width, *map(len, prompts)])
-        pads = [width - len(prompt) for prompt in prompts]
         return cls(
-            tokens=_tensor([[pad_token_id] * n + [*p] + ids for n, p in zip(pads, prompts, strict=True)], device),
-            block=_tensor([[-1] * width + block] * len(prompts), device),
-            attention_mask=_tensor([[0] * n + [1] * (width - n + len(ids)) for n in pads], device),
-            prompt=_tensor([[0] * n + [1] * (width - n) + [0] * len(ids) for n in pads], device).bool(),
+            tokens=_padded([[*prompt, *ids] for prompt in prompts], pad_token_id, device),
+            block=_padded([[-1] * len(prompt) + block for prompt in prompts], -1, device),
+            attention_mask=_padded([[1] * (len(prompt) + len(ids)) for prompt in prompts], 0, device),
+            prompt=_padded([[1] * len(prompt) + [0] * len(ids) for prompt in prompts], 0, device).bool(),
             block_names=tuple(b.name for b in template.blocks),
             held=tuple(b.held for b in template.blocks),
             is_single=is_single,
@@ -350,19 +320,18 @@ class Canvas:
         """
         check_integer("mask_token_id", mask_token_id, 0)
         texts = [check_ids("a text", text) for text in texts]
-        width = max(map(len, texts), default=0)
-        pads = [width - len(text) for text in texts]
-        tokens = _tensor([[pad_token_id] * n + [*text] for n, text in zip(pads, texts, strict=True)], device)
-        attention_mask = _tensor([[0] * n + [1] * (width - n) for n in pads], device)
-        hole = (tokens == mask_token_id) & attention_mask.bool()
-        starts = hole & ~torch.nn.functional.pad(hole, (1, 0))[:, :-1]
-        block = torch.where(hole, starts.cumsum(1) - 1, -1)
-        num_blocks = int(block.max()) + 1 if block.numel() else 0
+        holes = [[token == mask_token_id for token in text] for text in texts]
+        starts = [[hole and not before for before, hole in zip([False, *row], row, strict=False)] for row in holes]
+        block = [
+            [number - 1 if hole else -1 for number, hole in zip(accumulate(begun), row, strict=True)]
+            for begun, row in zip(starts, holes, strict=True)
+        ]
+        num_blocks = max(map(sum, starts), default=0)
         return cls(
-            tokens=tokens,
-            block=block,
-            attention_mask=attention_mask,
-            prompt=attention_mask.bool() & ~hole,
+            tokens=_padded(texts, pad_token_id, device),
+            block=_padded(block, -1, device),
+            attention_mask=_padded([[1] * len(text) for text in texts], 0, device),
+            prompt=_padded([[not hole for hole in row] for row in holes], 0, device).bool(),
             block_names=tuple(f"hole {j + 1}" for j in range(num_blocks)),
             held=(False,) * num_blocks,
             is_infill=True,
@@ -375,92 +344,6 @@ def count_blocks(block: Tensor, num_blocks: int, where: Tensor | None = None) ->
     counted = block >= 0 if where is None else where & (block >= 0)
     counts = torch.zeros(block.shape[0], num_blocks, dtype=torch.int64, device=block.device)
     return counts.scatter_add_(1, block.clamp(min=0), counted.long())
-
-
-def encode_prompts(
-    prompts: Prompts, tokenizer: PreTrainedTokenizerBase | None, attention_mask: Any = None
-) -> tuple[list[list[int]], bool]:
-    """Token ids of one prompt or of a batch.
-
-    Args:
-        prompts: see :data:`Prompts`.  Chats go through the tokenizer's chat template: a last message of the
-            assistant's is continued, any other is answered.  What a tokenizer returns (``input_ids`` and
-            ``attention_mask``) is taken too.
-        tokenizer: needed for anything but ids.
-        attention_mask: 0 for ids to drop, wherever they are; in the shape of the ids.
-
-    Returns:
-        One list of ids per row, and whether it was a single prompt.
-
-    Raises:
-        NapDecodeError: an empty batch, an unknown form of prompt, text without a tokenizer, or a chat that the
-            template does not render.
-    """
-    if isinstance(prompts, Mapping) and _form(prompts) == "input_ids":
-        encoded: Mapping[Any, Any] = prompts
-        prompts, attention_mask = encoded["input_ids"], encoded.get("attention_mask", attention_mask)
-    prompts = _plain(prompts)
-    if isinstance(prompts, str | Mapping):
-        return [_encode_prompt(prompts, tokenizer)], True
-    if not isinstance(prompts, Sequence):
-        raise NapDecodeError(f"prompts must be text, chat messages, token ids, or a list of these, not {prompts!r:.80}")
-    if len(prompts) == 0:
-        raise NapDecodeError("the batch of prompts is empty")
-    single = is_part(prompts[0])
-    rows = [_encode_prompt(prompt, tokenizer) for prompt in ([prompts] if single else prompts)]
-    if attention_mask is not None:
-        mask = _plain(attention_mask)
-        mask = [mask] if single else mask
-        shapes = list(map(len, rows)), [len(row) if isinstance(row, list) else row for row in mask]
-        if shapes[0] != shapes[1]:
-            raise NapDecodeError(
-                f"attention_mask and input_ids must have one shape, but their rows have lengths {shapes[1]} and "
-                f"{shapes[0]}; leave the canvas out of the mask"
-            )
-        rows = [[t for t, keep in zip(row, keeps, strict=True) if keep] for row, keeps in zip(rows, mask, strict=True)]
-    return rows, single
-
-
-def is_part(prompt: Any) -> bool:
-    """Whether this is a token id or a message, of which prompts are made, and no prompt."""
-    return isinstance(prompt, Real) or (isinstance(prompt, Mapping) and _FORMS.isdisjoint(prompt))
-
-
-def _form(prompt: Mapping[Any, Any]) -> str:
-    forms = _FORMS.intersection(prompt)
-    if len(forms) != 1:
-        raise NapDecodeError(
-            f"a mapping as prompt must have either messages or input_ids, but has {list(prompt)}; put chat messages in "
-            "a list"
-        )
-    return next(iter(forms))
-
-
-def _plain(values: Any) -> Any:
-    """Tensors and arrays as (nested) lists; everything else as it is."""
-    return values.tolist() if isinstance(values, Tensor | np.ndarray) else values
-
-
-def _encode_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
-    prompt = _plain(prompt)
-    if isinstance(prompt, Mapping) and _form(prompt) == "input_ids":
-        rows, _ = encode_prompts(prompt, tokenizer)
-        if len(rows) > 1:
-            raise NapDecodeError(f"the input_ids of a single prompt must be one row, but are {len(rows)}")
-        return rows[0]
-    first = prompt[0] if isinstance(prompt, Sequence) and prompt else prompt
-    if isinstance(prompt, str) or isinstance(first, Mapping):
-        if tokenizer is None:
-            raise NapDecodeError("a prompt that is text or chat messages needs a tokenizer; pass one, or token ids")
-        if isinstance(prompt, str):
-            return list(tokenizer(prompt)["input_ids"])
-        # Templates write their own special tokens, so the tokenizer must not add a second <bos>.
-        return list(tokenizer(render_chat(prompt, tokenizer), add_special_tokens=False)["input_ids"])
-    if isinstance(prompt, Sequence) and all(map(is_whole, prompt)):
-        return [int(t) for t in prompt]
-    raise NapDecodeError(
-        f"a prompt must be text, chat messages, or a list or 1-D tensor of token ids, but is {prompt!r:.80}"
-    )
 
 
 def _encode_text(text: Text, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
@@ -480,5 +363,7 @@ def _texts(name: str, text: str | Sequence[Text], num_paths: int) -> list[Text]:
     return list(text)
 
 
-def _tensor(rows: list[list[int]], device: torch.device | str | None) -> Tensor:
-    return torch.tensor(rows, dtype=torch.int64, device=device)
+def _padded(rows: Sequence[Sequence[int]], fill: int, device: torch.device | str | None) -> Tensor:
+    """``(B, L)`` int64 of rows of any length, filled up behind."""
+    width = max(map(len, rows), default=0)
+    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=torch.int64, device=device)

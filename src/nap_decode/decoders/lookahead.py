@@ -1,7 +1,8 @@
-"""Looking ahead: several ways to go on are tried in one forward pass, and the most promising is taken."""
+"""LoPA: lookahead parallel decoding (arXiv 2512.16229; zhijie-group/LoPA)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,9 +11,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from nap_decode.base.errors import NapDecodeError, check_between, check_integer
-from nap_decode.parts.committer import Committer, MicroConfidenceCommitter, Predict, Proposal
+from nap_decode.decoders.llada import in_blocks
+from nap_decode.parts.committer import Committer, Function, MicroConfidenceCommitter, Predict
+from nap_decode.parts.decoder import Decoder
+from nap_decode.parts.needs import Needs
 from nap_decode.parts.selection import ThresholdSelection
-from nap_decode.parts.slots import Commit, Slots
+from nap_decode.parts.slots import Decision, Proposal, Slots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +33,7 @@ class LookaheadCommitter(Committer):
     A forward pass has ``1 + branches`` times the rows; it is counted as one.
 
     Args:
-        committer: what is done once the branch is chosen.
+        inner: what is done once the branch is chosen.
         branches: branches besides the anchor; what LoPA's code makes of ``branching_factor``.
         weight: of the extra token's confidence.
         weakest: share of the open slots, the least certain ones, whose confidence is averaged.
@@ -38,13 +42,11 @@ class LookaheadCommitter(Committer):
         NapDecodeError: a committer that revises or remembers: it would have to for every branch.
 
     Example:
-        >>> from nap_decode import SemiAutoregressiveScheduler, Sampler, demo
-        >>> scheduler = SemiAutoregressiveScheduler(block_length=8)
-        >>> sampler = Sampler(*demo.load(), scheduler=scheduler, committer=LookaheadCommitter(branches=3))
-        >>> out = sampler("1 2 3 4 5 6 7 0 1 2 3 4 = <think 1>", max_new_tokens=8)
+        >>> LookaheadCommitter(branches=3).needs.adaptive
+        True
     """
 
-    committer: MicroConfidenceCommitter = MicroConfidenceCommitter(selection=ThresholdSelection(0.9))
+    inner: MicroConfidenceCommitter = MicroConfidenceCommitter(selection=ThresholdSelection(0.9))
     branches: int = 2
     weight: float = 0.5
     weakest: float = 0.5
@@ -53,9 +55,9 @@ class LookaheadCommitter(Committer):
         check_integer("branches", self.branches, 1)
         check_between("weight", self.weight, 0.0, 1.0)
         check_between("weakest", self.weakest, 0.0, 1.0)
-        if not isinstance(self.committer, MicroConfidenceCommitter):
-            raise NapDecodeError(f"committer must be a MicroConfidenceCommitter, but is {self.committer!r}")
-        if self.committer.revises or self.committer.credit is not None or self.committer.selection.compares_steps:
+        if not isinstance(self.inner, MicroConfidenceCommitter):
+            raise NapDecodeError(f"inner must be a MicroConfidenceCommitter, but is {self.inner!r}")
+        if self.inner.needs.memory:
             raise NapDecodeError(
                 "a committer that looks ahead cannot revise, give credit or compare steps, because each branch would "
                 "need a memory of its own; leave these out"
@@ -63,29 +65,19 @@ class LookaheadCommitter(Committer):
 
     @property
     @override
-    def is_adaptive(self) -> bool:
-        return True
-
-    @property
-    @override
-    def is_random(self) -> bool:
-        return self.committer.is_random
-
-    @property
-    @override
-    def remembers(self) -> bool:
-        return True
+    def needs(self) -> Needs:
+        return self.inner.needs | Needs(adaptive=True, memory=True)
 
     @override
-    def compiled(self) -> LookaheadCommitter:
-        return replace(self, committer=self.committer.compiled())
+    def compiled(self, compile: Callable[[Function], Function]) -> LookaheadCommitter:
+        return replace(self, inner=self.inner.compiled(compile))
 
     @override
-    def __call__(self, slots: Slots, predict: Predict) -> Commit:
+    def __call__(self, slots: Slots, predict: Predict) -> Decision:
         branches = _Branches.of(slots)
         number = len(branches.adds)  # J, the anchor included
-        prediction = predict(torch.where(branches.adds, branches.tokens, slots.tokens))  # (J, B, K)
-        proposal = self.committer.propose(prediction, slots.repeat(number))
+        prediction = predict(torch.where(branches.adds, branches.tokens, slots.tokens))  # (J * B, K)
+        proposal = self.inner.propose(prediction, slots.repeat(number))
         confidence = rearrange(proposal.confidence, "(j b) k -> j b k", j=number)
         future = self._certainty(confidence, slots.open & ~branches.adds)
         worth = self.weight * branches.confidence + (1 - self.weight) * future
@@ -100,17 +92,14 @@ class LookaheadCommitter(Committer):
 
         added = won(branches.adds)
         slots = replace(slots, committed=slots.committed | added)
-        proposal = Proposal(
-            won_by_row(proposal.tokens),
-            won_by_row(proposal.confidence),
-            tuple(map(won_by_row, proposal.statistics)),
-        )
-        commit = self.committer.commit(proposal, slots)
+        statistics = {name: won_by_row(values) for name, values in proposal.statistics.items()}
+        won_proposal = Proposal(slots, won_by_row(proposal.tokens), won_by_row(proposal.confidence), statistics)
+        commit = self.inner.decide(won_proposal)
         left = commit.confidence.where(slots.open & ~commit.chosen, -torch.inf)
         best, place = left.topk(min(self.branches, left.shape[1]), dim=1)
         found = {"columns": slots.index.gather(1, place) + 1, "tokens": commit.tokens.gather(1, place), "scores": best}
         slots.memory.update((f"branch_{name}", values.where(best > -torch.inf, 0)) for name, values in found.items())
-        return Commit(
+        return Decision(
             tokens=torch.where(added, won(branches.tokens), commit.tokens),
             confidence=torch.where(added, won(branches.confidence)[:, None].to(commit.confidence), commit.confidence),
             chosen=commit.chosen | added,
@@ -155,3 +144,17 @@ class _Branches:
             confidence=torch.cat([anchor.to(confidence), confidence.T]),
             exists=torch.cat([anchor.bool(), adds.any(2)]),
         )
+
+
+def lopa(
+    *,
+    threshold: float = 0.9,
+    branches: int = 2,
+    weight: float = 0.5,
+    weakest: float = 0.5,
+    block_length: int | None = 32,
+) -> Decoder:
+    """LoPA: looks ahead over orders of filling; options see :class:`LookaheadCommitter`."""
+    inner = MicroConfidenceCommitter(selection=ThresholdSelection(threshold))
+    committer = LookaheadCommitter(inner=inner, branches=branches, weight=weight, weakest=weakest)
+    return Decoder(in_blocks(block_length), committer)

@@ -35,9 +35,10 @@ from torch import Tensor
 from nap_decode.base.errors import NapDecodeError, check_integer, is_whole
 from nap_decode.base.random import SCHEDULE_STREAM, SELECTION_STREAM, uniform, wrap
 from nap_decode.base.random import row_seeds as seeds_of_rows
-from nap_decode.canvas import Canvas, Prompts, encode_prompts
+from nap_decode.canvas import Canvas
 from nap_decode.model.denoiser import Denoiser
-from nap_decode.model.rows import Rows, host_tensor, to_rows
+from nap_decode.model.rows import Rows, host_tensor
+from nap_decode.prompts import Prompts, encode_prompts
 
 __all__ = ["LogLikelihood", "chain_log_likelihood", "log_likelihood_bound"]
 
@@ -275,7 +276,7 @@ class _Texts:
         """Of one forward pass."""
         canvas = self._canvas([(n, hidden) for n, hidden, _ in batch])
         rows = Rows.of(canvas)
-        tokens = to_rows(canvas, canvas.tokens, self.denoiser.pad_token_id)
+        tokens = canvas.tokens
         asked = [asked.nonzero()[:, 0].tolist() for _, _, asked in batch]
         width = max(map(len, asked))
         wanted, target, is_asked = torch.zeros(3, len(batch), width, dtype=torch.int64, device="cpu")
@@ -313,12 +314,10 @@ class _Texts:
         tokens = torch.full((len(rows), longest), pad, device="cpu")
         hidden, present, prompt = torch.zeros(3, len(rows), longest, dtype=torch.bool, device="cpu")
         for row, (n, where) in enumerate(rows):
-            completion, start = self.completions[n], longest - len(self.completions[n])
-            tokens[row, start - len(self.prompts[n]) : start] = host_tensor(self.prompts[n], tokens.device)
-            tokens[row, start:] = torch.where(where, mask, host_tensor(completion, tokens.device))
-            hidden[row, start:] = where
-            present[row, start - len(self.prompts[n]) :] = True
-            prompt[row, start - len(self.prompts[n]) : start] = True
+            start, end = len(self.prompts[n]), len(self.prompts[n]) + len(self.completions[n])
+            tokens[row, :start] = host_tensor(self.prompts[n], tokens.device)
+            tokens[row, start:end] = torch.where(where, mask, host_tensor(self.completions[n], tokens.device))
+            hidden[row, start:end], present[row, :end], prompt[row, :start] = where, True, True
         return Canvas(
             tokens=tokens.to(device),
             block=torch.where(hidden, 0, -1).to(device),

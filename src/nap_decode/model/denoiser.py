@@ -22,7 +22,7 @@ from nap_decode.model.head import Output, Passing
 from nap_decode.model.passes import ForwardPass, ReusingPass
 from nap_decode.model.prediction import Prediction
 from nap_decode.model.probe import Probe, Probing
-from nap_decode.model.rows import Rows, host_tensor, to_rows
+from nap_decode.model.rows import Rows, host_tensor
 from nap_decode.speed.reuse import Kept, Reuse
 
 if TYPE_CHECKING:
@@ -283,7 +283,7 @@ class Denoiser:
             raise NapDecodeError(f"token id {wrong} is out of range: the model has ids {ids}. Wrong tokenizer?")
         if bool((canvas.tokens[canvas.decodable] != self.mask_token_id).any()):
             raise NapDecodeError(f"every slot to decode must hold the mask id {self.mask_token_id} at the start")
-        self._check_length(canvas.longest)
+        self._check_length(canvas.tokens.shape[1])
         self._check_dropout(canvas.tokens)
         if canvas.is_padded:
             self._warn_of_groups()
@@ -504,12 +504,8 @@ class Denoiser:
         last = self._last_canvas
         if last is None or last[0] is not canvas:
             self._last_canvas = last = canvas, Rows.of(canvas)
-        times = len(tokens) // num_rows
-        moved = torch.cat([to_rows(canvas, one, self.pad_token_id) for one in tokens.chunk(times)])
-        wanted = wanted - canvas.padding.repeat(times, 1)  # negative for what is no slot
-        every = torch.arange(num_rows * wanted.shape[1], device=wanted.device)
-        prediction = self.predict(last[1], moved, wanted, every, hidden=hidden, alternatives=times)
-        return prediction.logits.flatten(0, 1)
+        every = torch.arange(wanted.numel(), device=wanted.device)
+        return self.predict(last[1], tokens, wanted, every, hidden=hidden).logits
 
     def predict(
         self,
@@ -519,7 +515,6 @@ class Denoiser:
         places: Tensor,
         *,
         hidden: Tensor | None = None,
-        alternatives: int | None = None,
         kept: dict[str, Kept] | None = None,
     ) -> Prediction:
         """The same for rows that begin in column 0, and for some of the slots; one forward pass.
@@ -529,10 +524,9 @@ class Denoiser:
             tokens: ``(B, W)`` int64, the rows as they stand, with :attr:`pad_token_id` behind; or
                 ``(J * B, W)``, J alternatives one after the other.
             wanted: ``(B, K)`` int64, or ``(J * B, K)``: positions.  What is not in ``places`` means nothing.
-            places: ``(T,)`` int64, the slots to predict: indices into ``wanted[:B].flatten()``.
+            places: ``(T,)`` int64, the slots to predict: indices into ``wanted.flatten()``.
             hidden: bool in the shape of ``wanted``, see :meth:`__call__`.  Shadows of slots that are not in
                 ``places``, or negative, are seen by none.
-            alternatives: J; None if there are none, and the result is to be of shape ``(B, K)``.
             kept: what earlier passes found out about the rows, empty at first; brought up to date here.  Without it,
                 with ``hidden`` or with alternatives, everything is computed.
 
@@ -542,7 +536,8 @@ class Denoiser:
         Raises:
             NapDecodeError: shapes that do not fit; ``hidden`` with a model that cannot leave one out.
         """
-        num_rows, times, width = len(rows.lengths), alternatives or 1, wanted.shape[1]
+        num_rows, width = len(rows.lengths), wanted.shape[1]
+        times = len(tokens) // num_rows
         if tokens.shape != (times * num_rows, rows.width) or len(wanted) != len(tokens):
             raise NapDecodeError(
                 f"tokens must be ({times} * {num_rows}, {rows.width}), and wanted must have as many rows, but they are "
@@ -555,13 +550,10 @@ class Denoiser:
                     f"{tuple(hidden.shape)}"
                 )
             self.check_leave_one_out()
-        if times > 1:
-            first = torch.arange(0, wanted.numel(), num_rows * width, device=places.device)[:, None]
-            places = (first + places).flatten()
         shadows = None
         if hidden is not None:
             shadows = hidden, _are_slots(wanted, places)
-        if self.reuse is None or kept is None or shadows is not None or alternatives is not None:
+        if self.reuse is None or kept is None or shadows is not None or times > 1:
             source, is_hidden = self._forward(rows, tokens, wanted, shadows)
             self._count(rows, kept)
         else:
@@ -572,7 +564,7 @@ class Denoiser:
         head = self._call.head if is_hidden else None
         vocab_size = source.shape[2] if head is None else head.vocab_size
         return Prediction(
-            shape=(num_rows, width) if alternatives is None else (times, num_rows, width),
+            shape=(len(tokens), width),
             places=places,
             vocab_size=vocab_size,
             banned=self.banned(vocab_size, places.device),

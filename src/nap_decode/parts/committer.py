@@ -7,31 +7,32 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from einops import rearrange
 from torch import Tensor
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from nap_decode.base.errors import NapDecodeError, check_between, check_flag, check_integer
 from nap_decode.base.lazy import lazy
 from nap_decode.base.random import TOKEN_STREAM
-from nap_decode.decoders.dinfer_credit import Credit, Ledger
 from nap_decode.model.prediction import Prediction
 from nap_decode.model.statistics import Distribution, Reduce, RoundedDistribution, reduce
-from nap_decode.parts.confidence import STATISTICS, Candidates, Confidence, find_confidence, looked_at, random
+from nap_decode.parts.confidence import STATISTICS, Candidates, Confidence, find_confidence, looked_at, needs_of
+from nap_decode.parts.needs import Needs
 from nap_decode.parts.reviser import Reviser
 from nap_decode.parts.selection import QuotaSelection, Selection
-from nap_decode.parts.slots import Commit, Slots
-from nap_decode.speed.compile import compiled
+from nap_decode.parts.slots import Decision, Proposal, Slots
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Predict(Protocol):
     """Asks the model about the slots; every call is one forward pass."""
 
     def __call__(self, tokens: Tensor | None = None, *, leave_one_out: bool = False) -> Prediction:
-        """What the model says, of shape ``(B, K)``, or ``(J, B, K)`` for alternatives.
+        """What the model says, of shape ``(B, K)``, or ``(J * B, K)`` for alternatives.
 
         Args:
             tokens: ``(J, B, K)`` int64, J alternatives for what the slots hold, all in one pass.
@@ -45,54 +46,34 @@ class Committer(ABC):
 
     Example:
         >>> class Eager(Committer):  # everything that is open, whatever the quota
-        ...     is_adaptive = True
+        ...     needs = Needs(adaptive=True)
         ...     def __call__(self, slots, predict):
         ...         prediction = predict()
         ...         logits = prediction.logits.index_fill(2, prediction.banned, -torch.inf)
         ...         confidence, tokens = logits.softmax(2).max(2)
-        ...         return Commit(tokens, confidence, slots.open)
-        >>> from nap_decode import MacroParallelScheduler, Sampler, demo
-        >>> sampler = Sampler(*demo.load(), scheduler=MacroParallelScheduler(), committer=Eager())
+        ...         return Decision(tokens, confidence, slots.open)
+        >>> from nap_decode import Decoder, MacroParallelScheduler, Sampler, demo
+        >>> sampler = Sampler(*demo.load(), Decoder(MacroParallelScheduler(), Eager()))
         >>> sampler("1 2 3 4 5 6 7 0 1 2 3 4 =", max_new_tokens=5).forward_passes
         1
     """
 
     @property
-    def is_adaptive(self) -> bool:
-        """Whether the number of tokens it commits depends on the model; if not, it is exactly the quota."""
-        return False
-
-    @property
-    def is_random(self) -> bool:
-        """Whether results depend on the seed."""
-        return False
-
-    @property
-    def revises(self) -> bool:
-        """Whether it wants to see the committed slots of the open blocks too."""
-        return False
-
-    @property
-    def leaves_one_out(self) -> bool:
-        """Whether it asks for leave-one-out predictions, which not every model can give."""
-        return False
-
-    @property
-    def remembers(self) -> bool:
-        """Whether it keeps anything from step to step in the memory of the slots."""
-        return False
+    def needs(self) -> Needs:
+        """See :class:`Needs`.  Adaptive, if the number of tokens depends on the model; if not, it is the quota."""
+        return Needs()
 
     @property
     def patience(self) -> int:
         """Steps in a row without progress after which decoding is given up."""
         return 1000
 
-    def compiled(self) -> Committer:
+    def compiled(self, compile: Callable[[Function], Function]) -> Self:
         """The same with what it does to logits compiled; itself if there is nothing to compile."""
         return self
 
     @abstractmethod
-    def __call__(self, slots: Slots, predict: Predict) -> Commit:
+    def __call__(self, slots: Slots, predict: Predict) -> Decision:
         """Decide one step.
 
         Args:
@@ -101,13 +82,24 @@ class Committer(ABC):
         """
 
 
-@dataclass(frozen=True, eq=False)
-class Proposal:
-    """``(B, K)`` tokens, their confidences, and the statistics of the selection, then those of the reviser."""
+class Adjustment(ABC):
+    """Changes what the model says before anything is read off it.  A subclass writes :meth:`begin`."""
 
-    tokens: Tensor
-    confidence: Tensor
-    statistics: tuple[Tensor, ...]
+    needs: ClassVar[Needs] = Needs(memory=True)
+
+    @abstractmethod
+    def begin(self, slots: Slots) -> AdjustedStep:
+        """What adjusts the logits of one step."""
+
+
+class AdjustedStep(Protocol):
+    """Adjusts the logits of a step, some slots at a time."""
+
+    def add(self, logits: Tensor, places: Tensor) -> Tensor:
+        """Logits ``(R, V)`` of the slots at ``places (R,)`` ``-> (R, V)``."""
+
+    def remember(self) -> None:
+        """Put down what the next step needs, after the last of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +115,7 @@ class MicroConfidenceCommitter(Committer):
             ``"probability"``, ``"margin"``, ``"negative_entropy"``, ``"random"``, ``"leftmost"``.
         selection: how many are committed; exactly the quota by default.
         reviser: may replace committed tokens or mask them again; nothing by default.
-        credit: adds credit to the logits of tokens that a slot kept preferring; nothing by default.
+        adjustment: changes the logits first, such as :class:`~nap_decode.decoders.credit_decoding.Credit`.
         scores_proposal: whether confidences are those of the distribution that tokens are drawn from
             (after temperature, top_p and top_k, as in Dream) instead of the model's own.
         model_precision: compute probabilities, and what is cut off, in the precision of the model's logits, step by
@@ -153,7 +145,7 @@ class MicroConfidenceCommitter(Committer):
     confidence: str | Confidence = "probability"
     selection: Selection = QuotaSelection()
     reviser: Reviser | None = None
-    credit: Credit | None = None
+    adjustment: Adjustment | None = None
     scores_proposal: bool = False
     model_precision: bool = False
 
@@ -178,75 +170,53 @@ class MicroConfidenceCommitter(Committer):
         for name, kind, example in (
             ("selection", Selection, "QuotaSelection()"),
             ("reviser", Reviser | None, "EditReviser()"),
-            ("credit", Credit | None, "Credit()"),
+            ("adjustment", Adjustment | None, "Credit()"),
         ):
             if not isinstance(getattr(self, name), kind):
-                wanted = f"a {name.capitalize()}, such as {example}"
-                raise NapDecodeError(f"{name} must be {wanted}, but is {getattr(self, name)!r}")
-        if self.selection.compares_steps and self.credit is not None:
+                wanted = f"{name} must be a {name.capitalize()}, such as {example}"
+                raise NapDecodeError(f"{wanted}, but is {getattr(self, name)!r}")
+        if self.selection.needs.previous and self.adjustment is not None:
             raise NapDecodeError(
-                f"{type(self.selection).__name__} compares the model's predictions from step to step, which credit "
-                "changes by itself; leave one of them out"
+                f"{type(self.selection).__name__} compares the model's predictions from step to step, which "
+                f"{type(self.adjustment).__name__} changes by itself; leave one of them out"
             )
 
-    @property
-    @override
-    def is_adaptive(self) -> bool:
-        return self.selection.is_adaptive or self.revises
-
-    @property
-    @override
-    def is_random(self) -> bool:
-        parts_draw = self.selection.is_random or (self.reviser is not None and self.reviser.is_random)
-        return self.temperature > 0 or parts_draw or any(map(_may_draw, self._asked))
+    @lazy
+    def needs(self) -> Needs:
+        """See :class:`Needs`."""
+        whole = Needs(random=self.temperature > 0)
+        for part in (self.selection, self.reviser, self.adjustment):
+            whole |= Needs() if part is None else part.needs
+        for function in (self.confidence, *whole.statistics):
+            whole |= needs_of(find_confidence(function, STATISTICS))
+        return whole
 
     @lazy
-    def _asked(self) -> tuple[Confidence, ...]:
-        """The functions whose values are needed: the confidence, then the statistics of selection and reviser."""
-        reviser = () if self.reviser is None else self.reviser.statistics
-        return (find_confidence(self.confidence), *self.selection.statistics, *reviser)
+    def _asked(self) -> dict[Any, Confidence]:
+        """The functions whose values are needed: the confidence, then the statistics by what they are asked for."""
+        return {None: find_confidence(self.confidence)} | {
+            name: find_confidence(name, STATISTICS) for name in self.needs.statistics
+        }
 
     @lazy
     def _looked_at(self) -> tuple[tuple[str, ...], bool]:
-        return looked_at(self._asked)
-
-    @property
-    @override
-    def revises(self) -> bool:
-        return self.reviser is not None
-
-    @property
-    @override
-    def leaves_one_out(self) -> bool:
-        return self.reviser is not None and self.reviser.leaves_one_out
-
-    @property
-    @override
-    def remembers(self) -> bool:
-        return self.selection.compares_steps or self.credit is not None or self.revises
+        return looked_at(self._asked.values())
 
     @override
-    def compiled(self) -> MicroConfidenceCommitter:
+    def compiled(self, compile: Callable[[Function], Function]) -> MicroConfidenceCommitter:
         other = replace(self)
         # Whatever the number of rows, of which chunks have few.
-        object.__setattr__(other, "_reduce", compiled(reduce, dynamic=True))
+        object.__setattr__(other, "_reduce", compile(reduce))
         return other
 
     @override
-    def __call__(self, slots: Slots, predict: Predict) -> Commit:
-        return self.commit(self.propose(predict(leave_one_out=self.leaves_one_out), slots), slots)
+    def __call__(self, slots: Slots, predict: Predict) -> Decision:
+        return self.decide(self.propose(predict(leave_one_out=self.needs.left_out), slots))
 
-    def commit(self, proposal: Proposal, slots: Slots) -> Commit:
+    def decide(self, proposal: Proposal) -> Decision:
         """Choose among proposals, and revise."""
-        tokens, confidence = proposal.tokens, proposal.confidence
-        number = len(self.selection.statistics)
-        chosen = self.selection(confidence, slots, proposal.statistics[:number])
-        if self.reviser is None:
-            return Commit(tokens, confidence, chosen)
-        revision = self.reviser(slots, tokens, chosen, proposal.statistics[number:])
-        if revision.edited is not None:
-            chosen = chosen | revision.edited
-        return Commit(tokens, confidence, chosen, revision.remasked, revision.unsettled)
+        decision = Decision(proposal.tokens, proposal.confidence, self.selection(proposal))
+        return decision if self.reviser is None else self.reviser(proposal, decision)
 
     def propose(self, prediction: Prediction, slots: Slots) -> Proposal:
         """Score every slot; confidences are nan where no id is both possible and allowed.
@@ -255,8 +225,8 @@ class MicroConfidenceCommitter(Committer):
             prediction: what the model says about the slots.
             slots: the slots.
         """
-        previous = _Previous(slots, prediction) if self.selection.compares_steps else None
-        ledger = Ledger(self.credit, slots) if self.credit is not None else None
+        previous = _Previous(slots, prediction) if self.needs.previous else None
+        adjusted = None if self.adjustment is None else self.adjustment.begin(slots)
         draws = slots.uniform(TOKEN_STREAM).flatten()[prediction.places] if self.temperature > 0 else None  # (T,)
         names, is_all = self._looked_at
         # The most likely token, and what is known of it: then the logits of a chunk need not outlive it.
@@ -264,8 +234,8 @@ class MicroConfidenceCommitter(Committer):
         scored, spent = list[tuple[Tensor, ...]](), list[Distribution]()
         for part, logits in prediction.chunks():
             places = prediction.places[part]
-            if ledger is not None:
-                logits = ledger.add(logits.to(torch.promote_types(logits.dtype, torch.float32)), places)
+            if adjusted is not None:
+                logits = adjusted.add(logits.to(torch.promote_types(logits.dtype, torch.float32)), places)
             if is_plain:
                 own, _ = self._read(logits, prediction.banned, ("best", "mode", *names), None)
                 own.spend(names)
@@ -276,12 +246,11 @@ class MicroConfidenceCommitter(Committer):
         if spent:
             own = Distribution.joined(spent)
             scored.append(self._ask(own, Candidates(own, own.mode, slots, prediction.places)))
-        if previous is not None:
-            previous.remember()
-        if ledger is not None:
-            ledger.remember()
+        for kept in (previous, adjusted):
+            if kept is not None:
+                kept.remember()
         tokens, confidence, *statistics = (slots.unpack(torch.cat(values)) for values in zip(*scored, strict=True))
-        return Proposal(tokens, confidence, tuple(statistics))
+        return Proposal(slots, tokens, confidence, dict(zip(self.needs.statistics, statistics, strict=True)))
 
     def _score(
         self,
@@ -309,10 +278,10 @@ class MicroConfidenceCommitter(Committer):
         """The candidates' tokens, and what each asked function says of them; nan where no id is possible."""
         possible = whole.best > -torch.inf
         scores: dict[int, Tensor] = {}
-        for function in self._asked:
+        for function in self._asked.values():
             if id(function) not in scores:  # each is computed once
                 scores[id(function)] = function(candidates).where(possible, torch.nan)
-        return candidates.tokens, *(scores[id(function)] for function in self._asked)
+        return candidates.tokens, *(scores[id(function)] for function in self._asked.values())
 
     def _read(
         self, logits: Tensor, banned: Tensor | None, names: tuple[str, ...], uniform: Tensor | None
@@ -376,8 +345,3 @@ class _Previous:
     def remember(self) -> None:
         self.slots.memory["logits"] = self.logits_now
         self.slots.memory["logits_rank"] = self.slots.rank + 1
-
-
-def _may_draw(function: Confidence) -> bool:
-    """A function of yours might, unless it says that it does not."""
-    return bool(getattr(function, "is_random", function is random or function not in STATISTICS.values()))

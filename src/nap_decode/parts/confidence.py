@@ -9,20 +9,19 @@ committed first.  Write your own as a plain function, and pass it as ``confidenc
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from itertools import chain
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from nap_decode.base.errors import NapDecodeError, check_between, check_integer, check_name, check_number
+from nap_decode.base.errors import NapDecodeError, check_name
 from nap_decode.base.lazy import lazy
 from nap_decode.base.random import CONFIDENCE_STREAM
 from nap_decode.model.statistics import Distribution
+from nap_decode.parts.needs import Needs
 from nap_decode.parts.slots import Slots
 
 
@@ -111,7 +110,7 @@ class Candidates:
 
 
 Confidence: TypeAlias = Callable[[Candidates], Tensor]
-"""``Candidates -> (R,)`` scores."""
+"""``Candidates -> (R,)`` scores.  One of yours that draws nothing may say so: ``needs = Needs()``."""
 
 
 def probability(candidates: Candidates) -> Tensor:
@@ -159,121 +158,6 @@ def divergence(candidates: Candidates) -> Tensor:
     return (log_p.exp() * change).sum(1).nan_to_num(torch.inf, torch.inf)
 
 
-@dataclass(frozen=True)
-class CalibratedConfidence:
-    """PC-Sampler's: ``exp(-decay offset) min(cap, -p log f(token))`` (NEUIR/PC-Sampler, ``pc_sampler_function``).
-
-    Tokens that are frequent anyway (f is a background frequency) count little, early slots of a block much.
-
-    Args:
-        frequencies: ``V`` background frequencies, by token id; see :func:`background_frequencies`.
-        decay: lambda, how fast a later slot of a block loses.
-        cap: alpha, the most that a rare token can be worth.
-
-    Example:
-        >>> confidence = CalibratedConfidence((0.5, 0.25, 0.25), decay=0.1)
-        >>> confidence
-        CalibratedConfidence(decay=0.1, cap=10.0)
-    """
-
-    frequencies: Sequence[float] = field(repr=False)
-    decay: float = 0.25
-    cap: float = 10.0
-
-    is_random = False
-
-    def __post_init__(self) -> None:
-        check_between("decay", self.decay, 0.0, math.inf)
-        check_between("cap", self.cap, 0.0, math.inf)
-        frequencies = self.frequencies.tolist() if hasattr(self.frequencies, "tolist") else self.frequencies
-        if not isinstance(frequencies, Sequence) or isinstance(frequencies, str):
-            raise NapDecodeError(f"frequencies must be numbers, but are {self.frequencies!r:.80}")
-        for frequency in frequencies:
-            check_number("a background frequency", frequency)
-        # A tuple, so that the frozen object can be compared, hashed and saved.
-        object.__setattr__(self, "frequencies", tuple(map(float, frequencies)))
-        if not all(f > 0 for f in self.frequencies):
-            raise NapDecodeError("background frequencies must be positive; background_frequencies(...) makes such")
-
-    @lazy
-    def _tables(self) -> dict[torch.device, Tensor]:
-        return {}
-
-    def _surprise(self, device: torch.device) -> Tensor:
-        if device not in self._tables:  # copied once, because a copy waits for the device
-            self._tables[device] = -torch.tensor(self.frequencies, device=device).log()
-        return self._tables[device]
-
-    def __call__(self, candidates: Candidates) -> Tensor:
-        """See :data:`Confidence`."""
-        size, best = candidates.distribution.vocab_size, candidates.best
-        if size > len(self.frequencies):
-            raise NapDecodeError(f"there are {len(self.frequencies)} background frequencies for {size} token ids")
-        surprise = self._surprise(best.device)[candidates.tokens].to(best)
-        score = (probability(candidates) * surprise).clamp(max=self.cap)
-        return score * (-self.decay * candidates.offsets.to(score)).exp()
-
-
-@dataclass(frozen=True)
-class ProbabilityWithout:
-    """The probability of the proposed token if some ids did not exist; 0 for these themselves.
-
-    They are still proposed, but committed last (LLaDA's ``confidence_eos_eot_inf``), also where a cut-off leaves
-    nothing else.
-
-    Args:
-        ids: the ids.
-
-    Example:
-        >>> ProbabilityWithout([2])
-        ProbabilityWithout(ids=(2,))
-    """
-
-    ids: Sequence[int]
-
-    is_random = False
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "ids", tuple(self.ids))  # a tuple, to be compared, hashed and saved
-        for token in self.ids:
-            check_integer("an id of ProbabilityWithout", token, 0)
-
-    @lazy
-    def _tables(self) -> dict[torch.device, Tensor]:
-        return {}
-
-    def __call__(self, candidates: Candidates) -> Tensor:
-        """See :data:`Confidence`."""
-        size, device = candidates.logits.shape[1], candidates.logits.device
-        if any(token >= size for token in self.ids):
-            raise NapDecodeError(f"{self} names ids that the model does not have: there are {size}")
-        if device not in self._tables:  # copied once, because a copy waits for the device
-            self._tables[device] = torch.tensor(self.ids, dtype=torch.int64, device=device)
-        others = candidates.distribution.without(self._tables[device])
-        return others.probability(candidates.tokens).where(others.best != -torch.inf, 0)
-
-
-def background_frequencies(texts: Iterable[Sequence[int]], vocab_size: int) -> tuple[float, ...]:
-    """Frequencies of token ids in a corpus; ids that never occur get those of a single occurrence.
-
-    Args:
-        texts: token ids of each text.
-        vocab_size: V, the ids that the model has.
-
-    Raises:
-        NapDecodeError: no token at all.
-
-    Example:
-        >>> background_frequencies([[0, 0, 2], [0]], vocab_size=3)
-        (0.75, 0.25, 0.25)
-    """
-    counts = Counter(token for text in texts for token in text)
-    total = sum(counts.values())
-    if not total:
-        raise NapDecodeError("there is no token in the texts to count")
-    return tuple(max(counts[token], 1) / total for token in range(vocab_size))
-
-
 CONFIDENCES: dict[str, Confidence] = {f.__name__: f for f in (probability, margin, negative_entropy, random, leftmost)}
 """Confidences that can be asked for by name."""
 STATISTICS: dict[str, Confidence] = CONFIDENCES | {f.__name__: f for f in (support, divergence)}
@@ -298,7 +182,13 @@ def looked_at(functions: Iterable[Confidence]) -> tuple[tuple[str, ...], bool]:
     return tuple(dict.fromkeys(asked)), all(known)
 
 
-def find_confidence(confidence: str | Confidence) -> Confidence:
+def needs_of(function: Confidence) -> Needs:
+    """The needs of a function of candidates; one of yours may draw, unless it says that it does not."""
+    is_random = function is random or function not in STATISTICS.values()
+    return getattr(function, "needs", Needs(random=is_random))
+
+
+def find_confidence(confidence: str | Confidence, known: Mapping[str, Confidence] = CONFIDENCES) -> Confidence:
     """A confidence from its name; functions are passed through.
 
     Raises:
@@ -314,5 +204,5 @@ def find_confidence(confidence: str | Confidence) -> Confidence:
         return confidence
     if not isinstance(confidence, str):
         raise NapDecodeError(f"confidence must be a name or a function of Candidates, but is {confidence!r}")
-    check_name("confidence", confidence, CONFIDENCES)
-    return CONFIDENCES[confidence]
+    check_name("confidence", confidence, known)
+    return known[confidence]

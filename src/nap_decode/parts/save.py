@@ -8,27 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass
+from importlib import import_module
 from numbers import Integral, Real
 from types import FunctionType
 from typing import Any, TypeAlias
 
-from nap_decode import canvas
 from nap_decode.base.errors import NapDecodeError, check_name
-from nap_decode.decoders import dinfer_credit, lookahead
-from nap_decode.parts import committer, confidence, reviser, schedule, scheduler, selection
-from nap_decode.parts.confidence import STATISTICS
-from nap_decode.speed import reuse
 
 Part: TypeAlias = "type[Any] | Callable[..., Any]"
 """A class or function of yours, which a file names."""
 
-_MODULES = (canvas, committer, confidence, dinfer_credit, lookahead, reuse, reviser, scheduler, schedule, selection)
-_KNOWN: dict[str, Part] = STATISTICS | {
-    thing.__name__: thing
-    for module in _MODULES
-    for thing in vars(module).values()
-    if isinstance(thing, type) and is_dataclass(thing) and thing.__module__ == module.__name__
-}
+_PACKAGE = "nap_decode."
 
 
 def to_plain(value: Any) -> Any:
@@ -40,7 +30,7 @@ def to_plain(value: Any) -> Any:
     Example:
         >>> from nap_decode import AnyOrderScheduler
         >>> to_plain(AnyOrderScheduler(steps=8))
-        {'part': 'AnyOrderScheduler', 'steps': 8}
+        {'part': 'parts.scheduler.AnyOrderScheduler', 'steps': 8}
     """
     if is_dataclass(value) and not isinstance(value, type):
         options = {name: to_plain(option) for name, option in _options(value).items()}
@@ -74,7 +64,7 @@ def from_plain(data: Any, parts: Iterable[Part] = ()) -> Any:
         NapDecodeError: the name of a part that is neither of this package nor among ``parts``.
 
     Example:
-        >>> from_plain({"part": "AnyOrderScheduler", "steps": 8})
+        >>> from_plain({"part": "parts.scheduler.AnyOrderScheduler", "steps": 8})
         AnyOrderScheduler(steps=8, tokens_per_step=None, schedule=EvenSchedule())
     """
     return _restore(data, {part.__name__: part for part in parts})
@@ -112,9 +102,10 @@ def _is_bare(value: Any) -> bool:
 
 
 def _named(kind: str, part: Part) -> dict[str, Any]:
-    """The name of a part; marked if it is not this package's, so that no other of that name is taken for it."""
-    own = {} if _KNOWN.get(part.__name__) is part else {"own": True}
-    return {kind: part.__name__} | own
+    """The name of a part: where this package has it, or marked as somebody else's."""
+    if part.__module__.startswith(_PACKAGE):
+        return {kind: f"{part.__module__.removeprefix(_PACKAGE)}.{part.__qualname__}"}
+    return {kind: part.__name__, "own": True}
 
 
 def _short(option: Any) -> str:
@@ -142,12 +133,29 @@ def _restore(data: Any, own: dict[str, Part]) -> Any:
     name = data.get("part", data.get("function"))
     if not isinstance(name, str):
         raise NapDecodeError(f"{data!r:.80} is not a part: it has neither a 'part' nor a 'function'")
-    known = own if data.get("own") else _KNOWN
-    check_name("part of yours (name them in parts=)" if data.get("own") else "part", name, known)
+    if data.get("own"):
+        check_name("part of yours (name them in parts=)", name, own)
+        part: Any = own[name]
+    else:
+        part = _of_package(name, FunctionType if "function" in data else type)
     if "function" in data:
-        return known[name]
+        return part
     options = {key: _restore(value, own) for key, value in data.items() if key not in ("part", "own")}
     try:
-        return known[name](**options)
+        return part(**options)
     except TypeError as error:
         raise NapDecodeError(f"{name} cannot be made from {options}: {error}") from error
+
+
+def _of_package(name: str, kind: type) -> Any:
+    """A part of this package; nothing else of it, or of any other, can be named by a file."""
+    module, _, thing = name.rpartition(".")
+    try:
+        part = getattr(import_module(_PACKAGE + module), thing)
+    except (ImportError, AttributeError, TypeError):
+        part = None
+    if not isinstance(part, kind) or part.__module__ != _PACKAGE + module or (kind is type and not is_dataclass(part)):
+        raise NapDecodeError(
+            f"there is no part {name!r} in this version; make it anew, or use the version that wrote it"
+        )
+    return part

@@ -15,12 +15,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from nap_decode.base.errors import check_between
+from nap_decode.parts.needs import Needs
 
 
 class Schedule(ABC):
@@ -35,15 +37,13 @@ class Schedule(ABC):
         [[1, 2, 9]]
     """
 
-    @property
-    def may_skip(self) -> bool:
-        """Whether steps may have no tokens; if not, there cannot be more steps than tokens."""
-        return False
+    may_skip: ClassVar[bool] = False
+    """Whether steps may have no tokens; if not, there cannot be more steps than tokens."""
 
     @property
-    def is_random(self) -> bool:
-        """Whether it uses ``draws``."""
-        return False
+    def needs(self) -> Needs:
+        """See :class:`Needs`; random if it uses ``draws``."""
+        return Needs()
 
     @abstractmethod
     def __call__(self, tokens: Tensor, steps: Tensor, draws: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class Schedule(ABC):
             tokens: ``(R,)`` int64, tokens to spread.
             steps: ``(R,)`` int64, steps to spread them over; 0 only where there are no tokens.
             draws: ``(R, N)`` float32, a uniform draw on [0, 1) for each of at least ``tokens`` tokens;
-                ``(R, 0)`` unless ``is_random``.
+                ``(R, 0)`` unless it needs them.
 
         Returns:
             ``(R, S)`` int64, S the largest of ``steps``: never falling, and ``tokens`` from the last step on.
@@ -106,10 +106,7 @@ class _TimeSchedule(Schedule):
     def __post_init__(self) -> None:
         check_between("eps", self.eps, 0.0, 0.5)
 
-    @property
-    @override
-    def may_skip(self) -> bool:
-        return True
+    may_skip = True
 
 
 @dataclass(frozen=True)
@@ -157,10 +154,7 @@ class AncestralSchedule(_TimeSchedule):
         [[2, 4]]
     """
 
-    @property
-    @override
-    def is_random(self) -> bool:
-        return True
+    needs = Needs(random=True)
 
     @override
     def __call__(self, tokens: Tensor, steps: Tensor, draws: Tensor) -> Tensor:

@@ -1,35 +1,38 @@
-"""How many tokens each block may commit at each step.
+"""Which blocks a step may decode, and how many tokens each of them commits.
 
-A scheduler is a partition of the slots into blocks and a list of phases.  A phase says how many tokens
-of each block it decodes; phases follow each other, and inside a phase every block gets its fair share of
-every step's budget, which a :class:`~nap_decode.parts.schedule.Schedule` sets (even steps by default).
+A scheduler is a partition of the slots into blocks, and one function: which of the slots that are left are decoded
+now (:meth:`Scheduler.open`).  Everything else follows by playing it: the phases of a fixed schedule, between which its
+steps are divided; the shares of a step's budget, which goes to what is open; and the blocks that an adaptive decoder
+may commit in.
 
-What the three schedulers do with a canvas of two paths and a summary, two tokens per step (digits: the
-step that commits a slot; inside a block the committer decides which)::
+What three schedulers do with a canvas of two paths and a summary, two tokens per step (digits: the step that commits a
+slot; inside a block the committer decides which)::
 
                              R_1      R_2      S
     MacroParallel            0 1 2 3  0 1 2 3  4 4     paths together, then the summary
     SemiAutoregressive       0 0 1 1  2 2 3 3  4 4     one block after the other
     AnyOrder                 ? ? ? ?  ? ? ? ?  ? ?     no blocks: the committer decides alone
 
-Quotas are exact: int64 arithmetic on tensors of shape (rows, blocks), without a branch that depends on their
-values.  It would run on any device; the sampler runs it on the host, where a fixed schedule is known in
+All of it is exact int64 arithmetic on tensors of shape (rows, blocks), on the host, where a fixed schedule is known in
 advance, so that the device is neither asked nor given work.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from typing_extensions import override
 
 from nap_decode.base.errors import NapDecodeError, check_between, check_flag, check_integer
 from nap_decode.base.random import SCHEDULE_STREAM, uniform
 from nap_decode.canvas import Canvas, count_blocks
+from nap_decode.parts.needs import Needs
 from nap_decode.parts.schedule import EvenSchedule, Schedule
 
 _NEVER = 2**62
@@ -40,8 +43,8 @@ class Partition:
     """The blocks that a scheduler distributes its budget over.
 
     Args:
-        block: ``(B, L)`` block of every slot to decode, -1 elsewhere.
-        lengths: ``(B, M)`` on the CPU, slots of each block.
+        block: ``(B, W)`` int64, block of every slot to decode, -1 elsewhere.
+        lengths: ``(B, M)`` int64 on the host, slots of each block.
         held: for each block whether it is held back until the others are done.
     """
 
@@ -51,7 +54,7 @@ class Partition:
 
     @cached_property
     def offsets(self) -> Tensor:
-        """``(B, L)`` columns from the first slot of a slot's block to the slot."""
+        """``(B, W)`` columns from the first slot of a slot's block to the slot."""
         inside, blocks = self.block >= 0, self.block.clamp(min=0)
         columns = torch.arange(self.block.shape[1], device=self.block.device).expand_as(blocks)
         first = torch.full((len(blocks), self.lengths.shape[1]), self.block.shape[1], device=self.block.device)
@@ -60,162 +63,77 @@ class Partition:
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
-    """What a scheduler decided for one batch.  Made by :meth:`BlockScheduler.plan`.
+class Left:
+    """What a batch has left to do, on the host.
 
     Args:
-        phase_tokens: ``(B, P, M)`` tokens of each block that each phase decodes.
-        targets: ``(B, S)`` tokens that each row has committed after each step.
-        step_ends: ``(B, Q)`` steps taken when each stretch ends that has steps of its own: the phases, or
-            all of them together.
-        tokens_per_step: tokens that a step of an adaptive decoder commits at least.
+        masked: ``(B, M)`` int64, slots that are masked.
+        closed: ``(B, M)`` int64, slots that were filled because their block came to its end.
+        step: ``(B,)`` int64, first step that may be taken next.
+        weights: ``(B, M)`` int64, what was open when the stretch began in which nothing else opened or closed;
+        given: ``(B, M)`` int64, and what each block has been given of it.
     """
 
-    phase_tokens: Tensor
+    masked: Tensor
+    closed: Tensor
+    step: Tensor
+    weights: Tensor
+    given: Tensor
+
+    @classmethod
+    def all(cls, lengths: Tensor) -> Left:
+        """Everything."""
+        nothing = torch.zeros_like(lengths)
+        return cls(lengths, nothing, nothing.sum(1), nothing, nothing)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A schedule of B rows.  Made by :meth:`Scheduler.plan`.
+
+    Args:
+        lengths: ``(B, M)`` int64, slots of each block.
+        held: ``(B, M)`` bool, blocks that are held back.
+        targets: ``(B, S)`` int64, tokens that each row has committed after each step; S is 0 if that depends on the
+            model.
+        steps: ``(B,)`` int64, steps of each row.
+    """
+
+    lengths: Tensor
+    held: Tensor
     targets: Tensor
-    step_ends: Tensor
-    tokens_per_step: int
-
-    @property
-    def steps(self) -> Tensor:
-        """``(B,)`` steps of each row in a fixed schedule."""
-        return self.step_ends.amax(1)  # plans that were joined have zeros at the end
-
-    @cached_property
-    def lengths(self) -> Tensor:
-        """``(B, M)`` slots of each block."""
-        return self.phase_tokens.sum(1)
-
-    @cached_property
-    def _phase_ends(self) -> Tensor:
-        return self.phase_tokens.sum(2).cumsum(1)  # (B, P) tokens
-
-    @cached_property
-    def _through(self) -> Tensor:
-        return self.phase_tokens.cumsum(1)  # (B, P, M) tokens of each block when a phase ends
-
-    def _phase(self, committed: Tensor) -> Tensor:
-        """``(B, 1, M)`` index, for gathering, of the phase that decodes the next token after ``committed (B,)``."""
-        ends = self._phase_ends
-        phase = (ends <= committed[:, None]).sum(1).clamp(max=ends.shape[1] - 1)
-        return phase[:, None, None].expand(-1, 1, self.phase_tokens.shape[2])
-
-    def _due(self, remaining: Tensor) -> Tensor:
-        """``(B, M)`` tokens that each block has when the phase ends that decodes the next token."""
-        return self._through.gather(1, self._phase((self.lengths - remaining).sum(1)))[:, 0]
-
-    def quota(self, remaining: Tensor, step: Tensor | int) -> Tensor:
-        """Tokens that each block commits at a step of a fixed schedule.
-
-        If fewer or more tokens than planned were committed (a callback edited the canvas), the quota
-        returns to the plan as fast as it can; at the last step it is whatever remains.
-
-        Args:
-            remaining: ``(B, M)`` slots of each block that are still masked.
-            step: index of the step, or ``(B,)`` of each row's.
-
-        Returns:
-            ``(B, M)`` int64.
-        """
-        committed = self.lengths - remaining  # (B, M)
-        target = self._at(self.targets, step)  # (B,)
-        phase = self._phase(target)
-        weights = self.phase_tokens.gather(1, phase)[:, 0]
-        before = self._through.gather(1, phase)[:, 0] - weights
-        inside = (committed - before).clamp(min=0)
-        shares = before + fair_share(weights, inside, target - before.sum(1))
-        return (shares - committed).clamp(min=0)
-
-    def next(self, remaining: Tensor, step: Tensor, closed: Tensor) -> tuple[Tensor, Tensor]:
-        """The next step of a fixed schedule at which a row has anything to do.
-
-        Where slots were filled without being decoded, because their block came to its end, a row is ahead of the
-        plan.  It keeps the pace of the plan, and each phase begins as soon as the one before is done: a step's budget
-        is shared by what the blocks of the phase still have.
-
-        Args:
-            remaining: see :meth:`quota`.
-            step: ``(B,)`` int64, the first step that may be taken.
-            closed: ``(B, M)`` int64, slots of each block that were filled.
-
-        Returns:
-            ``(B, M)`` int64 quota, and ``(B,)`` int64 step, of each row.
-        """
-        ahead, busy = closed.sum(1) > 0, remaining.sum(1) > 0
-        while True:
-            quota = self.quota(remaining, step)
-            if bool(ahead.any()):
-                phase = self._phase((self.lengths - remaining).sum(1))[:, 0, 0]
-                is_shared = self.step_ends.shape[1] != self.phase_tokens.shape[1]
-                if not is_shared:  # each phase has steps of its own
-                    first = torch.nn.functional.pad(self.step_ends, (1, 0)).gather(1, phase[:, None])[:, 0]
-                    step = torch.where(ahead, torch.maximum(step, first), step)
-                budget, shares = self._at(self._budgets, step), torch.zeros_like(remaining)
-                for _ in range(self.phase_tokens.shape[1] if is_shared else 1):
-                    left = self._left(remaining - shares)
-                    spent = torch.minimum(budget - shares.sum(1), left.sum(1))
-                    shares = shares + fair_share(left, torch.zeros_like(left), spent)
-                quota = torch.where(ahead[:, None], shares, quota)
-            idle = busy & (quota.sum(1) == 0) & (step < self.steps)
-            if not bool(idle.any()):
-                return quota, step
-            step = step + idle
-
-    @cached_property
-    def _budgets(self) -> Tensor:
-        """``(B, S)`` tokens of each step."""
-        return self.targets.diff(dim=1, prepend=torch.zeros_like(self.targets[:, :1])).clamp(min=0)
-
-    def _at(self, values: Tensor, step: Tensor | int) -> Tensor:
-        """``(B, S) -> (B,)``: at a step; at the last one, if that is past."""
-        if isinstance(step, int):
-            return values[:, step]
-        return values.gather(1, torch.minimum(step, self.steps - 1).clamp(min=0)[:, None])[:, 0]
-
-    def _left(self, remaining: Tensor) -> Tensor:
-        """``(B, M)`` tokens that each block still has in the phase that decodes the next token."""
-        return (self._due(remaining) - (self.lengths - remaining)).clamp(min=0)
+    steps: Tensor
 
     @property
     def busy_steps(self) -> Tensor:
-        """``(B,)`` steps of a fixed schedule at which any token is committed."""
-        return (self._budgets > 0).sum(1)
+        """``(B,)`` steps at which any token is committed."""
+        return (self.targets.diff(dim=1, prepend=torch.zeros_like(self.targets[:, :1])) > 0).sum(1)
 
-    def open(self, remaining: Tensor) -> Tensor:
-        """``(B, M)`` bool: blocks that may commit at a step of an adaptive decoder."""
-        # A block that ran ahead of its part of the phase may go on; one whose phase is to come may not.
-        return (self._due(remaining) > 0) & (remaining > 0)
-
-    def least(self, remaining: Tensor) -> Tensor:
-        """Tokens that each block commits at least at a step of an adaptive decoder, ``(B, M)`` int64.
-
-        ``tokens_per_step`` for each row, or what its phase still has; shared by what each block still has.
-        """
-        left = self._left(remaining)
-        target = left.sum(1).clamp(max=self.tokens_per_step)
-        return fair_share(left, torch.zeros_like(left), target)
+    def due(self, step: Tensor) -> Tensor:
+        """``(B,)`` tokens that each row has committed after a step ``(B,)``; after the last one, if that is past."""
+        return self.targets.gather(1, torch.minimum(step, self.steps - 1).clamp(min=0)[:, None])[:, 0]
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockScheduler(ABC):
-    """Decides how many tokens each block may commit at each step.
+class Scheduler(ABC):
+    """Decides which blocks are decoded now.  A subclass writes :meth:`open`.
 
-    A subclass names the phases; everything else follows.  This one decodes the blocks from the last to
-    the first:
+    This one decodes the blocks from the last to the first:
 
     Example:
-        >>> class Backwards(BlockScheduler):
-        ...     def phases(self, lengths, held):
-        ...         return torch.diag_embed(lengths).flip(1)  # phase p decodes block M - 1 - p
-        >>> plan = Backwards(tokens_per_step=2).plan(torch.tensor([[4, 2]]))
-        >>> remaining = torch.tensor([[4, 2]])
-        >>> plan.quota(remaining, step=0).tolist()
+        >>> class Backwards(Scheduler):
+        ...     def open(self, left, lengths, held):
+        ...         behind = left.flip(1).cumsum(1).flip(1) - left  # slots left in the blocks behind
+        ...         return left * (behind == 0)
+        >>> scheduler = Backwards(tokens_per_step=2)
+        >>> plan = scheduler.plan(torch.tensor([[4, 2]]))
+        >>> scheduler.next(plan, Left.all(plan.lengths))[0].tolist()
         [[0, 2]]
 
     Args:
         steps: steps of every row.
-        tokens_per_step: instead of ``steps``: each row takes its tokens divided by this, rounded up, in
-            steps.  With an adaptive selection it is the least number of tokens per step.
+        tokens_per_step: instead of ``steps``: each row takes its tokens divided by this, rounded up, in steps; 1 if
+            neither is given.  With an adaptive selection it is the least number of tokens per step.
         schedule: how the tokens of a phase are spread over its steps.
 
     Raises:
@@ -226,37 +144,45 @@ class BlockScheduler(ABC):
     tokens_per_step: int | None = None
     schedule: Schedule = EvenSchedule()
 
+    either: ClassVar[tuple[str, ...]] = ("steps", "tokens_per_step")
+    """Options of which one at most is given."""
+
     def __post_init__(self) -> None:
-        if self.steps is not None:
-            check_integer("steps", self.steps, 1)
-        if self.tokens_per_step is not None:
-            check_integer("tokens_per_step", self.tokens_per_step, 1)
+        for name in self.either:
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), 1)
         if self.steps is not None and self.tokens_per_step is not None:
             raise NapDecodeError(f"give steps ({self.steps}) or tokens_per_step ({self.tokens_per_step}), not both")
         if not isinstance(self.schedule, Schedule):
             raise NapDecodeError(f"schedule must be a Schedule, such as EvenSchedule(), but is {self.schedule!r}")
 
     @property
-    def is_fixed(self) -> bool:
-        """Whether the number of steps is given."""
-        return self.steps is not None or self.tokens_per_step is not None
-
-    @property
-    def is_random(self) -> bool:
-        """Whether the number of tokens of a step is drawn."""
-        return self.schedule.is_random
+    def needs(self) -> Needs:
+        """See :class:`Needs`; random if the number of tokens of a step is drawn."""
+        return self.schedule.needs
 
     def partition(self, canvas: Canvas) -> Partition:
         """The blocks to distribute over; by default those of the canvas."""
         return Partition(canvas.block, canvas.lengths, canvas.held)
 
     @abstractmethod
-    def phases(self, lengths: Tensor, held: tuple[bool, ...]) -> Tensor:
-        """Tokens of each block in each phase, ``(B, M) -> (B, P, M)``; over the phases they add up to ``lengths``."""
+    def open(self, left: Tensor, lengths: Tensor, held: Tensor) -> Tensor:
+        """Slots of each block that are decoded now; something, as long as anything is left.
+
+        Args:
+            left: ``(B, M)`` int64, slots that are masked.
+            lengths: ``(B, M)`` int64, all slots of each block.
+            held: ``(B, M)`` bool, blocks that the template marks as held back.
+
+        Returns:
+            ``(B, M)`` int64, at most ``left``.
+        """
 
     def shares_steps(self) -> bool:
         """Whether a step that completes a phase gives what is left of its budget to the next one."""
         return False
+
+    # ---------------------------------------------------------------------------------------- by playing it
 
     def plan(
         self,
@@ -266,58 +192,107 @@ class BlockScheduler(ABC):
         adaptive: bool = False,
         seeds: Tensor | None = None,
     ) -> Plan:
-        """Fix the phases and steps of every row.
+        """Fix the steps of every row.
 
         Args:
             lengths: ``(B, M)`` int64, slots of each block.
             held: for each block whether it is held back; none by default.
-            adaptive: the number of steps will depend on the model; only ``open`` and ``least`` of the plan
-                will be asked.
+            adaptive: whether the number of steps depends on the model.
             seeds: ``(B,)`` int64, seeds of the rows; needed if the schedule is random.
 
         Raises:
             NapDecodeError: more steps than tokens, or fewer steps than phases.
         """
-        phase_tokens = self.phases(lengths, held or (False,) * lengths.shape[1])
-        if not torch.equal(phase_tokens.sum(1), lengths):
-            raise NapDecodeError(
-                f"the phases of {type(self).__name__} must add up to the block lengths {lengths.tolist()}, but make "
-                f"{phase_tokens.sum(1).tolist()}"
-            )
-        tokens_per_step = 1 if self.tokens_per_step is None else int(self.tokens_per_step)
-        tokens = phase_tokens.sum(2)  # (B, P)
-        total = tokens.sum(1)
+        is_held = torch.tensor(held or (False,) * lengths.shape[1], device=lengths.device).expand_as(lengths)
+        total = lengths.sum(1)
         if adaptive:
-            nothing = torch.zeros_like(tokens)
-            return Plan(phase_tokens, nothing[:, :0], nothing, tokens_per_step)
-        steps = -(-total // tokens_per_step) if self.steps is None else torch.where(total > 0, int(self.steps), 0)
-        stretches = total[:, None] if self.shares_steps() else tokens  # (B, Q)
-        self._check_steps(total, steps, (stretches > 0).sum(1))
-        step_ends = divide_steps(stretches, steps)
-        return Plan(phase_tokens, self._targets(stretches, step_ends, seeds), step_ends, tokens_per_step)
+            return Plan(lengths, is_held, total.new_zeros(len(total), 0), torch.zeros_like(total))
+        per_step = 1 if self.tokens_per_step is None else int(self.tokens_per_step)
+        steps = -(-total // per_step) if self.steps is None else torch.where(total > 0, int(self.steps), 0)
+        phases = total[:, None] if self.shares_steps() else self._phases(lengths, is_held)  # (B, P) tokens
+        self._check_steps(total, steps, (phases > 0).sum(1))
+        return Plan(lengths, is_held, self._targets(phases, divide_steps(phases, steps), seeds), steps)
 
-    def _targets(self, stretches: Tensor, step_ends: Tensor, seeds: Tensor | None) -> Tensor:
-        """``(B, S)`` tokens committed after each step, for stretches ``(B, Q)`` of tokens that end at ``step_ends``."""
-        begin = stretches.cumsum(1) - stretches  # (B, Q) tokens before each stretch
-        first = torch.nn.functional.pad(step_ends, (1, 0))[:, :-1]  # (B, Q) steps before each stretch
-        draws = torch.empty(stretches.numel(), 0, device=stretches.device)
-        if self.schedule.is_random:
+    def _phases(self, lengths: Tensor, held: Tensor) -> Tensor:
+        """``(B, P)`` tokens of each phase: what is open, if whatever is open is decoded at once."""
+        left, phases = lengths, list[Tensor]()
+        while not phases or bool((left > 0).any()):
+            opened = self._opened(left, lengths, held)
+            phases.append(opened.sum(1))
+            left = left - opened
+        return torch.stack(phases, dim=1)
+
+    def _opened(self, left: Tensor, lengths: Tensor, held: Tensor) -> Tensor:
+        opened = self.open(left, lengths, held)
+        if bool((opened < 0).any() | (opened > left).any() | ((opened.sum(1) == 0) & (left.sum(1) > 0)).any()):
+            raise NapDecodeError(
+                f"of {left.tolist()} slots left, {type(self).__name__}.open must open at least one in each row, and no "
+                f"more than there are in a block, but opens {opened.tolist()}"
+            )
+        return opened
+
+    def next(self, plan: Plan, left: Left) -> tuple[Tensor, Left]:
+        """Tokens that each block commits at the next step of a fixed schedule at which its row has anything to do.
+
+        A step's budget is what the row is behind its plan; slots that were filled without being decoded do not count,
+        so that a row keeps its pace and comes to its end earlier.  It is shared by what is open: the ideal shares since
+        the last block opened or closed, rounded so that they make the budget exactly (:func:`fair_share`).
+
+        Returns:
+            ``(B, M)`` int64 quota; and what is left after it, but for what the canvas itself tells, with the step that
+            is taken now.
+        """
+        decoded = (plan.lengths - left.masked - left.closed).sum(1)
+        step = left.step
+        while bool((idle := (left.masked.sum(1) > 0) & (plan.due(step) <= decoded) & (step < plan.steps)).any()):
+            step = step + idle
+        budget = (plan.due(step) - decoded).clamp(min=0)
+        quota, masked = torch.zeros_like(left.masked), left.masked
+        while True:
+            opened = self._opened(masked, plan.lengths, plan.held)
+            is_new = (opened != left.weights - left.given).any(1, keepdim=True)
+            weights, given = torch.where(is_new, opened, left.weights), left.given.masked_fill(is_new, 0)
+            now = torch.minimum(budget - quota.sum(1), opened.sum(1))
+            share = fair_share(weights, given, given.sum(1) + now) - given
+            quota, masked = quota + share, masked - share
+            left = replace(left, masked=masked, step=step, weights=weights, given=given + share)
+            if not self.shares_steps() or not bool(((quota.sum(1) < budget) & (masked.sum(1) > 0)).any()):
+                return quota, left
+
+    def least(self, plan: Plan, left: Tensor) -> Tensor:
+        """Tokens that each block commits at least at a step of an adaptive decoder, ``(B, M) -> (B, M)`` int64.
+
+        ``tokens_per_step`` for each row, or what is open, shared by what each block still has.
+        """
+        opened = self._opened(left, plan.lengths, plan.held)
+        target = opened.sum(1).clamp(max=1 if self.tokens_per_step is None else int(self.tokens_per_step))
+        return fair_share(opened, torch.zeros_like(opened), target)
+
+    def may_commit(self, plan: Plan, left: Tensor) -> Tensor:
+        """``(B, M)`` bool: blocks in which an adaptive decoder may commit; one that has begun may go on."""
+        return ((self._opened(left, plan.lengths, plan.held) > 0) | (left < plan.lengths)) & (left > 0)
+
+    def _targets(self, phases: Tensor, step_ends: Tensor, seeds: Tensor | None) -> Tensor:
+        """``(B, S)`` tokens committed after each step, for phases ``(B, P)`` of tokens that end at ``step_ends``."""
+        begin = phases.cumsum(1) - phases  # (B, P) tokens before each phase
+        first = pad(step_ends, (1, 0))[:, :-1]  # (B, P) steps before each phase
+        draws = torch.empty(phases.numel(), 0, device=phases.device)
+        if self.schedule.needs.random:
             if seeds is None:
                 raise NapDecodeError(f"{type(self.schedule).__name__} draws; pass the seeds of the rows")
-            token = begin.flatten()[:, None] + torch.arange(int(stretches.max()), device=stretches.device)
-            draws = uniform(seeds.repeat_interleave(stretches.shape[1]), 0, SCHEDULE_STREAM, token)
-        spread = self.schedule(stretches.flatten(), (step_ends - first).flatten(), draws)
-        spread = spread.view(*stretches.shape, -1)  # (B, Q, steps inside the stretch)
-        step = torch.arange(int(step_ends[:, -1].max()), device=stretches.device).expand(len(stretches), -1)
-        stretch = (step_ends[:, None] <= step[:, :, None]).sum(2).clamp(max=stretches.shape[1] - 1)  # (B, S)
-        inside = (step - first.gather(1, stretch)).clamp(max=spread.shape[2] - 1)
-        row = torch.arange(len(stretches), device=stretches.device)[:, None]
-        return begin.gather(1, stretch) + spread[row, stretch, inside]
+            token = begin.flatten()[:, None] + torch.arange(int(phases.max()), device=phases.device)
+            draws = uniform(seeds.repeat_interleave(phases.shape[1]), 0, SCHEDULE_STREAM, token)
+        spread = self.schedule(phases.flatten(), (step_ends - first).flatten(), draws)
+        spread = spread.view(*phases.shape, -1)  # (B, P, steps inside the phase)
+        step = torch.arange(int(step_ends[:, -1].max()), device=phases.device).expand(len(phases), -1)
+        phase = (step_ends[:, None] <= step[:, :, None]).sum(2).clamp(max=phases.shape[1] - 1)  # (B, S)
+        inside = (step - first.gather(1, phase)).clamp(max=spread.shape[2] - 1)
+        row = torch.arange(len(phases), device=phases.device)[:, None]
+        return begin.gather(1, phase) + spread[row, phase, inside]
 
     def _check_steps(self, total: Tensor, steps: Tensor, num_phases: Tensor) -> None:
         asked = f"steps={self.steps}" if self.steps is not None else f"tokens_per_step={self.tokens_per_step}"
-        too_many = (steps > total) & (not self.schedule.may_skip)
-        for row in too_many.nonzero()[:1, 0].tolist():
+        for row in ((steps > total) & (not self.schedule.may_skip)).nonzero()[:1, 0].tolist():
             raise NapDecodeError(
                 f"{asked} is more than the {int(total[row])} tokens to decode in row {row}, and every step must "
                 f"commit at least one; ask for at most {int(total[row])} steps, or use tokens_per_step"
@@ -334,34 +309,33 @@ class BlockScheduler(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MacroParallelScheduler(BlockScheduler):
+class MacroParallelScheduler(Scheduler):
     """NAP's rule: every step's budget is spread over all paths; the summary is held back.
 
-    "The unmasking budget is distributed across all m reasoning blocks at every step" (arXiv 2602.23225,
-    section 4.2); what the paper leaves open is decided here:
+    "The unmasking budget is distributed across all m reasoning blocks at every step" (arXiv 2602.23225, section 4.2);
+    what the paper leaves open is decided here:
 
-    * cumulative fair share: after every step each block has received its ideal share, rounded down or up,
-      and the shares of a step make its budget exactly (:func:`fair_share`).  With fewer tokens per step
-      than blocks, the blocks take turns;
-    * blocks marked ``held`` (the summary) open when ``hold_until`` of the other tokens are committed.
-      The steps are divided between the two phases in proportion to their tokens, at least one each.
+    * cumulative fair share: after every step each block has received its ideal share, rounded down or up, and the
+      shares of a step make its budget exactly (:func:`fair_share`).  With fewer tokens per step than blocks, the blocks
+      take turns;
+    * blocks marked ``held`` (the summary) open when ``hold_until`` of the other tokens are committed.  The steps are
+      divided between the two phases in proportion to their tokens, at least one each.
 
     Args:
-        steps: see :class:`BlockScheduler`.
-        tokens_per_step: see :class:`BlockScheduler`.
-        schedule: see :class:`BlockScheduler`.
-        hold_until: share of the path tokens, 0 to 1, that are committed before the summary opens.
-            1 decodes it last, 0 along with the paths.
-        share_last_step: let the summary use what is left of the step that completes the first phase,
-            instead of having steps of its own.
+        steps: see :class:`Scheduler`.
+        tokens_per_step: see :class:`Scheduler`.
+        schedule: see :class:`Scheduler`.
+        hold_until: share of the path tokens, 0 to 1, that are committed before the summary opens.  1 decodes it last,
+            0 along with the paths.
+        share_last_step: let the summary use what is left of the step that completes the first phase, instead of having
+            steps of its own.
 
     Example:
         >>> scheduler = MacroParallelScheduler(tokens_per_step=2)
         >>> plan = scheduler.plan(torch.tensor([[3, 3, 2]]), held=(False, False, True))
-        >>> remaining, rows = torch.tensor([[3, 3, 2]]), []
+        >>> left, rows = Left.all(plan.lengths), []
         >>> for step in range(int(plan.steps[0])):
-        ...     quota = plan.quota(remaining, step)
-        ...     remaining = remaining - quota
+        ...     quota, left = scheduler.next(plan, left)
         ...     rows += quota.tolist()
         >>> rows
         [[1, 1, 0], [1, 1, 0], [1, 1, 0], [0, 0, 2]]
@@ -376,15 +350,14 @@ class MacroParallelScheduler(BlockScheduler):
         check_flag("share_last_step", self.share_last_step)
 
     @override
-    def phases(self, lengths: Tensor, held: tuple[bool, ...]) -> Tensor:
-        if not any(held):
-            return lengths[:, None]
-        is_held = torch.tensor(held, device=lengths.device)
-        free = torch.where(is_held, 0, lengths)
+    def open(self, left: Tensor, lengths: Tensor, held: Tensor) -> Tensor:
+        free = lengths.masked_fill(held, 0)
         # ceil, but not of a product that is whole up to rounding: 0.7 * 10 = 7.000000000000001
         first_tokens = (free.sum(1).double() * self.hold_until - 1e-9).ceil().clamp(min=0).long()
         first = fair_share(free, torch.zeros_like(free), first_tokens)
-        return torch.stack([first, lengths - first], dim=1)
+        done = lengths - left
+        is_first = held.any(1) & (done.sum(1) < first_tokens)
+        return torch.where(is_first[:, None], (first - done).clamp(min=0), left)
 
     @override
     def shares_steps(self) -> bool:
@@ -396,26 +369,24 @@ class MacroParallelScheduler(BlockScheduler):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SemiAutoregressiveScheduler(BlockScheduler):
+class SemiAutoregressiveScheduler(Scheduler):
     """One block after the other, each with steps in proportion to its tokens (LLaDA, arXiv 2502.09992).
 
     Args:
-        steps: see :class:`BlockScheduler`.
-        tokens_per_step: see :class:`BlockScheduler`.
-        schedule: see :class:`BlockScheduler`.
-        block_length: cut each row's slots into blocks of this length, whatever the blocks of the canvas
-            (the last one may be shorter); None to decode the blocks of the canvas in order.  For strict
-            left to right use :class:`AnyOrderScheduler` with the confidence ``"leftmost"``, which costs
-            less than blocks of one slot.
-        on_grid: count the blocks from the start of the row instead of from its first slot, as models
-            with block-causal attention do (LLaDA2, SDAR); the first block is then what the prompt left of it.
+        steps: see :class:`Scheduler`.
+        tokens_per_step: see :class:`Scheduler`.
+        schedule: see :class:`Scheduler`.
+        block_length: cut each row's slots into blocks of this length, whatever the blocks of the canvas (the last one
+            may be shorter); None to decode the blocks of the canvas in order.  For strict left to right use
+            :class:`AnyOrderScheduler` with the confidence ``"leftmost"``, which costs less than blocks of one slot.
+        on_grid: count the blocks from the start of the row instead of from its first slot, as models with block-causal
+            attention do (LLaDA2, SDAR); the first block is then what the prompt left of it.
 
     Example:
-        >>> plan = SemiAutoregressiveScheduler(steps=3).plan(torch.tensor([[4, 2]]))
-        >>> plan.quota(torch.tensor([[4, 2]]), step=0).tolist()
+        >>> scheduler = SemiAutoregressiveScheduler(steps=3)
+        >>> plan = scheduler.plan(torch.tensor([[4, 2]]))
+        >>> scheduler.next(plan, Left.all(plan.lengths))[0].tolist()
         [[2, 0]]
-        >>> plan.quota(torch.tensor([[0, 2]]), step=2).tolist()
-        [[0, 2]]
     """
 
     block_length: int | None = None
@@ -433,17 +404,17 @@ class SemiAutoregressiveScheduler(BlockScheduler):
     def partition(self, canvas: Canvas) -> Partition:
         if self.block_length is None:
             return super().partition(canvas)
-        index = canvas.position_ids if self.on_grid else canvas.decodable.cumsum(1) - 1
+        index = torch.arange(canvas.block.shape[1], device=canvas.block.device).expand_as(canvas.block)
+        index = (index if self.on_grid else canvas.decodable.cumsum(1) - 1) // self.block_length
         # On the grid a row's blocks are numbered from its first that has a slot, so that none before is empty.
-        index = index // self.block_length
         index = index - index.where(canvas.decodable, index.shape[1]).amin(1, keepdim=True)
         block = torch.where(canvas.decodable, index, -1)
         num_blocks = int(block.max()) + 1
         return Partition(block, count_blocks(block, num_blocks).cpu(), (False,) * num_blocks)
 
     @override
-    def phases(self, lengths: Tensor, held: tuple[bool, ...]) -> Tensor:
-        return torch.diag_embed(lengths)
+    def open(self, left: Tensor, lengths: Tensor, held: Tensor) -> Tensor:
+        return left * (left.cumsum(1) == left)  # nothing is left in the blocks in front
 
     @override
     def _fewer_phases_hint(self) -> str:
@@ -451,18 +422,20 @@ class SemiAutoregressiveScheduler(BlockScheduler):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnyOrderScheduler(BlockScheduler):
+class AnyOrderScheduler(Scheduler):
     """No blocks: the budget of a step goes to any slots of the canvas ("AO" in the paper).
 
     Args:
-        steps: see :class:`BlockScheduler`.
-        tokens_per_step: see :class:`BlockScheduler`.
-        schedule: see :class:`BlockScheduler`.
+        steps: see :class:`Scheduler`.
+        tokens_per_step: see :class:`Scheduler`.
+        schedule: see :class:`Scheduler`.
 
     Example:
-        >>> plan = AnyOrderScheduler(tokens_per_step=4).plan(torch.tensor([[10]]))
-        >>> [int(plan.quota(torch.tensor([[left]]), step)) for step, left in enumerate([10, 6, 3])]
-        [4, 3, 3]
+        >>> scheduler = AnyOrderScheduler(tokens_per_step=4)
+        >>> plan = scheduler.plan(torch.tensor([[10]]))
+        >>> quota, left = scheduler.next(plan, Left.all(plan.lengths))
+        >>> quota.tolist(), left.masked.tolist()
+        ([[4]], [[6]])
     """
 
     @override
@@ -471,8 +444,8 @@ class AnyOrderScheduler(BlockScheduler):
         return Partition(block, canvas.lengths.sum(1, keepdim=True), (False,))
 
     @override
-    def phases(self, lengths: Tensor, held: tuple[bool, ...]) -> Tensor:
-        return lengths[:, None]
+    def open(self, left: Tensor, lengths: Tensor, held: Tensor) -> Tensor:
+        return left
 
 
 def fair_share(weights: Tensor, committed: Tensor, target: Tensor) -> Tensor:

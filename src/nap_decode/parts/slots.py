@@ -1,16 +1,18 @@
-"""The slots that a committer decides about at one step, and what it decides."""
+"""The slots that a committer decides about at one step, and its decision."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nap_decode.base.batching import pad_to
+from nap_decode.base.errors import NapDecodeError
 from nap_decode.base.lazy import lazy
 from nap_decode.base.random import uniform
-from nap_decode.model.rows import pad_to
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,20 +206,19 @@ def _pack(values: Tensor, wanted: Tensor, rank: Tensor, width: int) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Commit:
-    """What a committer decided.
+class Decision:
+    """What a committer decides at one step.
 
     Args:
         tokens: ``(B, K)`` int64, a token for every slot.
         confidence: ``(B, K)``, how sure the model is of it.
-        chosen: ``(B, K)`` bool, slots that get their token now: masked ones are committed, committed ones
-            are edited.
+        chosen: ``(B, K)`` bool, slots that get their token now: masked ones are committed, committed ones are edited.
         remasked: ``(B, K)`` bool, committed slots that are masked again.
-        unsettled: ``(B, M)`` bool, blocks that shall stay open even if no slot of theirs is masked.
+        unsettled: ``(B, M)`` bool, blocks that stay open even if no slot of theirs is masked.
 
     Example:
         >>> scores = torch.tensor([[0.2, 0.9]])
-        >>> Commit(tokens=torch.tensor([[5, 7]]), confidence=scores, chosen=scores > 0.5).chosen.tolist()
+        >>> Decision(tokens=torch.tensor([[5, 7]]), confidence=scores, chosen=scores > 0.5).chosen.tolist()
         [[False, True]]
     """
 
@@ -226,3 +227,94 @@ class Commit:
     chosen: Tensor
     remasked: Tensor | None = None
     unsettled: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Proposal:
+    """What is proposed for the slots of a step.
+
+    Args:
+        slots: the slots.
+        tokens: ``(B, K)`` int64, a token for each.
+        confidence: ``(B, K)``, how sure the model is of it.
+        statistics: ``(B, K)`` each: what the parts' ``needs`` asked for besides; ``proposal["negative_entropy"]``.
+
+    Example:
+        >>> slots = Slots.of(block=torch.tensor([[0, 0, 0, 1]]), quota=torch.tensor([[2, 0]]))
+        >>> proposal = Proposal.of(slots, torch.tensor([[0.1, 0.9, 0.5, 0.2]]))
+        >>> proposal.rank().tolist()
+        [[2, 0, 1, 0]]
+        >>> proposal.fill_up(proposal.confidence < 0.2).long().tolist()
+        [[1, 1, 0, 0]]
+    """
+
+    slots: Slots
+    tokens: Tensor
+    confidence: Tensor
+    statistics: Mapping[Any, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, slots: Slots, confidence: Tensor, **statistics: Tensor) -> Proposal:
+        """One with tokens that do not matter, to try a selection by hand."""
+        return cls(slots, torch.zeros_like(slots.block), confidence, statistics)
+
+    def __getitem__(self, statistic: Any) -> Tensor:
+        """``(B, K)`` values of a statistic, by its name or function.
+
+        Raises:
+            NapDecodeError: the part does not say that it needs it.
+        """
+        if statistic not in self.statistics:
+            raise NapDecodeError(
+                f"nobody asked for {statistic!r}; a part that looks at it says so: needs = Needs(statistics=(...,))"
+            )
+        return self.statistics[statistic]
+
+    def rank(self, score: Tensor | None = None) -> Tensor:
+        """``(B, K)`` int64: place of every open slot in its block by falling score (confidence), from 0."""
+        return rank_in_block(self.confidence if score is None else score, self.slots.open_block)
+
+    def best(self, number: Tensor, score: Tensor | None = None) -> Tensor:
+        """``(B, K)`` bool: as many open slots of each block as ``number (B, M)`` says, highest score first."""
+        return self.rank(score) < self.slots.per_slot(number) * self.slots.open
+
+    def fill_up(self, chosen: Tensor) -> Tensor:
+        """Open ones among the chosen ``(B, K)``, and more, highest confidence first, up to the quota of each block."""
+        chosen = chosen & self.slots.open
+        return chosen | self.best(self.slots.quota, self.confidence.masked_fill(chosen, torch.inf))
+
+    def mean(self, values: Tensor) -> Tensor:
+        """``(B, K)``: for every slot the mean of the values ``(B, K)`` over the open slots of its block."""
+        slots = self.slots
+        total = torch.zeros(len(values), slots.quota.shape[1] + 1, dtype=values.dtype, device=values.device)
+        total = total.scatter_add_(1, slots.block, values.where(slots.open, 0))[:, :-1]
+        return slots.per_slot(total / slots.count(slots.open).clamp(min=1))
+
+
+def rank_in_block(score: Tensor, block: Tensor) -> Tensor:
+    """Place of every slot in its block by falling score, from 0; ties go to the lower index.
+
+    Args:
+        score: ``(B, K)``.
+        block: ``(B, K)`` int64.
+
+    Returns:
+        ``(B, K)`` int64.
+
+    Example:
+        >>> rank_in_block(torch.tensor([[.1, .9, .5, .2]]), torch.tensor([[0, 0, 0, 1]])).tolist()
+        [[2, 0, 1, 0]]
+    """
+    order, place, _ = sort_in_block(score, block)
+    return torch.zeros_like(order).scatter_(1, order, place)
+
+
+def sort_in_block(score: Tensor, block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Order ``(B, K)`` by block, then by falling score; in it, the place in the block and the block's first."""
+    # Sort by score, then, keeping that order, by block: each block is a run from best to worst.
+    order = score.argsort(dim=1, descending=True, stable=True)
+    by_block = block.gather(1, order).argsort(dim=1, stable=True)
+    order = order.gather(1, by_block)
+    runs = block.gather(1, order)
+    first = torch.searchsorted(runs, runs)
+    return order, torch.arange(runs.shape[1], device=runs.device) - first, first

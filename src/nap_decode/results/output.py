@@ -121,7 +121,7 @@ class SamplerOutput:
         A pass counts once, also if it looks at alternatives (LoPA) or has shadows (WINO).
         """
         branches = 1 if self.cost is None else self.cost.branches
-        lengths = self.canvas.attention_mask.sum(1).cpu()
+        lengths = self.canvas.row_lengths
         return (branches * lengths * self.trace.forward_passes).tolist()
 
     @property
@@ -142,7 +142,7 @@ class SamplerOutput:
         if self.cost is None:
             raise NapDecodeError("what this model's passes cost is not known: it is a function, or has no config")
         positions = self.positions_exact if exact else self.positions_forwarded
-        lengths = self.canvas.attention_mask.sum(1).tolist()
+        lengths = self.canvas.row_lengths.tolist()
         return [self.cost.flops(some, length) for some, length in zip(positions, lengths, strict=True)]
 
     @cached_property

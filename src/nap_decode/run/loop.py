@@ -1,30 +1,39 @@
-"""The loop: rows join a batch, take steps together, and leave it when they are finished."""
+"""The loop: rows arrive, take turns together, and leave when they are finished.
+
+Its index spaces, from the outside in::
+
+    B rows x W columns     the canvas; a column is a position                 State, (B, W)
+    B rows x M blocks      what a step may commit in each                     Agenda, (B, S, M) for S turns ahead
+    B rows x K slots       those of the open blocks, packed to the left       Slots, Proposal, Decision, (B, K)
+    T places               the slots there are, without what fills rows up    Prediction, (T,)
+    R of the T             a chunk whose logits (R, V) exist at one time      Candidates, (R,)
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from nap_decode.base.batching import host_tensor, join, narrow, select, to_device
 from nap_decode.base.errors import NapDecodeError
 from nap_decode.canvas import Canvas, count_blocks
 from nap_decode.model.denoiser import Denoiser
 from nap_decode.model.prediction import Prediction
-from nap_decode.model.rows import Rows, append, host_tensor, join, narrow, select, to_device, to_rows
-from nap_decode.parts.committer import Committer
-from nap_decode.parts.scheduler import BlockScheduler, Plan
+from nap_decode.model.rows import Rows
+from nap_decode.parts.decoder import Decoder
+from nap_decode.parts.scheduler import Left, Plan
 from nap_decode.parts.slots import Slots
-from nap_decode.run.state import RowState
-from nap_decode.speed.graphs import StepGraphs
-from nap_decode.speed.reuse import Kept
+from nap_decode.run.state import State
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
-    """What stays as it is, on the device: ``(B, W)``, but for the seeds."""
+class Given:
+    """What stays as it is: ``(B, W)`` on the device, but for the last two."""
 
     block: Tensor  # of the scheduler, -1 for what is not decoded
     canvas_block: Tensor
@@ -32,6 +41,12 @@ class Layout:
     prompt: Tensor
     present: Tensor
     seeds: Tensor  # (B,)
+    lengths: Tensor  # (B,) on the host, tokens of each row
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The rows as the model sees them."""
+        return Rows(tuple(self.lengths.tolist()), self.prompt, self.present)
 
     @cached_property
     def by_block(self) -> tuple[Tensor, Tensor]:
@@ -41,387 +56,246 @@ class Layout:
 
 
 @dataclass(frozen=True, eq=False)
-class StepInputs:
-    """What a step starts from, on the device."""
+class Agenda:
+    """Turns to come: all of a fixed schedule, or the next one."""
 
-    state: RowState
-    layout: Layout
+    slots: Tensor  # (B, S) host: slots to look at; 0 when the row has nothing to do any more
+    index: Tensor  # (B, S) host: index of the step in the row's schedule
+    step: Tensor  # (B, S) device: the same
+    is_open: Tensor  # (B, S, M) device: blocks that may commit
+    quota: Tensor  # (B, S, M) device: tokens that each block commits
+
+    @cached_property
+    def turns(self) -> tuple[list[int], list[int], list[int]]:
+        """Of each turn K, T, and the steps that the furthest row has taken then; plain numbers, asked at every turn."""
+        furthest = torch.where(self.slots > 0, self.index + 1, 0).amax(0)
+        return self.slots.amax(0).tolist(), self.slots.sum(0).tolist(), furthest.tolist()
+
+    @cached_property
+    def ends(self) -> list[int]:
+        """Turns that each row takes."""
+        counts: list[int] = (self.slots > 0).sum(1).tolist()
+        return counts
+
+    def rest(self, taken: int) -> Agenda:
+        """What is left after some turns."""
+        return replace(self, **{f.name: getattr(self, f.name)[:, taken:] for f in fields(self)})
+
+
+@dataclass(frozen=True, eq=False)
+class Progress:
+    """What the host knows of each row; brought up to date where the model or a callback has a say."""
+
+    left: Left
+    reopened: Tensor  # (B, M) 1 for blocks that a reviser wants to see again
+    fewest: Tensor  # (B,) slots that were left at the best step so far
+    stalled: Tensor  # (B,) steps since then
+    spent: Tensor  # (B, 2) turns, and the forward passes of these
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Rows on their way; every tensor has them as its first dimension."""
+
+    number: Tensor  # (B,) host: what the caller calls them
+    given: Given
+    state: State
+    plan: Plan
+    agenda: Agenda
+    progress: Progress
+    memory: dict[str, Tensor] = field(default_factory=dict)  # of the parts; they change it themselves
+    kept: dict[str, Any] = field(default_factory=dict)  # of the forward passes, if they reuse
+    passes: tuple[int, ...] = ()  # of each turn taken since the agenda begins
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether any row has a turn left."""
+        return len(self.passes) < max(self.agenda.ends)
+
+    def settled(self) -> Batch:
+        """The same with an agenda that begins at the next turn."""
+        if not self.passes:
+            return self
+        taken = len(self.passes)
+        active = self.agenda.slots[:, :taken] > 0
+        step = torch.where(active, self.agenda.index[:, :taken] + 1, 0).amax(1)
+        passes = active.long() @ torch.tensor(self.passes, dtype=torch.int64, device="cpu")
+        left = replace(self.progress.left, step=torch.maximum(self.progress.left.step, step))
+        spent = self.progress.spent + torch.stack([active.sum(1), passes], dim=1)
+        progress = replace(self.progress, left=left, spent=spent)
+        return replace(self, agenda=self.agenda.rest(taken), progress=progress, passes=())
+
+    def some(self, where: Tensor) -> Batch:
+        """Some of the rows, ``(B,)`` bool on the host, in no more columns than they need."""
+        if bool(where.all()):
+            return self
+        index = where.nonzero()[:, 0]
+        batch = select(self, index, to_device(index, self.state.tokens.device))
+        width = max(batch.given.lengths.tolist(), default=0)
+        kept = {name: known.narrowed(width) for name, known in batch.kept.items()}
+        return replace(batch, given=narrow(batch.given, width), state=narrow(batch.state, width), kept=kept)
+
+    def joined(self, new: Batch, pad_token_id: int) -> Batch:
+        """These rows, then new ones; zero stands for nothing in what parts keep."""
+        batch, count, width = self.settled(), len(new.number), new.state.tokens.shape[1]
+        memory = {name: torch.cat([v, v.new_zeros(count, *v.shape[1:])]) for name, v in batch.memory.items()}
+        kept = {name: known.with_rows(count, width) for name, known in batch.kept.items()}
+        both = join(batch, new, {"block": -1, "canvas_block": -1, "tokens": pad_token_id})
+        return replace(both, memory=memory, kept=kept)
+
+
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """What a turn reads on the device."""
+
+    state: State
+    given: Given
     is_open: Tensor  # (B, M) bool, blocks that may commit
     quota: Tensor  # (B, M) tokens that each block shall commit
     step: Tensor  # (B,) index of the step in each row's schedule
 
 
-@dataclass(frozen=True, eq=False)
-class _Progress:
-    """What the host knows of each row."""
-
-    number: Tensor  # (B,) the caller's number of the row; -1 once it was handed out
-    length: Tensor  # (B,) tokens
-    step: Tensor  # (B,) first step that may be taken next
-    steps: Tensor  # (B,) steps that the row took
-    passes: Tensor  # (B,) forward passes that it took part in
-    remaining: Tensor  # (B, M) slots of each block that are masked
-    unsettled: Tensor  # (B, M) 1 for blocks that stay open even so
-    closed: Tensor  # (B, M) slots that were filled
-    fewest: Tensor  # (B,) slots that were left at the best step so far
-    stalled: Tensor  # (B,) steps since then
+Arrivals: TypeAlias = "Callable[[Batch | None], Batch | None]"
+"""The rows that join a batch now, made by :meth:`Loop.start`; None for none.  Without a batch, None is the end."""
+Watch: TypeAlias = Callable[[State, int], State]
+"""Sees the state after every turn, and the steps that the furthest row has taken; returns the state to go on from."""
 
 
-@dataclass(frozen=True, eq=False)
-class _Timetable:
-    """Steps to come; those of a row stand one after the other at the beginning."""
-
-    slots: Tensor  # (B, S) slots of open blocks, on the host
-    index: Tensor  # (B, S) index of the step in the row's schedule, on the host
-    step: Tensor  # (B, S) the same on the device
-    is_open: Tensor  # (B, S, M) bool, blocks that may commit
-    quota: Tensor  # (B, S, M) tokens that each block shall commit
-
-
-@dataclass(frozen=True, eq=False)
-class _Batch:
-    """The rows that are there."""
-
-    state: RowState
-    layout: Layout
-    plan: Plan
-    progress: _Progress
-    timetable: _Timetable
-    memory: dict[str, Tensor]
-    kept: dict[str, Kept]  # of the forward passes, if they reuse
-
-    def rows(self, where: Tensor) -> _Batch:
-        """Some of them, ``(B,)`` bool on the host."""
-        index = where.nonzero()[:, 0]
-        return select(self, index, to_device(index, self.state.tokens.device))
-
-
-@dataclass(frozen=True, eq=False)
-class Finished:
-    """Rows that left: their numbers, what became of them, and on the host the passes and steps that they took."""
-
-    numbers: list[int]
-    state: RowState
-    passes: Tensor
-    steps_saved: Tensor
-    computed: Tensor  # (B, S) positions that each forward pass computed, 0 behind the last; S is 0 if it was all
-
-    @classmethod
-    def sorted(cls, groups: Sequence[Finished]) -> Finished:
-        """All rows of the groups, by their numbers."""
-        whole = groups[0]
-        for group in groups[1:]:
-            whole = cls(
-                numbers=whole.numbers + group.numbers,
-                state=join(whole.state, group.state, {}),
-                passes=torch.cat([whole.passes, group.passes]),
-                steps_saved=torch.cat([whole.steps_saved, group.steps_saved]),
-                computed=append(whole.computed, group.computed),
-            )
-        order = torch.tensor(whole.numbers, device="cpu").argsort()
-        return whole if len(groups) == 1 else whole.rows(order)
-
-    def rows(self, index: Tensor) -> Finished:
-        """Some of the rows, ``(n,)`` int64 indices on the host."""
-        numbers = [self.numbers[i] for i in index.tolist()]
-        return replace(select(self, index, to_device(index, self.state.tokens.device)), numbers=numbers)
-
-
-class Decoding:
-    """A batch of rows on their way.
+class Loop:
+    """Decodes batches of rows.
 
     Args:
         denoiser: the model.
-        scheduler: plans the steps of each row.
-        committer: takes them.
-        close_on: ids that end a block: what is behind them in the block is filled up instead of being decoded.
-        is_watched: whether a callback looks at the rows after every step, and may change them.
-        graphs: takes the steps, if they are captured; rows that are finished then stay in the batch until others
-            take their places or only half of it is busy, so that there are few shapes.
+        decoder: how to decode.
+        ends: ids that end a block: what is behind them in the block is filled up instead of being decoded.
+        graphs: takes the turns, if they are captured.
+        watch: see :data:`Watch`; rows that are finished then wait for the others.
+
+    Example:
+        >>> from nap_decode import ParallelForcedSampler, demo
+        >>> sampler = ParallelForcedSampler(*demo.load(), path_length=11, summary_length=2, tokens_per_step=12)
+        >>> loop = sampler.loop()
+        >>> batch = loop.start(sampler.canvas("6 0 6 4 6 2 1 2 4 7 0 6 ="))
+        >>> while batch.is_busy:
+        ...     batch = loop.step(batch)
+        ...     print(int(batch.state.masked.sum()), "masked")
+        18 masked
+        2 masked
+        0 masked
     """
 
     def __init__(
         self,
         denoiser: Denoiser,
-        scheduler: BlockScheduler,
-        committer: Committer,
+        decoder: Decoder,
         *,
-        close_on: Sequence[int] = (),
-        is_watched: bool = False,
-        graphs: StepGraphs | None = None,
+        ends: Sequence[int] = (),
+        graphs: Any = None,
+        watch: Watch | None = None,
     ) -> None:
-        self.denoiser, self.scheduler, self.committer = denoiser, scheduler, committer
-        self.is_watched = is_watched
-        self.graphs = graphs
-        self.ends = host_tensor(close_on, denoiser.device) if close_on else None
+        self.denoiser, self.scheduler, self.committer = denoiser, decoder.scheduler, decoder.committer
+        self.needs, self.graphs, self.watch = decoder.needs, graphs, watch
+        self.ends = host_tensor(ends, denoiser.device) if ends else None
         pad = denoiser.pad_token_id  # the mask, if there is no other
-        self.fill = close_on[0] if close_on and pad == denoiser.mask_token_id else pad
-        # All steps are known in advance, unless the model or a callback has a say.
-        self.is_fixed = not (committer.is_adaptive or is_watched or close_on)
-        self.forward_passes = 0
-        self._furthest = 0  # steps of the row that has taken most
+        self.fill = ends[0] if ends and pad == denoiser.mask_token_id else pad
+        # All turns are known in advance, unless the model or somebody who watches has a say.
+        self.is_fixed = not (self.needs.adaptive or watch or ends)
+        self.turns = self.forward_passes = 0
+        self.furthest = 0  # steps of the row that has taken most
         self.vocab_size = denoiser.num_embeddings  # what the logits say is surer
-        self._batch: _Batch | None = None
-        self._memory: dict[str, Tensor] = {}  # of the parts; they change it themselves
-        self._kept: dict[str, Kept] = {}  # the same of the forward passes
 
-    @property
-    def width(self) -> int:
-        """W, columns of the batch."""
-        return 0 if self._batch is None else self._rows.width
+    @torch.no_grad()
+    def run(self, arrivals: Arrivals, stop: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
+        """Decode whatever arrives; yields the rows that are finished, or all if it is stopped."""
+        batch: Batch | None = None
+        while True:
+            # 1. Rows arrive; a fixed schedule is worked out to its end, on the host.
+            if (new := arrivals(batch)) is not None:
+                batch = new if batch is None else batch.joined(new, self.denoiser.pad_token_id)
+            if batch is None:
+                return
+            # 2. Rows leave that have no turn left: each at once, or together while somebody watches.
+            ends, taken, is_stopped = batch.agenda.ends, len(batch.passes), stop()
+            if is_stopped or taken >= (min(ends) if self.watch is None else max(ends)):
+                batch, busy = (
+                    batch.settled(),
+                    torch.tensor([end > taken and not is_stopped for end in ends], device="cpu"),
+                )
+                yield batch.some(~busy)
+                batch = batch.some(busy) if bool(busy.any()) else None
+                continue
+            # 3. and 4. A turn, on the device; the next one stands in the agenda, or depends on what is left.
+            batch = self.step(batch)
 
-    @property
-    def size(self) -> int:
-        """Rows that are not finished."""
-        return 0 if self._batch is None else self._num_busy
-
-    # ---------------------------------------------------------------------------------------- rows come and go
-
-    def add(self, canvas: Canvas, numbers: Sequence[int], seeds: Tensor | None) -> Plan:
-        """Let rows join the batch.
+    def start(self, canvas: Canvas, numbers: Sequence[int] | None = None, seeds: Tensor | None = None) -> Batch:
+        """A batch of rows that have taken no turn yet.
 
         Args:
             canvas: the rows.
             numbers: what the caller calls them.
-            seeds: ``(n,)`` int64 on the host; None if nothing is drawn.
+            seeds: ``(B,)`` int64 on the host, the rows' seeds; None if nothing is drawn.
 
-        Returns:
-            What the scheduler plans for them.
+        Raises:
+            NapDecodeError: see :meth:`Scheduler.plan`.
         """
         partition, device = self.scheduler.partition(canvas), canvas.tokens.device
-        plan = self.scheduler.plan(partition.lengths, partition.held, adaptive=self.committer.is_adaptive, seeds=seeds)
-        nothing = torch.zeros(len(numbers), dtype=torch.int64, device="cpu")
-        remaining = partition.lengths
-        progress = _Progress(
-            number=torch.tensor(list(numbers), device="cpu"),
-            length=canvas.attention_mask.sum(1).cpu(),
-            step=nothing,
-            steps=nothing,
-            passes=nothing,
-            remaining=remaining,
-            unsettled=torch.zeros_like(remaining),
-            closed=torch.zeros_like(remaining),
-            fewest=remaining.sum(1),
-            stalled=nothing,
+        lengths, count = partition.lengths, len(canvas.tokens)
+        plan = self.scheduler.plan(lengths, partition.held, adaptive=self.needs.adaptive, seeds=seeds)
+        left, none = Left.all(lengths), torch.zeros(count, dtype=torch.int64, device="cpu")
+        progress = Progress(left, torch.zeros_like(lengths), lengths.sum(1), none, torch.stack([none, none], dim=1))
+        agenda, progress = self._agenda(plan, progress, device)
+        given = Given(
+            block=partition.block,
+            canvas_block=canvas.block,
+            offsets=partition.offsets,
+            prompt=canvas.prompt,
+            present=canvas.attention_mask.bool(),
+            seeds=to_device(none if seeds is None else seeds, device),
+            lengths=canvas.row_lengths,
         )
-        layout = Layout(
-            block=to_rows(canvas, partition.block, -1),
-            canvas_block=to_rows(canvas, canvas.block, -1),
-            offsets=to_rows(canvas, partition.offsets, 0),
-            prompt=to_rows(canvas, canvas.prompt, False),
-            present=to_rows(canvas, canvas.attention_mask.bool(), False),
-            seeds=to_device(nothing if seeds is None else seeds, device),
-        )
-        pad = self.denoiser.pad_token_id
-        state = RowState.start(to_rows(canvas, canvas.tokens, pad), layout.block >= 0)
-        coming = _Batch(state, layout, plan, progress, self._timetable(plan, progress, device), {}, {})
-        if self._batch is not None:
-            batch = self._without_idle(self._settled(self._batch), room=len(numbers))
-            # Zero stands for nothing.
-            memory = {
-                name: torch.cat([kept, kept.new_zeros(len(numbers), *kept.shape[1:])])
-                for name, kept in batch.memory.items()
-            }
-            fills = {"block": -1, "canvas_block": -1, "tokens": pad}
-            width = coming.layout.block.shape[1]
-            kept = {name: known.with_rows(len(numbers), width) for name, known in batch.kept.items()}
-            coming = replace(join(batch, coming, fills), memory=memory, kept=kept)
-        self._set(coming)
-        return plan
+        number = torch.tensor(range(count) if numbers is None else list(numbers), device="cpu")
+        state = State.start(canvas.tokens, partition.block >= 0)
+        return Batch(number, given, state, plan, agenda, progress)
 
-    def leave(self) -> list[Finished]:
-        """Let the rows go that are finished; none while a callback watches and another is not."""
-        if self._batch is None or self._taken < self._next_leave:
-            return []
-        batch = self._settled(self._batch)
-        return [self._let_go(batch, batch.timetable.slots.sum(1) > 0)]
-
-    def stop(self) -> list[Finished]:
-        """Let all rows go as they are."""
-        if self._batch is None:
-            return []
-        batch = self._settled(self._batch)
-        return [self._let_go(batch, torch.zeros_like(batch.progress.number, dtype=torch.bool))]
-
-    def _let_go(self, batch: _Batch, busy: Tensor) -> Finished:
-        """All rows but the busy ones, ``(B,)`` bool, which stay."""
-        gone = batch.rows(~busy & (batch.progress.number >= 0))
-        number = torch.where(busy, batch.progress.number, -1)
-        batch = replace(batch, progress=replace(batch.progress, number=number))
-        if bool(busy.any()):
-            self._set(self._without_idle(batch))
-        else:
-            self._batch = None
-        return Finished(
-            numbers=gone.progress.number.tolist(),
-            state=gone.state,
-            passes=gone.progress.passes,
-            steps_saved=gone.plan.busy_steps - gone.progress.steps,
-            computed=_computed(gone.kept, gone.progress.passes),
-        )
-
-    def _without_idle(self, batch: _Batch, room: int = 0) -> _Batch:
-        """Without the rows that were handed out already; ``room`` others are about to come.
-
-        Captured steps want few shapes: as many stay as make up the size that there was, or a half of it, a quarter ...
-        """
-        busy = batch.progress.number >= 0
-        keep = number = int(busy.sum())
-        if self.graphs is not None:
-            keep = max(number, len(busy) - room)
-            while not room and number <= -(-keep // 2) < keep:
-                keep = -(-keep // 2)
-        if keep == len(busy):
-            return batch
-        idle = ~busy
-        batch = batch.rows(busy | (idle & (idle.cumsum(0) <= keep - number)))
-        width = int(batch.progress.length.max())
-        return replace(
-            batch,
-            layout=narrow(batch.layout, width),
-            state=narrow(batch.state, width),
-            kept={name: known.narrowed(width) for name, known in batch.kept.items()},
-        )
-
-    def _set(self, batch: _Batch) -> None:
-        """Go on with these rows."""
-        layout, timetable = batch.layout, batch.timetable
-        if self._batch is None or self._batch.layout is not layout:
-            self._rows = Rows(tuple(batch.progress.length.tolist()), layout.prompt, layout.present)
-        self._batch, self._memory, self._kept = batch, batch.memory, batch.kept
-        # Plain numbers, so that a step asks no tensor, not even one of the host.
-        self._taken, self._calls = 0, list[int]()
-        self._widths, self._totals = timetable.slots.amax(0).tolist(), timetable.slots.sum(0).tolist()
-        self._numbers = torch.where(timetable.slots > 0, timetable.index + 1, 0).amax(0).tolist()
-        ends = (timetable.slots > 0).sum(1)[batch.progress.number >= 0].tolist()
-        self._num_busy = len(ends)
-        self._most = int(batch.plan.lengths.sum(1).max())
-        self._next_leave = max(ends) if self.is_watched else min(ends)
-
-    def _settled(self, batch: _Batch) -> _Batch:
-        """The batch after the steps that were taken since it was set: what they mean for its rows is noted down."""
-        taken, timetable, progress = self._taken, batch.timetable, batch.progress
-        active = timetable.slots[:, :taken] > 0
-        steps = torch.where(active, timetable.index[:, :taken] + 1, 0)
-        self._taken = 0
-        return replace(
-            batch,
-            progress=replace(
-                progress,
-                steps=progress.steps + active.sum(1),
-                passes=progress.passes + active.long() @ torch.tensor(self._calls, dtype=torch.int64, device="cpu"),
-                step=torch.cat([progress.step[:, None], steps], dim=1).amax(1),
-            ),
-            timetable=replace(timetable, **{f.name: getattr(timetable, f.name)[:, taken:] for f in fields(timetable)}),
-        )
-
-    # ---------------------------------------------------------------------------------------- steps
-
-    def _timetable(self, plan: Plan, progress: _Progress, device: torch.device) -> _Timetable:
-        """The next step, or all if they are fixed: computed on the host, and brought to the device together."""
-        adaptive = self.committer.is_adaptive
-        step, remaining = progress.step, progress.remaining
-        # A block that is not settled stays open, as if one of its slots were masked; but it is owed nothing.
-        occupied = torch.maximum(remaining, progress.unsettled)
-        none = torch.zeros_like(remaining)
-        steps, quotas, slots = list[Tensor](), list[Tensor](), list[Tensor]()
-        while not steps or (self.is_fixed and bool((occupied > 0).any())):
-            if adaptive:
-                quota, is_open = plan.least(remaining), plan.open(occupied)
-            else:
-                quota, step = plan.next(remaining, step, progress.closed)
-                is_open = quota > 0
-            # A committer that revises looks at all slots of an open block, the others at masked ones.
-            seen = plan.lengths - progress.closed if self.committer.revises else remaining
-            steps.append(step)
-            quotas.append(quota)
-            slots.append(torch.where(is_open, seen, none))
-            step = step + 1
-            remaining = occupied = remaining - quota
-        counts, index = torch.stack(slots, dim=1), torch.stack(steps, dim=1)  # (B, S, M), (B, S)
-        return _Timetable(
-            slots=counts.sum(2),
-            index=index,
-            step=to_device(index, device),
-            is_open=to_device(counts > 0, device),
-            quota=to_device(torch.stack(quotas, dim=1), device),
-        )
-
-    def step(self, edit: Callable[[RowState, int], RowState] | None = None) -> None:
-        """One step of every row that is not finished.
-
-        Args:
-            edit: called with the state and the number of steps that the furthest row has taken; returns the state
-                to go on from.
-        """
-        batch, taken = self._batch, self._taken
-        assert batch is not None
-        timetable = batch.timetable
-        take_step = self.take_step if self.graphs is None else partial(self.graphs, self.take_step, self._most)
-        state, unsettled, passes = take_step(
-            StepInputs(
-                state=batch.state,
-                layout=batch.layout,
-                is_open=timetable.is_open[:, taken],
-                quota=timetable.quota[:, taken],
-                step=timetable.step[:, taken],
-            ),
-            self._rows,
-            self._widths[taken],
-            self._totals[taken],
-        )
+    @torch.no_grad()
+    def step(self, batch: Batch) -> Batch:
+        """One turn of every row that has any left, and a look at what is left then, if that is not known."""
+        state, unsettled, passes = self._advance(batch)
+        self.turns += 1
         self.forward_passes += passes
-        self._calls.append(passes)
-        self._taken += 1
-        if edit is not None:
-            self._furthest = max(self._furthest, self._numbers[taken])
-            state = edit(state, self._furthest)
-        self._batch = replace(batch, state=state)
-        if not self.is_fixed:
-            self._look(self._batch, unsettled)
+        if self.watch is not None:
+            self.furthest = max(self.furthest, batch.agenda.turns[2][len(batch.passes)])
+            state = self.watch(state, self.furthest)
+        batch = replace(batch, state=state, passes=(*batch.passes, passes))
+        return batch if self.is_fixed else self._look(batch, unsettled)
 
-    def take_step(self, inputs: StepInputs, rows: Rows, width: int, total: int) -> tuple[RowState, Tensor | None, int]:
-        """Everything that a step does on the device, without waiting for it.
+    # ---------------------------------------------------------------------------------------- on the host
 
-        Args:
-            inputs: what it starts from.
-            rows: the rows.
-            width: K, slots of open blocks in the row that has most, or more.
-            total: T, slots of open blocks, or more.
+    def _agenda(self, plan: Plan, progress: Progress, device: torch.device) -> tuple[Agenda, Progress]:
+        """The next turn, or all of them: computed on the host, and brought to the device together."""
+        left, scheduler, counts, steps, quotas = progress.left, self.scheduler, [], [], []
+        while True:
+            # A committer that revises looks at all slots of an open block, the others at masked ones.
+            seen = plan.lengths - left.closed if self.needs.committed else left.masked
+            if self.needs.adaptive:
+                # A block that is to be seen again stays open, as if one of its slots were masked; it is owed nothing.
+                is_open = scheduler.may_commit(plan, torch.maximum(left.masked, progress.reopened))
+                quota = scheduler.least(plan, left.masked)
+            else:
+                quota, left = scheduler.next(plan, left)
+                is_open = quota > 0
+            counts.append(torch.where(is_open, seen, 0))
+            quotas.append(quota)
+            steps.append(left.step)
+            if not self.is_fixed or not bool((left.masked > 0).any()):
+                break
+            left = replace(left, step=left.step + 1)
+        slots, index = torch.stack(counts, dim=1), torch.stack(steps, dim=1)  # (B, S, M), (B, S)
+        on_device = (to_device(tensor, device) for tensor in (index, slots > 0, torch.stack(quotas, dim=1)))
+        return Agenda(slots.sum(2), index, *on_device), replace(progress, left=left)
 
-        Returns:
-            The new state, blocks that stay open ``(B, M)``, and the number of forward passes.
-        """
-        state, layout, revises = inputs.state, inputs.layout, self.committer.revises
-        wanted = state.decodable & ~state.closed if revises else state.masked
-        slots = Slots.pack(
-            wanted & inputs.is_open.gather(1, layout.block.clamp(min=0)),
-            layout.block,
-            inputs.quota,
-            width=width,
-            total=total,
-            committed=~state.masked if revises else None,
-            seeds=layout.seeds,
-            step=inputs.step,
-            row_tokens=state.tokens,
-            row_offsets=layout.offsets,
-            memory=self._memory,
-        )
-        predict = _Predict(self.denoiser, rows, state.tokens, slots, self._kept)
-        commit = self.committer(slots, predict)
-        if self.graphs is not None and (self._memory or commit.unsettled is not None):
-            raise NapDecodeError(
-                f"{type(self.committer).__name__} or a part of it keeps things from step to step, which captured steps "
-                'cannot; use compile="kernels"'
-            )
-        state = state.after(commit, slots, self.denoiser.mask_token_id)
-        if self.ends is not None:
-            state = state.close(self.ends, self.fill, *layout.by_block, inputs.step)
-        self.vocab_size = predict.vocab_size or self.vocab_size
-        return state, commit.unsettled, predict.calls
-
-    def _look(self, batch: _Batch, unsettled: Tensor | None) -> None:
-        """Find out what is left, and plan the next step: the one place that waits for the device.
+    def _look(self, batch: Batch, unsettled: Tensor | None) -> Batch:
+        """Find out what is left, and plan the next turn: the one place that waits for the device.
 
         Args:
             batch: the rows.
@@ -430,53 +304,102 @@ class Decoding:
         Raises:
             NapDecodeError: nothing has changed for long; a callback masked slots when no step was left.
         """
-        active = batch.timetable.slots[:, 0] > 0
-        batch = self._settled(batch)
-        progress, state, block = batch.progress, batch.state, batch.layout.block
-        num_blocks = progress.remaining.shape[1]
-        counts = [count_blocks(block, num_blocks, where) for where in (state.masked, state.closed)]
+        active = batch.agenda.slots[:, len(batch.passes) - 1] > 0
+        batch = batch.settled()
+        plan, progress, block = batch.plan, batch.progress, batch.given.block
+        wheres, number = (batch.state.masked, batch.state.closed), plan.lengths.shape[1]
+        counts = [count_blocks(block, number, where) for where in wheres]
         counts.append(torch.zeros_like(counts[0]) if unsettled is None else unsettled.long())
-        remaining, closed, occupied = torch.stack(counts).cpu()
-        left = torch.maximum(remaining, occupied).sum(1)
-        stalled = torch.where((left < progress.fewest) | ~active, 0, progress.stalled + 1)
+        masked, closed, reopened = torch.stack(counts).cpu()
+        now = torch.maximum(masked, reopened).sum(1)
+        stalled = torch.where((now < progress.fewest) | ~active, 0, progress.stalled + 1)
         if int(stalled.max()) > self.committer.patience:
             raise NapDecodeError(
                 f"{int(stalled.max())} steps in a row came no further; {type(self.committer).__name__}, its parts or "
                 "the callback must leave fewer slots masked, and blocks settled, some time"
             )
-        is_over = (progress.step >= batch.plan.steps) & (closed.sum(1) == 0) & (remaining.sum(1) > 0)
-        if not self.committer.is_adaptive and bool(is_over.any()):
+        step = progress.left.step
+        is_over = (step >= plan.steps) & (closed.sum(1) == 0) & (masked.sum(1) > 0)
+        if not self.needs.adaptive and bool(is_over.any()):
             raise NapDecodeError(
-                f"a callback masked slots after step {int(progress.step.max())}, the last one; mask them earlier, or "
-                "decode with an adaptive selection, which has no last step"
+                f"a callback masked slots after step {int(step.max())}, the last one; mask them earlier, or decode "
+                "with an adaptive selection, which has no last step"
             )
+        left = replace(progress.left, masked=masked, closed=closed)
         progress = replace(
-            progress,
-            remaining=remaining,
-            unsettled=occupied,
-            closed=closed,
-            fewest=torch.minimum(progress.fewest, left),
-            stalled=stalled,
+            progress, left=left, reopened=reopened, fewest=torch.minimum(progress.fewest, now), stalled=stalled
         )
-        timetable = self._timetable(batch.plan, progress, block.device)
-        self._set(replace(batch, progress=progress, timetable=timetable))
+        agenda, progress = self._agenda(plan, progress, block.device)
+        return replace(batch, agenda=agenda, progress=progress)
 
+    # ---------------------------------------------------------------------------------------- on the device
 
-def _computed(kept: dict[str, Kept], passes: Tensor) -> Tensor:
-    """``(B, S)``: positions that were computed in each of the passes ``(B,)`` of a row, 0 behind the last."""
-    if not kept or not len(passes):
-        return torch.zeros(len(passes), 0, dtype=torch.int64, device="cpu")
-    counts = torch.stack([known.counts for known in kept.values()]).sum(0).cpu()
-    number = torch.arange(int(passes.max()), device="cpu")
-    index = next(iter(kept.values())).start.cpu()[:, None] + number
-    own = counts.gather(1, index.clamp(max=counts.shape[1] - 1))
-    return torch.where(number < passes[:, None], own, 0)
+    def _advance(self, batch: Batch) -> tuple[State, Tensor | None, int]:
+        """One turn: a function of tensors and of K and T alone, so that it can be captured."""
+        agenda, turn = batch.agenda, len(batch.passes)
+        inputs = Turn(batch.state, batch.given, agenda.is_open[:, turn], agenda.quota[:, turn], agenda.step[:, turn])
+        width, total, _ = (values[turn] for values in agenda.turns)
+        take = partial(self._take, memory=batch.memory, kept=batch.kept)
+        if self.graphs is None:
+            return take(inputs, batch.given.rows, width, total)
+        return self.graphs(take, int(batch.plan.lengths.sum(1).max()), inputs, batch.given.rows, width)
+
+    def _take(
+        self,
+        turn: Turn,
+        rows: Rows,
+        width: int,
+        total: int,
+        *,
+        memory: dict[str, Tensor],
+        kept: dict[str, Any],
+    ) -> tuple[State, Tensor | None, int]:
+        """Which slots, what the model says, what is committed, which blocks have ended; without waiting.
+
+        Args:
+            turn: what it starts from.
+            rows: the rows.
+            width: K, slots of open blocks in the row that has most, or more.
+            total: T, slots of open blocks, or more.
+            memory: of the parts.
+            kept: of the forward passes.
+
+        Returns:
+            The new state, blocks that stay open ``(B, M)``, and the number of forward passes.
+        """
+        state, given, revises = turn.state, turn.given, self.needs.committed
+        wanted = (given.block >= 0) & ~state.closed if revises else state.masked
+        slots = Slots.pack(
+            wanted & turn.is_open.gather(1, given.block.clamp(min=0)),
+            given.block,
+            turn.quota,
+            width=width,
+            total=total,
+            committed=~state.masked if revises else None,
+            seeds=given.seeds,
+            step=turn.step,
+            row_tokens=state.tokens,
+            row_offsets=given.offsets,
+            memory=memory,
+        )
+        predict = _Predict(self.denoiser, rows, state.tokens, slots, kept)
+        decision = self.committer(slots, predict)
+        if self.graphs is not None and (memory or decision.unsettled is not None):
+            raise NapDecodeError(
+                f"{type(self.committer).__name__} or a part of it keeps things from step to step, which captured steps "
+                'cannot; use compile="kernels"'
+            )
+        state = state.after(decision, slots, self.denoiser.mask_token_id)
+        if self.ends is not None:
+            state = state.close(self.ends, self.fill, *given.by_block, turn.step)
+        self.vocab_size = predict.vocab_size or self.vocab_size
+        return state, decision.unsettled, predict.calls
 
 
 class _Predict:
-    """What a committer asks the model at one step; see :class:`~nap_decode.parts.committer.Predict`."""
+    """What a committer asks the model at one step; see :class:`~nap_decode.parts.Predict`."""
 
-    def __init__(self, denoiser: Denoiser, rows: Rows, tokens: Tensor, slots: Slots, kept: dict[str, Kept]) -> None:
+    def __init__(self, denoiser: Denoiser, rows: Rows, tokens: Tensor, slots: Slots, kept: dict[str, Any]) -> None:
         self.denoiser, self.rows, self.tokens, self.slots, self.kept = denoiser, rows, tokens, slots, kept
         self.calls = 0
         self.vocab_size: int | None = None
@@ -488,19 +411,12 @@ class _Predict:
         if tokens is not None:
             spread = torch.stack([slots.spread(alternative) for alternative in tokens])  # (J, B, W)
             whole = torch.where(slots.rank >= 0, spread, whole).flatten(0, 1)
-            index = index.repeat(len(tokens), 1)
+            slots = slots.repeat(len(tokens))
+            index = slots.index
         hidden = slots.committed if leave_one_out else None
         if leave_one_out:  # what only fills a row up has no part in it
             index = index.where(slots.block < slots.quota.shape[1], -1)
-        prediction = self.denoiser.predict(
-            self.rows,
-            whole,
-            index,
-            slots.places,
-            hidden=hidden,
-            alternatives=None if tokens is None else len(tokens),
-            kept=self.kept,
-        )
+        prediction = self.denoiser.predict(self.rows, whole, index, slots.places, hidden=hidden, kept=self.kept)
         self.calls += 1
         self.vocab_size = prediction.vocab_size
         return prediction

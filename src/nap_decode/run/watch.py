@@ -9,26 +9,24 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nap_decode.base.errors import NapDecodeError
 from nap_decode.canvas import Canvas
 from nap_decode.results.trace import ends_before
-from nap_decode.run.state import DecodeState
+from nap_decode.run.state import State
 
 
 class Streams:
     """Shows rows to streamers of transformers while they are decoded.
 
-    A streamer gets the row's prompt, then its tokens as far as they are decoded without a gap, and ``end()`` as soon
-    as the row is finished.  One that has ``put_draft`` gets after every step what is decoded behind the gap, masks
-    between.
+    A streamer gets the row's prompt (of text with holes, what stands before the first), then its tokens as far as they
+    are decoded without a gap, and ``end()`` as soon as the row is finished.  One that has ``put_draft`` gets after
+    every step what is decoded behind the gap, masks between.
 
     Args:
         streamers: one for a single row, or one for every row; None for rows that nobody looks at.
-        prompts: ``(P,)`` or ``(1, P)`` int64 of every row, what each streamer gets first.
-        starts: the first column behind each prompt.
+        canvas: what is decoded.
         ends: ids that end a block; what follows them in it is not shown.
         is_final: whether committed tokens stay as they are; if not, they are shown when all is done.
 
@@ -36,22 +34,15 @@ class Streams:
         NapDecodeError: not one streamer for every row, or one that wants logits.
     """
 
-    def __init__(
-        self,
-        streamers: Any,
-        prompts: Sequence[Tensor],
-        starts: Sequence[int],
-        *,
-        ends: Sequence[int],
-        is_final: bool,
-    ) -> None:
-        several = list(streamers) if isinstance(streamers, Sequence) else [streamers]
-        if len(several) != len(prompts):
+    def __init__(self, streamers: Any, canvas: Canvas, *, ends: Sequence[int], is_final: bool) -> None:
+        self.streamers = list(streamers) if isinstance(streamers, Sequence) else [streamers]
+        number = len(canvas.tokens)
+        if len(self.streamers) != number:
             raise NapDecodeError(
                 f"there must be one streamer for every row, None for rows that nobody looks at, but there are "
-                f"{len(several)} for {len(prompts)} row{'s' * (len(prompts) != 1)}"
+                f"{len(self.streamers)} for {number} row{'s' * (number != 1)}"
             )
-        for streamer in several:
+        for streamer in self.streamers:
             if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
                 raise NapDecodeError(
                     f"a streamer has put(ids) and end(), such as transformers.TextStreamer(tokenizer); "
@@ -60,50 +51,41 @@ class Streams:
             if getattr(streamer, "_takes_logits", False):
                 raise NapDecodeError(f"{type(streamer).__name__} wants logits, which samplers do not keep; use another")
         self.ends, self.is_final = tuple(ends), is_final
-        self.shown = {row: start for row, start in enumerate(starts) if several[row] is not None}
-        self.streamers = several
-        for row in self.shown:
-            several[row].put(prompts[row].cpu())
+        self.block, self.lengths = canvas.block.cpu(), canvas.row_lengths.tolist()
+        tokens, prompt = canvas.tokens.cpu(), canvas.prompt.cpu()
+        self.shown: dict[int, int] = {}  # of each row that somebody looks at, the columns that were shown
+        for row, streamer in enumerate(self.streamers):
+            if streamer is not None:
+                self.shown[row] = int(prompt[row].long().cumprod(0).sum())
+                streamer.put(tokens[row, : self.shown[row]])
 
-    @classmethod
-    def of(cls, streamers: Any, canvas: Canvas, *, ends: Sequence[int], is_final: bool) -> Streams:
-        """Those of the rows of a canvas; the prompt of text with holes is what stands before the first."""
-        tokens, behind = canvas.tokens.cpu(), (canvas.attention_mask.bool() & ~canvas.prompt).cpu()
-        starts = torch.where(behind.any(1), behind.long().argmax(1), tokens.shape[1]).tolist()
-        first = canvas.padding[:, 0].tolist()
-        prompts = [row[begin:start] for row, begin, start in zip(tokens, first, starts, strict=True)]
-        return cls(streamers, prompts, starts, ends=ends, is_final=is_final)
-
-    def __call__(self, state: DecodeState) -> None:
+    def __call__(self, state: State) -> None:
         """Show what is new."""
         tokens, masked = state.tokens.cpu(), state.masked.cpu()
-        kept = ends_before(tokens, state.canvas.block.cpu(), self.ends) == 0
+        kept = ends_before(tokens, self.block, self.ends) == 0
         for row, start in list(self.shown.items()):
-            streamer = self.streamers[row]
-            gap = int(masked[row].long().argmax()) if bool(masked[row].any()) else masked.shape[1]
+            length = self.lengths[row]
+            gap = int(masked[row, :length].long().argmax()) if bool(masked[row].any()) else length
             if self.is_final:
                 self._put(row, tokens[row], kept[row], gap)
-                if gap == masked.shape[1]:
+                if gap == length:
                     self._end(row)
                     continue
                 start = gap
-            draft = tokens[row, start:][kept[row, start:]]
-            if hasattr(streamer, "put_draft") and len(draft):
-                streamer.put_draft(draft)
+            draft = tokens[row, start:length][kept[row, start:length]]
+            if hasattr(self.streamers[row], "put_draft") and len(draft):
+                self.streamers[row].put_draft(draft)
 
-    def end(self, tokens: Tensor, block: Tensor, decoded: Tensor | None = None) -> None:
+    def end(self, tokens: Tensor, decoded: Tensor) -> None:
         """Show the rest.
 
         Args:
-            tokens: ``(B, L)`` int64, the canvas at the end.
-            block: ``(B, L)`` int64.
-            decoded: ``(B, L)`` bool, what may be shown; everything by default.
+            tokens: ``(B, L)`` int64 on the host, the canvas at the end.
+            decoded: ``(B, L)`` bool, what may be shown.
         """
-        kept = ends_before(tokens.cpu(), block.cpu(), self.ends) == 0
-        if decoded is not None:
-            kept &= decoded.cpu()
+        kept = (ends_before(tokens, self.block, self.ends) == 0) & decoded
         for row in list(self.shown):
-            self._put(row, tokens[row].cpu(), kept[row], tokens.shape[1])
+            self._put(row, tokens[row], kept[row], self.lengths[row])
             self._end(row)
 
     def _put(self, row: int, tokens: Tensor, kept: Tensor, stop: int) -> None:

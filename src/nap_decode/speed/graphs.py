@@ -1,27 +1,25 @@
-"""Whole steps as CUDA graphs: a small model's step is hundreds of kernels, each shorter than its launch."""
+"""Whole turns as CUDA graphs: a small model's turn is hundreds of kernels, each shorter than its launch."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from nap_decode.model.rows import Rows, copy_of, tensors
+from nap_decode.base.batching import copy_of, mapped, tensors
+from nap_decode.model.rows import Rows
 
-if TYPE_CHECKING:
-    from nap_decode.run.loop import StepInputs
-    from nap_decode.run.state import RowState
-
-TakeStep: TypeAlias = "Callable[[StepInputs, Rows, int, int], tuple[RowState, Tensor | None, int]]"
+Take: TypeAlias = Callable[[Any, Rows, int, int], "tuple[Any, Tensor | None, int]"]
+"""Takes a turn, see :meth:`nap_decode.run.loop.Loop.step`: what it reads, the rows, K and T."""
 Record: TypeAlias = Callable[[Callable[[], None]], Callable[[], None]]
 """Runs a function as often as it likes, and returns something that does the same again."""
 
 _BUCKETS = 8
-"""Numbers of slots for which a step is captured: eighths of what there is to decode in a row."""
+"""Numbers of slots for which a turn is captured: eighths of what there is to decode in a row."""
 _SHAPES = 16
 """Shapes of batches that are remembered."""
 
@@ -30,13 +28,14 @@ _SHAPES = 16
 class _Graph:
     replay: Callable[[], None]
     passes: int
-    step: TakeStep  # which owns tensors that the graph reads
+    take: Take  # which owns tensors that the graph reads
 
 
-class StepGraphs:
-    """Takes steps by replaying graphs, one for each shape of batch and each of a few numbers of slots.
+class Graphs:
+    """Takes turns by replaying graphs, one for each shape of batch and each of a few numbers of slots.
 
-    A graph works on tensors of its own, into which a step is copied; all graphs of a shape share them.
+    A graph works on tensors of its own, into which a turn is copied; all graphs of a shape share them.  Batches are
+    filled up with idle rows to a power of two, so that there are few shapes.
 
     Args:
         record: captures a function; a :class:`CudaRecorder`, unless a test wants another.
@@ -44,68 +43,79 @@ class StepGraphs:
 
     def __init__(self, record: Record) -> None:
         self.record = record
-        self._inputs: dict[object, StepInputs] = {}
+        self._turns: dict[object, Any] = {}
         self._graphs: dict[object, _Graph] = {}
-        self._turn = threading.Lock()  # threads that share these graphs work in the same tensors
+        self._lock = threading.Lock()  # threads that share these graphs work in the same tensors
 
     @property
     def count(self) -> int:
         """Graphs captured so far."""
         return len(self._graphs)
 
-    def __call__(
-        self, take_step: TakeStep, most: int, inputs: StepInputs, rows: Rows, width: int, total: int
-    ) -> tuple[RowState, Tensor | None, int]:
-        """See :meth:`Decoding.take_step`.
+    def __call__(self, take: Take, most: int, turn: Any, rows: Rows, width: int) -> tuple[Any, Tensor | None, int]:
+        """Take a turn.
 
         Args:
-            take_step: takes a step.
+            take: takes one.
             most: slots to decode in the row that has most.
-            inputs: see there.
-            rows: see there.
-            width: see there.
-            total: not looked at: a graph is for a number of rows and of slots in each.
+            turn: what it reads: ``state``, ``given``, ``is_open``, ``quota`` and ``step``.
+            rows: the rows.
+            width: K.
+
+        Returns:
+            See :data:`Take`.
         """
-        num_rows, num_columns = inputs.state.tokens.shape
-        shape = (num_rows, num_columns, inputs.quota.shape[1], rows.is_padded)
+        number = len(rows.lengths)
+        more = (1 << (number - 1).bit_length()) - number
+        shape = (number + more, rows.width, turn.quota.shape[1], rows.is_padded)
         unit = -(-most // _BUCKETS)
         width = -(-width // unit) * unit
-        with self._turn:
-            own = self._inputs.get(shape)
+        with self._lock:
+            own = self._turns.get(shape)
             if own is None:
-                if len(self._inputs) == _SHAPES:
-                    self._inputs.clear()
+                if len(self._turns) == _SHAPES:
+                    self._turns.clear()
                     self._graphs.clear()
-                own = self._inputs[shape] = copy_of(inputs)
-            _copy(inputs, own)
+                own = self._turns[shape] = copy_of(_repeated(turn, more))
+            _copy(turn, own)
+            own.is_open[number:] = False  # idle rows
             graph = self._graphs.get((shape, width))
             if graph is None:
-                graph = self._graphs[shape, width] = self._capture(take_step, own, rows, width)
+                lengths = (*rows.lengths, *[rows.width] * more)
+                graph = self._graphs[shape, width] = self._capture(take, own, lengths, width)
             graph.replay()
             # A copy, because somebody else may decode with these graphs before the caller goes on.
-            return copy_of(own.state), None, graph.passes
+            return copy_of(_first(own.state, number)), None, graph.passes
 
-    def _capture(self, take_step: TakeStep, own: StepInputs, rows: Rows, width: int) -> _Graph:
+    def _capture(self, take: Take, own: Any, lengths: tuple[int, ...], width: int) -> _Graph:
         before, passes = copy_of(own.state), 0
 
         def step() -> None:
             nonlocal passes
             # Rows of the graph's own, and new ones, so that whatever is derived from them is derived in the graph.
-            again = Rows(rows.lengths, own.layout.prompt, own.layout.present)
-            state, _, passes = take_step(
-                replace(own, layout=replace(own.layout)), again, width, width * len(rows.lengths)
-            )
+            rows = Rows(lengths, own.given.prompt, own.given.present)
+            state, _, passes = take(replace(own, given=replace(own.given)), rows, width, width * len(lengths))
             _copy(state, own.state)
 
         replay = self.record(step)
         _copy(before, own.state)
-        return _Graph(replay, passes, take_step)
+        return _Graph(replay, passes, take)
+
+
+def _repeated(turn: Any, more: int) -> Any:
+    """The same with the last row that many times more."""
+    return mapped(turn, lambda tensor: torch.cat([tensor, tensor[-1:].expand(more, *tensor.shape[1:])]))
+
+
+def _first(state: Any, number: int) -> Any:
+    return mapped(state, lambda tensor: tensor[:number])
 
 
 def _copy(given: Any, own: Any) -> None:
+    """Overwrite the first rows."""
     for theirs, mine in zip(tensors(given), tensors(own), strict=True):
         if theirs is not mine:
-            mine.copy_(theirs, non_blocking=True)
+            mine[: len(theirs)].copy_(theirs, non_blocking=True)
 
 
 class CudaRecorder:

@@ -22,7 +22,7 @@ from torch.nn.functional import conv1d, pad
 from nap_decode.base.errors import check_between, check_flag, check_integer
 from nap_decode.model.rows import join, narrow
 
-__all__ = ["BlockReuse", "CommittedReuse", "DriftReuse", "Glance", "Kept", "PromptReuse", "Reuse"]
+__all__ = ["BlockReuse", "CommittedReuse", "DriftReuse", "Glance", "Kept", "PromptReuse", "Reuse", "computed_positions"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -334,3 +334,14 @@ REUSES: dict[str, type[Reuse]] = {
     "drift": DriftReuse,
 }
 """Policies by their names on the command line."""
+
+
+def computed_positions(kept: dict[str, Kept], passes: Tensor) -> Tensor:
+    """``(B, S)``: positions that were computed in each of the passes ``(B,)`` of a row, 0 behind the last."""
+    if not kept or not len(passes):
+        return torch.zeros(len(passes), 0, dtype=torch.int64, device="cpu")
+    counts = torch.stack([known.counts for known in kept.values()]).sum(0).cpu()
+    number = torch.arange(int(passes.max()), device="cpu")
+    index = next(iter(kept.values())).start.cpu()[:, None] + number
+    own = counts.gather(1, index.clamp(max=counts.shape[1] - 1))
+    return torch.where(number < passes[:, None], own, 0)

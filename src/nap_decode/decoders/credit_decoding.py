@@ -1,4 +1,4 @@
-"""Credit for tokens that a slot kept preferring (dInfer)."""
+"""CreditDecoding (arXiv 2510.06133; dInfer's ``Credit...Decoder``)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange
 from torch import Tensor
+from typing_extensions import override
 
 from nap_decode.base.errors import check_between
+from nap_decode.decoders.fast_dllm import fast_dllm_threshold
+from nap_decode.parts.committer import Adjustment
+from nap_decode.parts.decoder import Decoder
 from nap_decode.parts.slots import Slots
 
 
 @dataclass(frozen=True, kw_only=True)
-class Credit:
+class Credit(Adjustment):
     """Tokens that a slot kept preferring gain credit, which is added to their logits (dInfer's ``Credit...Decoder``).
 
     At each step a slot's credits decay, its most likely token gains ``probability ** boost``, and
@@ -38,6 +42,10 @@ class Credit:
         check_between("strength", self.strength, 0.0, math.inf)
         check_between("decay", self.decay, 0.0, 1.0)
         check_between("boost", self.boost, 0.0, math.inf)
+
+    @override
+    def begin(self, slots: Slots) -> Ledger:
+        return Ledger(self, slots)
 
     def __call__(self, logits: Tensor, tokens: Tensor, amounts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One step of R slots.
@@ -91,3 +99,16 @@ class Ledger:
         memory = self.slots.memory
         memory["credit_rank"] = self.slots.rank + 1
         memory["credit_tokens"], memory["credit_amounts"] = self.slots.unpack(tokens), self.slots.unpack(amounts)
+
+
+def credit(
+    *,
+    threshold: float = 0.9,
+    strength: float = 0.7,
+    decay: float = 0.8,
+    boost: float = 0.2,
+    block_length: int | None = 32,
+) -> Decoder:
+    """Credit decoding: a threshold that tokens reach sooner if they lead for long; options see :class:`Credit`."""
+    adjustment = Credit(strength=strength, decay=decay, boost=boost)
+    return fast_dllm_threshold(threshold=threshold, block_length=block_length).set(adjustment=adjustment)

@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerFast
 
 from nap_decode import AnyOrderScheduler, CanvasTemplate, Denoiser, NapDecodeError, Sampler
 from nap_decode.bulk import BulkDecoder
-from nap_decode.canvas import encode_prompts
-from nap_decode.chats import render_chat
+from nap_decode.prompts import encode_prompts
+from nap_decode.prompts import render_chat
 from nap_decode.measure.likelihood import chain_log_likelihood
 
 MARKS = tuple(map(int, transformers.__version__.split(".")[:2])) >= (4, 57)

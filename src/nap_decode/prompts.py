@@ -1,12 +1,27 @@
-"""Chats as the text that a model goes on with."""
+"""Prompts as token ids: texts, chats, ids, and batches of them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from numbers import Real
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from nap_decode.base.errors import NapDecodeError
+import numpy as np
+from torch import Tensor
+
+from nap_decode.base.errors import NapDecodeError, is_whole
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Prompt: TypeAlias = "str | Sequence[Mapping[str, Any]] | Mapping[str, Any] | Sequence[int] | Tensor"
+"""One prompt: text, chat messages, ``{"messages": [...]}`` with options of the chat template (``tools``,
+``enable_thinking``, ...) beside them, token ids, a 1-D tensor of token ids, or what a tokenizer returns."""
+Prompts: TypeAlias = "Prompt | Sequence[Prompt]"
+"""One prompt or a batch of them; a 2-D tensor is a batch of rows of equal length."""
+
+_FORMS = frozenset({"messages", "input_ids"})  # of a prompt that is a mapping
 
 _MARK = "NAP_DECODE_CONTINUES_HERE"
 _TOKENIZING = frozenset({
@@ -14,6 +29,92 @@ _TOKENIZING = frozenset({
     "sanitize_control_tokens", "tokenize", "tokenizer_kwargs", "truncation",
 })  # fmt: skip
 """Arguments of ``apply_chat_template`` that are no options of a template."""
+
+
+def encode_prompts(
+    prompts: Prompts, tokenizer: PreTrainedTokenizerBase | None, attention_mask: Any = None
+) -> tuple[list[list[int]], bool]:
+    """Token ids of one prompt or of a batch.
+
+    Args:
+        prompts: see :data:`Prompts`.  Chats go through the tokenizer's chat template: a last message of the
+            assistant's is continued, any other is answered.  What a tokenizer returns (``input_ids`` and
+            ``attention_mask``) is taken too.
+        tokenizer: needed for anything but ids.
+        attention_mask: 0 for ids to drop, wherever they are; in the shape of the ids.
+
+    Returns:
+        One list of ids per row, and whether it was a single prompt.
+
+    Raises:
+        NapDecodeError: an empty batch, an unknown form of prompt, text without a tokenizer, or a chat that the
+            template does not render.
+    """
+    if isinstance(prompts, Mapping) and _form(prompts) == "input_ids":
+        encoded: Mapping[Any, Any] = prompts
+        prompts, attention_mask = encoded["input_ids"], encoded.get("attention_mask", attention_mask)
+    prompts = _plain(prompts)
+    if isinstance(prompts, str | Mapping):
+        return [_encode_prompt(prompts, tokenizer)], True
+    if not isinstance(prompts, Sequence):
+        raise NapDecodeError(f"prompts must be text, chat messages, token ids, or a list of these, not {prompts!r:.80}")
+    if len(prompts) == 0:
+        raise NapDecodeError("the batch of prompts is empty")
+    single = is_part(prompts[0])
+    rows = [_encode_prompt(prompt, tokenizer) for prompt in ([prompts] if single else prompts)]
+    if attention_mask is not None:
+        mask = _plain(attention_mask)
+        mask = [mask] if single else mask
+        shapes = list(map(len, rows)), [len(row) if isinstance(row, list) else row for row in mask]
+        if shapes[0] != shapes[1]:
+            raise NapDecodeError(
+                f"attention_mask and input_ids must have one shape, but their rows have lengths {shapes[1]} and "
+                f"{shapes[0]}; leave the canvas out of the mask"
+            )
+        rows = [[t for t, keep in zip(row, keeps, strict=True) if keep] for row, keeps in zip(rows, mask, strict=True)]
+    return rows, single
+
+
+def is_part(prompt: Any) -> bool:
+    """Whether this is a token id or a message, of which prompts are made, and no prompt."""
+    return isinstance(prompt, Real) or (isinstance(prompt, Mapping) and _FORMS.isdisjoint(prompt))
+
+
+def _form(prompt: Mapping[Any, Any]) -> str:
+    forms = _FORMS.intersection(prompt)
+    if len(forms) != 1:
+        raise NapDecodeError(
+            f"a mapping as prompt must have either messages or input_ids, but has {list(prompt)}; put chat messages in "
+            "a list"
+        )
+    return next(iter(forms))
+
+
+def _plain(values: Any) -> Any:
+    """Tensors and arrays as (nested) lists; everything else as it is."""
+    return values.tolist() if isinstance(values, Tensor | np.ndarray) else values
+
+
+def _encode_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+    prompt = _plain(prompt)
+    if isinstance(prompt, Mapping) and _form(prompt) == "input_ids":
+        rows, _ = encode_prompts(prompt, tokenizer)
+        if len(rows) > 1:
+            raise NapDecodeError(f"the input_ids of a single prompt must be one row, but are {len(rows)}")
+        return rows[0]
+    first = prompt[0] if isinstance(prompt, Sequence) and prompt else prompt
+    if isinstance(prompt, str) or isinstance(first, Mapping):
+        if tokenizer is None:
+            raise NapDecodeError("a prompt that is text or chat messages needs a tokenizer; pass one, or token ids")
+        if isinstance(prompt, str):
+            return list(tokenizer(prompt)["input_ids"])
+        # Templates write their own special tokens, so the tokenizer must not add a second <bos>.
+        return list(tokenizer(render_chat(prompt, tokenizer), add_special_tokens=False)["input_ids"])
+    if isinstance(prompt, Sequence) and all(map(is_whole, prompt)):
+        return [int(t) for t in prompt]
+    raise NapDecodeError(
+        f"a prompt must be text, chat messages, or a list or 1-D tensor of token ids, but is {prompt!r:.80}"
+    )
 
 
 def render_chat(chat: Sequence[Any] | Mapping[str, Any], tokenizer: Any) -> str:

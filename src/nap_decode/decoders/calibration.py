@@ -1,0 +1,105 @@
+"""PC-Sampler: position-aware calibration (arXiv 2508.13021; NEUIR/PC-Sampler)."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from nap_decode.base.errors import NapDecodeError, check_between, check_number
+from nap_decode.base.lazy import lazy
+from nap_decode.decoders.llada import llada_low_confidence
+from nap_decode.parts.confidence import Candidates, probability
+from nap_decode.parts.decoder import Decoder
+from nap_decode.parts.needs import Needs
+
+
+@dataclass(frozen=True)
+class CalibratedConfidence:
+    """``exp(-position_decay offset) min(cap, -p log f(token))`` (NEUIR/PC-Sampler, ``pc_sampler_function``).
+
+    Tokens that are frequent anyway (f is a background frequency) count little, early slots of a block much.
+
+    Args:
+        frequencies: ``V`` background frequencies, by token id; see :func:`background_frequencies`.
+        position_decay: lambda, how fast a later slot of a block loses.
+        cap: alpha, the most that a rare token can be worth.
+
+    Example:
+        >>> confidence = CalibratedConfidence((0.5, 0.25, 0.25), position_decay=0.1)
+        >>> confidence
+        CalibratedConfidence(position_decay=0.1, cap=10.0)
+    """
+
+    frequencies: Sequence[float] = field(repr=False)
+    position_decay: float = 0.25
+    cap: float = 10.0
+
+    needs = Needs()
+
+    def __post_init__(self) -> None:
+        check_between("position_decay", self.position_decay, 0.0, math.inf)
+        check_between("cap", self.cap, 0.0, math.inf)
+        frequencies = self.frequencies.tolist() if hasattr(self.frequencies, "tolist") else self.frequencies
+        if not isinstance(frequencies, Sequence) or isinstance(frequencies, str):
+            raise NapDecodeError(f"frequencies must be numbers, but are {self.frequencies!r:.80}")
+        for frequency in frequencies:
+            check_number("a background frequency", frequency)
+        # A tuple, so that the frozen object can be compared, hashed and saved.
+        object.__setattr__(self, "frequencies", tuple(map(float, frequencies)))
+        if not all(f > 0 for f in self.frequencies):
+            raise NapDecodeError("background frequencies must be positive; background_frequencies(...) makes such")
+
+    @lazy
+    def _tables(self) -> dict[torch.device, Tensor]:
+        return {}
+
+    def _surprise(self, device: torch.device) -> Tensor:
+        if device not in self._tables:  # copied once, because a copy waits for the device
+            self._tables[device] = -torch.tensor(self.frequencies, device=device).log()
+        return self._tables[device]
+
+    def __call__(self, candidates: Candidates) -> Tensor:
+        """See :data:`Confidence`."""
+        size, best = candidates.distribution.vocab_size, candidates.best
+        if size > len(self.frequencies):
+            raise NapDecodeError(f"there are {len(self.frequencies)} background frequencies for {size} token ids")
+        surprise = self._surprise(best.device)[candidates.tokens].to(best)
+        score = (probability(candidates) * surprise).clamp(max=self.cap)
+        return score * (-self.position_decay * candidates.offsets.to(score)).exp()
+
+
+def background_frequencies(texts: Iterable[Sequence[int]], vocab_size: int) -> tuple[float, ...]:
+    """Frequencies of token ids in a corpus; ids that never occur get those of a single occurrence.
+
+    Args:
+        texts: token ids of each text.
+        vocab_size: V, the ids that the model has.
+
+    Raises:
+        NapDecodeError: no token at all.
+
+    Example:
+        >>> background_frequencies([[0, 0, 2], [0]], vocab_size=3)
+        (0.75, 0.25, 0.25)
+    """
+    counts = Counter(token for text in texts for token in text)
+    total = sum(counts.values())
+    if not total:
+        raise NapDecodeError("there is no token in the texts to count")
+    return tuple(max(counts[token], 1) / total for token in range(vocab_size))
+
+
+def pc_sampler(*, frequencies: Sequence[float], decay: float = 0.25, cap: float = 10.0) -> Decoder:
+    """PC-Sampler: early positions and rare tokens first.
+
+    Args:
+        frequencies: background frequencies by token id; see :func:`background_frequencies`.
+        decay: lambda; see :class:`CalibratedConfidence`.
+        cap: alpha; see :class:`CalibratedConfidence`.
+    """
+    return llada_low_confidence(confidence=CalibratedConfidence(frequencies, decay, cap))

@@ -1,0 +1,127 @@
+"""How to decode, as data: without the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+from nap_decode.base.errors import NapDecodeError, check_ids, check_name
+from nap_decode.parts.committer import Committer, MicroConfidenceCommitter
+from nap_decode.parts.needs import Needs
+from nap_decode.parts.schedule import EvenSchedule
+from nap_decode.parts.scheduler import Scheduler
+
+Path = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A way to decode, which a :class:`~nap_decode.Sampler` carries out with a model.
+
+    It can be compared, hashed, pickled, saved and described.  :mod:`nap_decode.decoders` has the field's.
+
+    Args:
+        scheduler: how many tokens each block may commit at each step.
+        committer: which positions and tokens; :class:`MicroConfidenceCommitter` at temperature 0 by default.
+        close_on: ids that end a block of the canvas, or ``"end"`` for those of the model.  Once such an id and
+            everything before it are committed, the rest of the block is filled with the padding id without being
+            decoded, and its share of the budget goes to the other blocks; with a fixed schedule, fewer steps are taken.
+
+    Raises:
+        NapDecodeError: parts that do not go together.
+
+    Example:
+        >>> from nap_decode import MacroParallelScheduler, decoders
+        >>> decoder = decoders.klass(threshold=0.8).set(temperature=0.7, block_length=16)
+        >>> decoder.set(scheduler=MacroParallelScheduler()).scheduler
+        MacroParallelScheduler(steps=None, tokens_per_step=None, schedule=EvenSchedule(), hold_until=1.0, ...)
+        >>> decoder.set(treshold=0.9)
+        Traceback (most recent call last):
+        ...
+        nap_decode.base.errors.NapDecodeError: there is no option of this decoder 'treshold'. Did you mean ...
+    """
+
+    scheduler: Scheduler
+    committer: Committer = MicroConfidenceCommitter()
+    close_on: Sequence[int] | str = ()
+
+    def __post_init__(self) -> None:
+        for name, kind, example in (
+            ("scheduler", Scheduler, "AnyOrderScheduler(steps=8)"),
+            ("committer", Committer, "MicroConfidenceCommitter()"),
+        ):
+            if not isinstance(getattr(self, name), kind):
+                wanted = f"{name} must be a {kind.__name__}, such as {example}"
+                raise NapDecodeError(f"{wanted}, but is {getattr(self, name)!r:.80}")
+        if isinstance(self.close_on, str):
+            check_name("way to close blocks", self.close_on, ["end"])
+        else:  # a tuple, to be compared, hashed and saved
+            object.__setattr__(self, "close_on", tuple(check_ids("close_on", self.close_on)))
+        if self.committer.needs.adaptive:
+            self._check_adaptive()
+
+    def _check_adaptive(self) -> None:
+        scheduler, decides = self.scheduler, "because the committer decides how many tokens a step commits"
+        if scheduler.schedule != EvenSchedule():
+            raise NapDecodeError(f"{scheduler.schedule!r} has no effect, {decides}; leave it out")
+        if scheduler.shares_steps():
+            raise NapDecodeError(f"share_last_step=True has no effect, {decides}; leave it out")
+        if scheduler.steps is not None:
+            raise NapDecodeError(
+                f"steps={scheduler.steps} cannot be kept, {decides}; use tokens_per_step= for the least number"
+            )
+
+    @property
+    def needs(self) -> Needs:
+        """Those of its parts."""
+        return self.scheduler.needs | self.committer.needs
+
+    def options(self) -> dict[str, list[Path]]:
+        """All options of its parts by name, and the parts that have them, as paths from here."""
+        found: dict[str, list[Path]] = {}
+        for name, path in _options(self):
+            found.setdefault(name, []).append(path)
+        return found
+
+    def set(self, **options: Any) -> Decoder:
+        """The same with options of its parts exchanged, each by its name; of steps and tokens_per_step, the other goes.
+
+        Raises:
+            NapDecodeError: an option that no part has, or more than one; a value out of range.
+        """
+        parts = {name: value for name, value in options.items() if is_dataclass(value)}
+        if 0 < len(parts) < len(options):  # whose options may be among the others
+            return self.set(**parts).set(**{name: value for name, value in options.items() if name not in parts})
+        found = self.options()
+        changes: dict[Path, dict[str, Any]] = {}
+        for name, value in options.items():
+            check_name("option of this decoder", name, found)
+            if len(found[name]) > 1:
+                homes = " and ".join(".".join(path) for path in found[name])
+                raise NapDecodeError(f"{name} is an option of {homes}; exchange the part")
+            changes.setdefault(found[name][0], {})[name] = value
+        # From the innermost part outwards; together, as one option of a part may depend on another.
+        whole: Decoder = self
+        for path in sorted(changes, key=len, reverse=True):
+            whole = _changed(whole, path, changes[path])
+        return whole
+
+
+def _options(part: Any, path: Path = ()) -> Iterator[tuple[str, Path]]:
+    for field in fields(part):
+        if field.init:
+            yield field.name, path
+            value = getattr(part, field.name)
+            if is_dataclass(value):
+                yield from _options(value, (*path, field.name))
+
+
+def _changed(part: Any, path: Path, options: dict[str, Any]) -> Any:
+    if path:
+        inner = _changed(getattr(part, path[0]), path[1:], options)
+        return replace(part, **{path[0]: inner})
+    either = getattr(part, "either", ())
+    if any(options.get(name) is not None for name in either):
+        options = dict.fromkeys(either) | options
+    return replace(part, **options)
