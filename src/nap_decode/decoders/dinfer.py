@@ -25,6 +25,7 @@ class HierarchySelection(Selection):
         low_threshold: the best of a run is committed if it is above this.
 
     Example:
+        >>> import torch
         >>> from nap_decode.parts import Slots
         >>> slots = Slots.of(block=torch.tensor([[0, 0, 0, 0]]), quota=torch.tensor([[1]]),
         ...                  index=torch.tensor([[0, 1, 5, 6]]))  # two runs

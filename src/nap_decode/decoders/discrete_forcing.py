@@ -29,6 +29,7 @@ class PipelineScheduler(SemiAutoregressiveScheduler):
             after the other.
 
     Example:
+        >>> import torch
         >>> lengths = torch.tensor([[4, 4, 4]])
         >>> PipelineScheduler().open(torch.tensor([[2, 4, 4]]), lengths, torch.zeros(1, 3).bool()).tolist()
         [[2, 4, 0]]

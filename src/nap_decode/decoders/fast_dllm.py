@@ -24,6 +24,7 @@ class FactorSelection(Selection):
         factor: the larger, the more slots are committed.
 
     Example:
+        >>> import torch
         >>> from nap_decode.parts import Slots
         >>> slots = Slots.of(block=torch.tensor([[0, 0, 0, 0]]), quota=torch.tensor([[1]]))
         >>> FactorSelection(1.0)(Proposal.of(slots, torch.tensor([[.9, .5, .7, .7]]))).long().tolist()

@@ -26,6 +26,7 @@ class LeapSelection(Selection):
         radius: columns to the anchor, at most.
 
     Example:
+        >>> import torch
         >>> from nap_decode.parts import Slots
         >>> slots = Slots.of(block=torch.zeros(1, 6, dtype=torch.long), quota=torch.tensor([[1]]))
         >>> LeapSelection(radius=2)(Proposal.of(slots, torch.tensor([[.8, .5, .95, .8, .1, .8]]))).long().tolist()
