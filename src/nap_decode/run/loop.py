@@ -157,6 +157,8 @@ class Turn:
 
 Arrivals: TypeAlias = "Callable[[Batch | None], Batch | None]"
 """The rows that join a batch now, made by :meth:`Loop.start`; None for none.  Without a batch, None is the end."""
+Captured: TypeAlias = "Callable[..., tuple[State, Tensor | None, int]]"
+"""Takes turns from graphs, see :class:`~nap_decode.speed.graphs.Graphs`."""
 Watch: TypeAlias = Callable[[State, int], State]
 """Sees the state after every turn, and the steps that the furthest row has taken; returns the state to go on from."""
 
@@ -190,7 +192,7 @@ class Loop:
         decoder: Decoder,
         *,
         ends: Sequence[int] = (),
-        graphs: Any = None,
+        graphs: Captured | None = None,
         watch: Watch | None = None,
     ) -> None:
         self.denoiser, self.scheduler, self.committer = denoiser, decoder.scheduler, decoder.committer
@@ -217,10 +219,8 @@ class Loop:
             # 2. Rows leave that have no turn left: each at once, or together while somebody watches.
             ends, taken, is_stopped = batch.agenda.ends, len(batch.passes), stop()
             if is_stopped or taken >= (min(ends) if self.watch is None else max(ends)):
-                batch, busy = (
-                    batch.settled(),
-                    torch.tensor([end > taken and not is_stopped for end in ends], device="cpu"),
-                )
+                busy = torch.tensor([end > taken and not is_stopped for end in ends], device="cpu")
+                batch = batch.settled()
                 yield batch.some(~busy)
                 batch = batch.some(busy) if bool(busy.any()) else None
                 continue
