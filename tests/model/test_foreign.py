@@ -14,8 +14,8 @@ from torch import nn
 from transformers import Cache
 
 from nap_decode import AnyOrderScheduler, CommittedReuse, Denoiser, ModelFamily, NapDecodeError, Sampler
-from nap_decode.integrations._shared import bind
 from nap_decode.model import foreign
+from nap_decode.run.generate import check_same_model
 
 
 class Passes(nn.Module):
@@ -504,7 +504,7 @@ class TestVirtualTokens:
         alone = [sampler([prompt], max_new_tokens=4).sequences[0, -4:].tolist() for prompt in ([5, 6, 7], [8])]
         assert together[:, -4:].tolist() == alone
         with pytest.raises(NapDecodeError, match="the sampler is for another model"):
-            bind(sampler, model, lambda: sampler.denoiser)
+            check_same_model(sampler, model)
 
     @pytest.mark.parametrize("difference", [-1, 1, 4])
     @pytest.mark.parametrize("kind", ["function", "module"])
