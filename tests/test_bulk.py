@@ -13,9 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nap_decode import CanvasTemplate, CommittedReuse, Denoiser, NapDecodeError, ParallelForcedSampler, demo
+from nap_decode import (
+    CanvasTemplate,
+    CommittedReuse,
+    Denoiser,
+    NapDecodeError,
+    ParallelForcedSampler,
+    Sampler,
+    decoders,
+    demo,
+)
 from nap_decode.bulk import BulkDecoder, BulkPrompt, cut_into_parts, generate, read_prompts, read_results, row_seed
-from nap_decode.decoders import presets
 from nap_decode.integrations import ray as integration
 
 pytest.importorskip("pyarrow")
@@ -142,7 +150,7 @@ def test_batches_are_bounded(embedded, tmp_path, temperature):
 def test_prompts_of_every_kind(tiny, tmp_path):
     from models import Words
 
-    sampler = presets.left_to_right(tiny, Words(), template=CanvasTemplate.plain(3))
+    sampler = Sampler(tiny, Words(), decoder=decoders.make("left_to_right"), template=CanvasTemplate.plain(3))
     rows = [
         {"id": "a", "prompt": "5 6", "messages": None, "level": 3},
         {"id": "b", "messages": [{"role": "user", "content": "5 6", "name": None}]},
@@ -156,7 +164,7 @@ def test_prompts_of_every_kind(tiny, tmp_path):
     assert [json.loads(found[name]["prompt"]) for name in "bc"] == [[{"role": "user", "content": "5 6"}], [3, 5, 6]]
     assert json.loads(found["a"]["extra"]) == {"level": 3}
     assert found["a"]["summary"] is None
-    bare = presets.left_to_right(tiny, template=CanvasTemplate.plain(3), mask_token_id=1)
+    bare = Sampler(tiny, decoder=decoders.make("left_to_right"), template=CanvasTemplate.plain(3), mask_token_id=1)
     row = BulkDecoder(bare, tmp_path / "bare")(rows[2:3]).to_pylist()[0]
     assert (row["text"], row["blocks"], row["tokens"]) == (None, None, found["c"]["tokens"])
 
@@ -224,7 +232,7 @@ def test_a_directory_belongs_to_one_run(embedded, tmp_path):
 def test_what_cannot_be_decoded_is_said(embedded, tmp_path):
     sampler = make_sampler(embedded)
     with pytest.raises(NapDecodeError, match="needs a sampler with a template"):
-        BulkDecoder(presets.klass(*embedded), tmp_path)
+        BulkDecoder(Sampler(*embedded, decoder=decoders.make("klass")), tmp_path)
     with pytest.raises(NapDecodeError, match="max_batch must be a whole number of at least 1"):
         BulkDecoder(sampler, tmp_path, max_batch=0)
     with pytest.raises(NapDecodeError, match="max_tokens must be a whole number of at least 1"):
