@@ -262,9 +262,8 @@ class Evaluation:
     def is_possible(self, decoder: Method, value: float) -> bool:
         """Whether there are as many steps as there are phases, and a phase as long as there is."""
         sampler = decoder.make(self.denoiser, self.layout.template, value)
-        if decoder.setting != "tokens_per_step" or not isinstance(
-            sampler.decoder.scheduler, SemiAutoregressiveScheduler
-        ):
+        scheduler = sampler.decoder.scheduler
+        if decoder.setting != "tokens_per_step" or not isinstance(scheduler, SemiAutoregressiveScheduler):
             return True
         template = sampler.template or self.layout.template
         lengths = [block.length for block in template.blocks]
