@@ -8,9 +8,8 @@ from transformers import PreTrainedTokenizerFast
 
 from nap_decode import AnyOrderScheduler, CanvasTemplate, Denoiser, NapDecodeError, Sampler
 from nap_decode.bulk import BulkDecoder
-from nap_decode.prompts import encode_prompts
-from nap_decode.prompts import render_chat
 from nap_decode.measure.likelihood import chain_log_likelihood
+from nap_decode.prompts import encode_prompts, render_chat
 
 MARKS = tuple(map(int, transformers.__version__.split(".")[:2])) >= (4, 57)
 """Whether transformers marks where a message is to be continued, too."""

@@ -33,7 +33,7 @@ def output(tokens, prompts, template=TEMPLATE, single=False, tokenizer=WORDS, ca
 
 
 ROW = [5, 6, 10, 7, 7, 2, 11, 12, 8, 2, 9, 13, 9, 2, 14]
-SHORT = [0, 5, 10, 7, 7, 7, 11, 12, 8, 8, 8, 13, 9, 9, 14]
+SHORT = [5, 10, 7, 7, 7, 11, 12, 8, 8, 8, 13, 9, 9, 14, 0]
 
 
 def test_texts_of_a_single_prompt():
@@ -70,7 +70,7 @@ def test_infill_gives_the_whole_text():
 
 def test_the_last_hole_of_a_row_decides_how_it_finished():
     canvas = Canvas.from_infill([[5, MASK, 6, MASK], [MASK, 5], [5, MASK]], mask_token_id=MASK)
-    assert output([[5, 9, 6, 2], [0, 0, 2, 5], [0, 0, 5, 9]], None, canvas=canvas).finish_reason == [
+    assert output([[5, 9, 6, 2], [2, 5, 0, 0], [5, 9, 0, 0]], None, canvas=canvas).finish_reason == [
         "end",
         "end",
         "length",

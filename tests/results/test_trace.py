@@ -8,12 +8,12 @@ import pytest
 import torch
 from models import MASK
 
-from nap_decode import AnyOrderScheduler, DecodeTrace, Denoiser, NapDecodeError, Sampler
+from nap_decode import AnyOrderScheduler, Decoder, DecodeTrace, Denoiser, NapDecodeError, Sampler
 
 
 @pytest.fixture(scope="module")
 def trace(tiny):
-    sampler = Sampler(Denoiser(tiny, mask_token_id=MASK), scheduler=AnyOrderScheduler(tokens_per_step=3))
+    sampler = Sampler(Denoiser(tiny, mask_token_id=MASK), decoder=Decoder(AnyOrderScheduler(tokens_per_step=3)))
     return sampler([[5, 6], [7]], max_new_tokens=7).trace
 
 

@@ -11,15 +11,16 @@ from models import MASK, PAD, Words
 from nap_decode import (
     AnyOrderScheduler,
     CanvasTemplate,
+    Decoder,
     Denoiser,
     MacroParallelScheduler,
     MicroConfidenceCommitter,
     NapDecodeError,
     Sampler,
+    Scheduler,
     SemiAutoregressiveScheduler,
 )
-from nap_decode.parts.schedule import CosineSchedule
-from nap_decode.parts.scheduler import BlockScheduler
+from nap_decode.decoders.maskgit import CosineSchedule
 
 END = 2
 LEFTMOST = MicroConfidenceCommitter(confidence="leftmost")
@@ -39,9 +40,9 @@ def script(*rows: list[int]):
     return model
 
 
-def sampler_of(scheduler: BlockScheduler, template: CanvasTemplate, *rows: list[int], close_on=(END,)) -> Sampler:
+def sampler_of(scheduler: Scheduler, template: CanvasTemplate, *rows: list[int], close_on=(END,)) -> Sampler:
     denoiser = Denoiser(script(*rows), Words(), end_token_ids=[END])
-    return Sampler(denoiser, scheduler=scheduler, committer=LEFTMOST, template=template, close_on=close_on)
+    return Sampler(denoiser, decoder=Decoder(scheduler, LEFTMOST, close_on=close_on), template=template)
 
 
 def nap(paths: int, path_length: int, summary_length: int) -> CanvasTemplate:
@@ -53,8 +54,8 @@ def nap(paths: int, path_length: int, summary_length: int) -> CanvasTemplate:
 def test_the_budget_of_a_closed_block_serves_the_others():
     row = [5, 6, 7, END, 9, 9, 9, 9, 6, 8, 8, 8, 8, 8, 8, 6, 7, 7]
     out = sampler_of(MacroParallelScheduler(tokens_per_step=2), nap(2, 6, 2), row)([[5]])
-    # Path 1 comes to its end at once, path 2 is twice as fast then; the summary keeps its place in the schedule.
-    assert out.trace.step.tolist() == [[-1, -1, 0, 1, 1, 1, 1, 1, -1, 0, 1, 2, 2, 3, 3, -1, 6, 6]]
+    # Path 1 comes to its end at once, path 2 is twice as fast then, and the summary follows.
+    assert out.trace.step.tolist() == [[-1, -1, 0, 1, 1, 1, 1, 1, -1, 0, 1, 2, 2, 3, 3, -1, 4, 4]]
     assert out.sequences.tolist() == [[5, 6, 7, END, PAD, PAD, PAD, PAD, 6, 8, 8, 8, 8, 8, 8, 6, 7, 7]]
     assert out.steps_saved == [2]
     assert out.forward_passes == 5
@@ -66,7 +67,7 @@ def test_the_budget_of_a_closed_block_serves_the_others():
 def test_a_block_closes_only_when_everything_before_its_end_is_there():
     prefer_the_end = MicroConfidenceCommitter(confidence=lambda c: c.positions.double())  # right to left
     sampler = sampler_of(AnyOrderScheduler(tokens_per_step=1), CanvasTemplate.plain(4), [5, 7, END, 8, 9])
-    out = sampler.replace(committer=prefer_the_end)([[5]])
+    out = sampler.set(committer=prefer_the_end)([[5]])
     assert out.trace.step.tolist() == [[-1, 3, 2, 1, 0]]
     assert out.steps_saved == [0]
     assert not out.trace.closed.any()
@@ -84,7 +85,7 @@ def test_blocks_of_the_canvas_close_whatever_the_scheduler_makes_of_them():
 def test_without_a_padding_id_the_end_fills_the_block():
     denoiser = Denoiser(script([5, 7, END, 9, 9]), mask_token_id=MASK)
     scheduler = AnyOrderScheduler(tokens_per_step=1)
-    sampler = Sampler(denoiser, scheduler=scheduler, committer=LEFTMOST, close_on=[END])
+    sampler = Sampler(denoiser, decoder=Decoder(scheduler, LEFTMOST, close_on=[END]))
     assert sampler([[5]], max_new_tokens=4).sequences.tolist() == [[5, 7, END, END, END]]
 
 
@@ -152,19 +153,19 @@ def test_budgets_are_kept_and_steps_are_saved(data):
         ((1.5,), "token id of close_on"),
         ((MASK,), "never emits"),
         ((99,), "never emits"),
-        ("eos", "must be token ids"),
+        ("eos", "no way to close blocks 'eos'"),
     ],
 )
 def test_bad_ends(tiny, ids, message):
     with pytest.raises(NapDecodeError, match=message):
-        Sampler(Denoiser(tiny, Words()), scheduler=MacroParallelScheduler(steps=2), close_on=ids)
+        Sampler(Denoiser(tiny, Words()), decoder=Decoder(MacroParallelScheduler(steps=2), close_on=ids))
 
 
 def test_the_ends_of_the_model(tiny):
     scheduler = MacroParallelScheduler(steps=2)
-    assert Sampler(Denoiser(tiny, Words()), scheduler=scheduler, close_on="end").close_on == (END,)
+    assert Sampler(Denoiser(tiny, Words()), decoder=Decoder(scheduler, close_on="end"))._ends == (END,)
     with pytest.raises(NapDecodeError, match="it says none"):
-        Sampler(Denoiser(script([5]), mask_token_id=MASK), scheduler=scheduler, close_on="end")
+        Sampler(Denoiser(script([5]), mask_token_id=MASK), decoder=Decoder(scheduler, close_on="end"))
 
 
 class TestStream:
@@ -174,7 +175,9 @@ class TestStream:
     @classmethod
     def sampler(cls, tiny):
         template = CanvasTemplate.nap(2, path_length=4, summary_length=2, path_header=[(10,)] * 2, summary_header=(10,))
-        return Sampler(Denoiser(tiny, Words()), scheduler=MacroParallelScheduler(tokens_per_step=2), template=template)
+        return Sampler(
+            Denoiser(tiny, Words()), decoder=Decoder(MacroParallelScheduler(tokens_per_step=2)), template=template
+        )
 
     @pytest.mark.parametrize("max_batch", [1, 2, 3, 100])
     def test_order(self, sampler, max_batch):
@@ -251,7 +254,7 @@ class TestStream:
         """A row's draws are its own, wherever it stands."""
         drawing = MicroConfidenceCommitter(temperature=2.0)
         sampler = Sampler(
-            Denoiser(tiny, mask_token_id=MASK), scheduler=MacroParallelScheduler(tokens_per_step=2), committer=drawing
+            Denoiser(tiny, mask_token_id=MASK), decoder=Decoder(MacroParallelScheduler(tokens_per_step=2), drawing)
         )
         options = {"max_new_tokens": 6}
         seeds = [2**70 + 7 * n for n in range(len(self.PROMPTS))]
@@ -259,7 +262,8 @@ class TestStream:
         outs = list(sampler.stream(self.PROMPTS, row_seeds=iter(seeds), max_batch=2, **options))
         back = list(sampler.stream(self.PROMPTS[::-1], row_seeds=seeds[::-1], max_batch=3, **options))[::-1]
         for row, (out, other) in enumerate(zip(outs, back, strict=True)):
-            assert out.trace.tokens[0][-6:].tolist() == want.trace.tokens[row][-6:].tolist()
+            length = out.sequences.shape[1]
+            assert out.sequences[0].tolist() == want.sequences[row, :length].tolist()
             assert torch.equal(out.sequences, other.sequences)
             assert out.row_seeds == want.row_seeds[row : row + 1]
         assert len({tuple(out.sequences[0].tolist()[-6:]) for out in outs}) > 1
@@ -281,7 +285,7 @@ class TestStream:
         with pytest.raises(NapDecodeError, match="max_batch"):
             sampler.stream(self.PROMPTS, max_batch=0)
         with pytest.raises(NapDecodeError, match="say what to decode"):
-            Sampler(sampler.denoiser, scheduler=sampler.scheduler).stream(self.PROMPTS)
+            Sampler(sampler.denoiser, decoder=Decoder(sampler.decoder.scheduler)).stream(self.PROMPTS)
 
     def test_no_prompts(self, sampler):
         assert list(sampler.stream([])) == []
@@ -289,10 +293,10 @@ class TestStream:
     def test_rows_with_different_numbers_of_steps(self, tiny):
         """Random schedules: rows finish at different steps of a fixed schedule, and nobody asks the device when."""
         scheduler = MacroParallelScheduler(tokens_per_step=2, schedule=CosineSchedule())
-        sampler = Sampler(Denoiser(tiny, Words()), scheduler=scheduler, template=CanvasTemplate.plain(9))
+        sampler = Sampler(Denoiser(tiny, Words()), decoder=Decoder(scheduler), template=CanvasTemplate.plain(9))
         whole = sampler(self.PROMPTS)
         for out in sampler.stream(self.PROMPTS, max_batch=3):
-            assert torch.equal(out.sequences[0], whole.sequences[out.index, -out.sequences.shape[1] :])
+            assert torch.equal(out.sequences[0], whole.sequences[out.index, : out.sequences.shape[1]])
 
     def test_gradients_are_the_callers_business_between_rows(self, sampler):
         for _ in sampler.stream(self.PROMPTS[:2]):
@@ -307,7 +311,7 @@ def test_sharing_the_last_step_spends_the_whole_budget():
 
 
 def test_inference_mode_leaves_nothing_behind(tiny):
-    sampler = Sampler(Denoiser(tiny, Words()), scheduler=AnyOrderScheduler(tokens_per_step=2))
+    sampler = Sampler(Denoiser(tiny, Words()), decoder=Decoder(AnyOrderScheduler(tokens_per_step=2)))
     expected = sampler([[5]], max_new_tokens=4).sequences
     with torch.inference_mode():
         assert torch.equal(sampler([[5]], max_new_tokens=4).sequences, expected)
@@ -317,7 +321,7 @@ def test_inference_mode_leaves_nothing_behind(tiny):
 def test_threads_may_share_a_sampler(tiny):
     from concurrent.futures import ThreadPoolExecutor
 
-    sampler = Sampler(Denoiser(tiny, Words()), scheduler=AnyOrderScheduler(tokens_per_step=1))
+    sampler = Sampler(Denoiser(tiny, Words()), decoder=Decoder(AnyOrderScheduler(tokens_per_step=1)))
     prompts = [[5 + i] * (1 + i % 3) for i in range(12)]
     expected = [sampler(prompt, max_new_tokens=6).sequences for prompt in prompts]
     with ThreadPoolExecutor(4) as pool:
@@ -329,7 +333,7 @@ def test_rows_leave_the_batch_when_they_are_finished(tiny):
     """Holes of different sizes: the model is called with fewer and fewer rows."""
     rows = []
     handle = tiny.get_input_embeddings().register_forward_hook(lambda m, args, out: rows.append(tuple(args[0].shape)))
-    sampler = Sampler(Denoiser(tiny, Words()), scheduler=AnyOrderScheduler(tokens_per_step=1))
+    sampler = Sampler(Denoiser(tiny, Words()), decoder=Decoder(AnyOrderScheduler(tokens_per_step=1)))
     texts = [[5, 6, MASK, 7, 8, 9], [MASK, 5, MASK], [MASK, MASK, MASK, MASK]]
     try:
         sampler.infill(texts)  # the model is probed at the first padded batch
@@ -342,4 +346,4 @@ def test_rows_leave_the_batch_when_they_are_finished(tiny):
     assert out.forward_passes == 4
     for row, text in enumerate(texts):
         alone = sampler.infill([text])
-        assert torch.equal(alone.sequences[0], out.sequences[row, -len(text) :])
+        assert torch.equal(alone.sequences[0], out.sequences[row, : len(text)])

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,27 +12,30 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import EsmConfig, EsmForMaskedLM
 
 from nap_decode import (
-    AncestralSchedule,
     AnyOrderScheduler,
     Block,
     Canvas,
     CanvasTemplate,
-    Commit,
     Committer,
+    Decoder,
     Denoiser,
     MacroParallelScheduler,
     MicroConfidenceCommitter,
     NapDecodeError,
+    Needs,
     ParallelForcedSampler,
     Sampler,
     Selection,
     SemiAutoregressiveScheduler,
     ThresholdSelection,
-    presets,
+    decoders,
 )
 from nap_decode.base.random import row_seeds
+from nap_decode.decoders.dream import AncestralSchedule
 from nap_decode.parts.confidence import CONFIDENCES
-from nap_decode.run.loop import Decoding
+from nap_decode.parts.scheduler import Left
+from nap_decode.parts.slots import Decision
+from nap_decode.run.loop import Loop
 
 TEMPLATE = CanvasTemplate.nap(
     3, path_length=(4, 3, 4), summary_length=3, path_header=[(10,), (11, 12), (13,)], summary_header=(14,)
@@ -67,6 +70,16 @@ def steps_of(scheduler):
     return scheduler.steps or math.ceil(TOKENS / scheduler.tokens_per_step)
 
 
+def quotas_of(scheduler, partition):
+    """``(B, M)`` tokens of every step of a fixed schedule."""
+    plan = scheduler.plan(partition.lengths, partition.held)
+    left = Left.all(plan.lengths)
+    while bool(left.masked.any()):
+        quota, left = scheduler.next(plan, left)
+        left = replace(left, step=left.step + 1)
+        yield quota
+
+
 @pytest.fixture(scope="module")
 def denoiser(tiny):
     return Denoiser(tiny, Words())
@@ -82,18 +95,17 @@ class TestContract:
     @pytest.fixture
     def sampler(self, denoiser, scheduler, confidence, temperature):
         committer = MicroConfidenceCommitter(temperature=temperature, confidence=confidence)
-        return Sampler(denoiser, scheduler=scheduler, committer=committer, template=TEMPLATE)
+        return Sampler(denoiser, decoder=Decoder(scheduler, committer), template=TEMPLATE)
 
     def test_rules(self, sampler, prompts, scheduler):
         seeds = [100 + row for row in range(len(prompts))]
         out = sampler(prompts, row_seeds=seeds)
-        width = max(map(len, prompts))
         header, block = TEMPLATE.encode(None, MASK)
         for row, prompt in enumerate(prompts):
-            got = out.sequences[row].tolist()
-            assert got[: width - len(prompt)] == [PAD] * (width - len(prompt))
-            assert got[width - len(prompt) : width] == prompt
-            for g, h, b in zip(got[width:], header, block, strict=True):
+            got, end = out.sequences[row].tolist(), len(prompt) + len(header)
+            assert got[: len(prompt)] == prompt
+            assert got[end:] == [PAD] * (max(map(len, prompts)) - len(prompt))
+            for g, h, b in zip(got[len(prompt) : end], header, block, strict=True):
                 if b < 0:
                     assert g == h
                 else:
@@ -104,16 +116,12 @@ class TestContract:
         assert out.forward_passes == steps
         assert out.trace.forward_passes.tolist() == [steps] * len(prompts)
         partition = scheduler.partition(out.canvas)
-        plan = scheduler.plan(partition.lengths, partition.held)
-        remaining = partition.lengths
-        for step in range(steps):
-            quota = plan.quota(remaining, step)
+        for step, quota in enumerate(quotas_of(scheduler, partition)):
             for row in range(len(prompts)):
                 committed = partition.block[row][out.trace.step[row] == step].tolist()
                 assert committed.count(-1) == 0
                 assert [committed.count(b) for b in range(quota.shape[1])] == quota[row].tolist()
-            remaining = remaining - quota
-        assert not remaining.any()
+        assert step == steps - 1
 
         again = sampler(prompts, row_seeds=seeds)
         assert torch.equal(again.sequences, out.sequences)
@@ -121,8 +129,8 @@ class TestContract:
         for row, prompt in enumerate(prompts):
             alone = sampler([prompt], row_seeds=[seeds[row]])
             kept = len(prompt) + len(header)
-            assert torch.equal(alone.sequences[0], out.sequences[row, -kept:])
-            assert torch.equal(alone.trace.step[0], out.trace.step[row, -kept:])
+            assert torch.equal(alone.sequences[0], out.sequences[row, :kept])
+            assert torch.equal(alone.trace.step[0], out.trace.step[row, :kept])
 
 
 @pytest.mark.parametrize("shift", [False, True])
@@ -134,13 +142,9 @@ def test_agrees_with_the_reference(tiny, scheduler, confidence, shift):
     denoiser = Denoiser(tiny, Words(), family=ModelFamily(name="test", shift=shift))
     committer = MicroConfidenceCommitter(confidence=confidence)
     prompts = BATCHES["ragged"]
-    out = Sampler(denoiser, scheduler=scheduler, committer=committer, template=TEMPLATE)(prompts)
+    out = Sampler(denoiser, decoder=Decoder(scheduler, committer), template=TEMPLATE)(prompts)
     partition = scheduler.partition(out.canvas)
-    plan = scheduler.plan(partition.lengths, partition.held)
-    remaining, quotas = partition.lengths, []
-    for step in range(int(plan.steps.max())):
-        quotas.append(plan.quota(remaining, step))
-        remaining = remaining - quotas[-1]
+    quotas = list(quotas_of(scheduler, partition))
     banned = {MASK, *range(KNOWN, VOCABULARY)}
 
     def model(ids, _):
@@ -148,18 +152,18 @@ def test_agrees_with_the_reference(tiny, scheduler, confidence, shift):
             return tiny(ids).logits
 
     for row, prompt in enumerate(prompts):
-        start = out.sequences.shape[1] - len(prompt) - len(TEMPLATE.encode(None, MASK)[0])
+        end = len(prompt) + len(TEMPLATE.encode(None, MASK)[0])
         tokens, steps = decode_row(
             model,
-            out.canvas.tokens[row, start:].tolist(),
-            partition.block[row, start:].tolist(),
+            out.canvas.tokens[row, :end].tolist(),
+            partition.block[row, :end].tolist(),
             [quota[row].tolist() for quota in quotas],
             confidence=confidence,
             banned=banned,
             shift=shift,
         )
-        assert out.sequences[row, start:].tolist() == tokens
-        assert out.trace.step[row, start:].tolist() == steps
+        assert out.sequences[row, :end].tolist() == tokens
+        assert out.trace.step[row, :end].tolist() == steps
 
 
 @pytest.mark.parametrize(
@@ -170,9 +174,11 @@ def test_samples_follow_the_enumerated_law(confidence, tokens_per_step, temperat
     model = TableModel(vocabulary=4, length=4, seed=3)  # three tokens and the mask, id 3
     sampler = Sampler(
         model,
+        decoder=Decoder(
+            AnyOrderScheduler(tokens_per_step=tokens_per_step),
+            MicroConfidenceCommitter(confidence=confidence, temperature=temperature),
+        ),
         mask_token_id=3,
-        scheduler=AnyOrderScheduler(tokens_per_step=tokens_per_step),
-        committer=MicroConfidenceCommitter(confidence=confidence, temperature=temperature),
         template=CanvasTemplate.plain(4),
     )
     count = 40_000
@@ -195,7 +201,7 @@ def test_samples_follow_the_enumerated_law(confidence, tokens_per_step, temperat
 
 
 def test_temperature_zero_draws_nothing(denoiser):
-    sampler = Sampler(denoiser, scheduler=AnyOrderScheduler(tokens_per_step=3), template=TEMPLATE)
+    sampler = Sampler(denoiser, decoder=Decoder(AnyOrderScheduler(tokens_per_step=3)), template=TEMPLATE)
     state = torch.get_rng_state()
     out = sampler([[5]])
     assert torch.equal(torch.get_rng_state(), state)
@@ -215,7 +221,8 @@ def test_without_a_seed_torchs_global_generator_decides(denoiser):
 
 
 def test_a_confidence_of_ones_own_may_draw(denoiser):
-    sampler = ParallelForcedSampler(denoiser, template=TEMPLATE, confidence=lambda candidates: candidates.uniform)
+    decoder = decoders.parallel_forced().set(confidence=lambda candidates: candidates.uniform)
+    sampler = ParallelForcedSampler(denoiser, template=TEMPLATE, decoder=decoder)
     first, second = sampler([[5]]), sampler([[5]])
     assert not torch.equal(first.trace.step, second.trace.step)
     assert torch.equal(sampler([[5]], row_seeds=first.row_seeds).trace.step, first.trace.step)
@@ -229,26 +236,26 @@ def test_rows_of_a_batch_draw_differently(denoiser):
 def test_ragged_infill(denoiser):
     texts = [[5, MASK, 6, MASK, MASK], [MASK, 7], [5, 6, 7, MASK, MASK, MASK, MASK, 8]]
     for scheduler in (AnyOrderScheduler(tokens_per_step=2), MacroParallelScheduler(tokens_per_step=2)):
-        out = Sampler(denoiser, scheduler=scheduler).infill(texts)
+        out = Sampler(denoiser, decoder=Decoder(scheduler)).infill(texts)
         assert out.trace.forward_passes.tolist() == [2, 1, 2]
         assert out.forward_passes == 2
         assert not (out.sequences == MASK).any()
         for row, text in enumerate(texts):
-            got = out.sequences[row, -len(text) :].tolist()
+            got = out.sequences[row, : len(text)].tolist()
             assert all(g == t for g, t in zip(got, text, strict=True) if t != MASK)
-            alone = Sampler(denoiser, scheduler=scheduler).infill([text])
+            alone = Sampler(denoiser, decoder=Decoder(scheduler)).infill([text])
             assert alone.sequences[0].tolist() == got
 
 
 def test_infill_of_text(denoiser):
-    out = Sampler(denoiser, scheduler=AnyOrderScheduler(steps=2)).infill("5 _ 7 _")
+    out = Sampler(denoiser, decoder=Decoder(AnyOrderScheduler(steps=2))).infill("5 _ 7 _")
     words = out.text.split()
     assert (words[0], words[2]) == ("5", "7")
     assert out.trace.block_names == ("hole 1", "hole 2")
 
 
 def test_generate_keeps_the_width_of_the_prompt(denoiser):
-    sampler = Sampler(denoiser, scheduler=AnyOrderScheduler(tokens_per_step=2))
+    sampler = Sampler(denoiser, decoder=Decoder(AnyOrderScheduler(tokens_per_step=2)))
     ids = torch.tensor([[5, 6, 0, 0], [5, 6, 7, 0]])
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]])
     right = sampler.generate(ids, attention_mask=mask, max_new_tokens=6)
@@ -264,7 +271,7 @@ def test_generate_keeps_the_width_of_the_prompt(denoiser):
 def test_arguments_are_not_changed(denoiser):
     canvas = Canvas.from_prompts([[5], [6, 7]], TEMPLATE, mask_token_id=MASK)
     before = canvas.tokens.clone()
-    out = Sampler(denoiser, scheduler=AnyOrderScheduler(steps=2)).decode(canvas)
+    out = Sampler(denoiser, decoder=Decoder(AnyOrderScheduler(steps=2))).decode(canvas)
     assert torch.equal(canvas.tokens, before)
     assert out.sequences.data_ptr() != canvas.tokens.data_ptr()
     out.trace.tokens.zero_()
@@ -282,7 +289,9 @@ def test_the_head_sees_as_many_rows_as_are_wanted(denoiser, tiny):
     seen = []
     handle = tiny.get_output_embeddings().register_forward_hook(lambda m, args, out: seen.append(rows_of(args[0])))
     try:
-        Sampler(denoiser, scheduler=MacroParallelScheduler(tokens_per_step=4), template=TEMPLATE)(BATCHES["ragged"])
+        Sampler(denoiser, decoder=Decoder(MacroParallelScheduler(tokens_per_step=4)), template=TEMPLATE)(
+            BATCHES["ragged"]
+        )
     finally:
         handle.remove()
     # 11 path tokens in 3 steps (4, 4, 3), every path visited, then the 3 of the summary.
@@ -293,7 +302,7 @@ def test_blocks_that_wait_for_their_turn_are_not_looked_at(denoiser, tiny):
     seen = []
     handle = tiny.get_output_embeddings().register_forward_hook(lambda m, args, out: seen.append(rows_of(args[0])))
     try:
-        Sampler(denoiser, scheduler=MacroParallelScheduler(tokens_per_step=1), template=TEMPLATE)([[5]])
+        Sampler(denoiser, decoder=Decoder(MacroParallelScheduler(tokens_per_step=1)), template=TEMPLATE)([[5]])
     finally:
         handle.remove()
     assert max(seen) == 4
@@ -318,7 +327,7 @@ def calls_of_a_step(scheduler, template, prompts, temperature=0.0):
 
     steps, table = [[]], torch.randn(24, 24, generator=torch.Generator().manual_seed(0))
     committer = MicroConfidenceCommitter(temperature=temperature)
-    sampler = Sampler(model, mask_token_id=MASK, scheduler=scheduler, committer=committer, template=template)
+    sampler = Sampler(model, decoder=Decoder(scheduler, committer), mask_token_id=MASK, template=template)
     with Recorder():
         sampler(prompts, seed=0)
     return steps[1:-1]
@@ -349,20 +358,19 @@ def test_a_model_and_a_ragged_batch_do_not_wait_either(tiny, scheduler, temperat
             return function(*args, **(kwargs or {}))
 
     committer = MicroConfidenceCommitter(temperature=temperature)
-    sampler = Sampler(Denoiser(tiny, Words()), scheduler=scheduler, committer=committer, template=TEMPLATE)
-    canvas = sampler._append(BATCHES["ragged"], None)
+    sampler = Sampler(Denoiser(tiny, Words()), decoder=Decoder(scheduler, committer), template=TEMPLATE)
+    canvas = sampler.canvas(BATCHES["ragged"])
     if texts == "holes":
         canvas = Canvas.from_infill([[5, MASK, 6], [MASK, MASK, MASK, MASK, 7]], mask_token_id=MASK, pad_token_id=PAD)
         scheduler = AnyOrderScheduler(tokens_per_step=1)
     sampler.denoiser.check(canvas)
     number = len(canvas.tokens)
-    decoding = Decoding(sampler.denoiser, scheduler, committer)
-    decoding.add(canvas, range(number), row_seeds(0, range(number)))
-    with torch.no_grad():
-        while decoding.size:
-            with Recorder():
-                decoding.step()
-            decoding.leave()
+    loop = Loop(sampler.denoiser, Decoder(scheduler, committer))
+    batch = loop.start(canvas, seeds=row_seeds(0, range(number)))
+    assert [batch.given.rows, batch.agenda.turns, batch.agenda.ends]  # made once, on the host
+    while batch.is_busy:
+        with Recorder():
+            batch = loop.step(batch)
     assert "aten.gather" in seen
     assert not WAITING & seen
 
@@ -380,16 +388,16 @@ def test_the_number_of_operations_depends_neither_on_rows_nor_on_blocks():
 class TestAdaptive:
     def test_threshold_zero_commits_every_open_block_at_once(self, denoiser):
         committer = MicroConfidenceCommitter(selection=ThresholdSelection(0.0))
-        out = Sampler(denoiser, scheduler=MacroParallelScheduler(), committer=committer, template=TEMPLATE)([[5], [6]])
+        out = Sampler(denoiser, decoder=Decoder(MacroParallelScheduler(), committer), template=TEMPLATE)([[5], [6]])
         assert out.forward_passes == 2
         assert out.trace.step[out.trace.block == 3].unique().tolist() == [1]
 
     def test_an_unreachable_threshold_commits_the_least(self, denoiser):
         committer = MicroConfidenceCommitter(selection=ThresholdSelection(2.0))
         for scheduler in (AnyOrderScheduler(), SemiAutoregressiveScheduler(), MacroParallelScheduler()):
-            out = Sampler(denoiser, scheduler=scheduler, committer=committer, template=TEMPLATE)([[5], [6, 7]])
+            out = Sampler(denoiser, decoder=Decoder(scheduler, committer), template=TEMPLATE)([[5], [6, 7]])
             assert out.forward_passes == TOKENS
-        out = Sampler(denoiser, scheduler=AnyOrderScheduler(tokens_per_step=4), committer=committer, template=TEMPLATE)(
+        out = Sampler(denoiser, decoder=Decoder(AnyOrderScheduler(tokens_per_step=4), committer), template=TEMPLATE)(
             [[5]]
         )
         assert out.forward_passes == 4
@@ -399,7 +407,7 @@ class TestAdaptive:
     )
     def test_rows_do_not_depend_on_each_other(self, denoiser, scheduler):
         committer = MicroConfidenceCommitter(selection=ThresholdSelection(0.5))
-        sampler = Sampler(denoiser, scheduler=scheduler, committer=committer, template=TEMPLATE)
+        sampler = Sampler(denoiser, decoder=Decoder(scheduler, committer), template=TEMPLATE)
         out = sampler(BATCHES["ragged"])
         assert not (out.sequences == MASK).any()
         assert out.trace.forward_passes.min() < TOKENS
@@ -407,11 +415,11 @@ class TestAdaptive:
         for row, prompt in enumerate(BATCHES["ragged"]):
             alone = sampler([prompt])
             assert alone.forward_passes == out.trace.forward_passes[row]
-            assert alone.sequences[0].tolist() == out.sequences[row, -alone.sequences.shape[1] :].tolist()
+            assert alone.sequences[0].tolist() == out.sequences[row, : alone.sequences.shape[1]].tolist()
 
     def test_what_a_step_commits_reaches_the_threshold(self, denoiser):
         committer = MicroConfidenceCommitter(selection=ThresholdSelection(0.6))
-        out = Sampler(denoiser, scheduler=AnyOrderScheduler(), committer=committer, template=TEMPLATE)([[5]])
+        out = Sampler(denoiser, decoder=Decoder(AnyOrderScheduler(), committer), template=TEMPLATE)([[5]])
         for step in range(out.forward_passes):
             confidence = out.trace.confidence[out.trace.step == step]
             assert (confidence >= 0.6).all() or len(confidence) == 1
@@ -428,7 +436,7 @@ class TestThresholdUnderMacroParallel:
         committer = MicroConfidenceCommitter(selection=ThresholdSelection(0.9))
         template = CanvasTemplate((Block("sure", 30), Block("unsure", 30)))
         sampler = Sampler(
-            model, mask_token_id=1, scheduler=MacroParallelScheduler(), committer=committer, template=template
+            model, decoder=Decoder(MacroParallelScheduler(), committer), mask_token_id=1, template=template
         )
         out = sampler([[5]])
         sizes = torch.bincount(out.trace.step[0][out.trace.block[0] == 1]).tolist()
@@ -439,7 +447,7 @@ class TestThresholdUnderMacroParallel:
 class TestCallback:
     @pytest.fixture
     def sampler(self, denoiser):
-        return Sampler(denoiser, scheduler=MacroParallelScheduler(tokens_per_step=2), template=TEMPLATE)
+        return Sampler(denoiser, decoder=Decoder(MacroParallelScheduler(tokens_per_step=2)), template=TEMPLATE)
 
     def test_reads(self, sampler):
         states = []
@@ -514,7 +522,7 @@ class TestCallback:
         def broken(input_ids, attention_mask):
             return torch.full((*input_ids.shape, 5), torch.nan)
 
-        sampler = Sampler(broken, mask_token_id=4, scheduler=AnyOrderScheduler(tokens_per_step=2))
+        sampler = Sampler(broken, decoder=Decoder(AnyOrderScheduler(tokens_per_step=2)), mask_token_id=4)
         with pytest.raises(NapDecodeError, match="were nan in places"):
             sampler([[1]], max_new_tokens=4, callback=lambda state: state.tokens)
 
@@ -555,7 +563,7 @@ class TestBadInput:
             raise AssertionError("a forward pass was made")
 
         monkeypatch.setattr(Denoiser, "__call__", forward)
-        return Sampler(denoiser, scheduler=AnyOrderScheduler(steps=15), template=TEMPLATE)
+        return Sampler(denoiser, decoder=Decoder(AnyOrderScheduler(steps=15)), template=TEMPLATE)
 
     @pytest.mark.parametrize(
         ("prompts", "message"),
@@ -579,7 +587,7 @@ class TestBadInput:
 
     def test_no_template(self, denoiser):
         with pytest.raises(NapDecodeError, match="give the sampler a template, or pass max_new_tokens="):
-            Sampler(denoiser, scheduler=AnyOrderScheduler(steps=1))([[5]])
+            Sampler(denoiser, decoder=Decoder(AnyOrderScheduler(steps=1)))([[5]])
 
     def test_row_seeds(self, sampler):
         with pytest.raises(NapDecodeError, match="given: 1 for 2 rows"):
@@ -589,17 +597,17 @@ class TestBadInput:
 
     def test_parts_that_do_not_go_together(self, denoiser):
         adaptive = MicroConfidenceCommitter(selection=ThresholdSelection())
-        with pytest.raises(NapDecodeError, match=r"AnyOrderScheduler needs steps= or tokens_per_step="):
-            Sampler(denoiser, scheduler=AnyOrderScheduler())
-        with pytest.raises(NapDecodeError, match="steps=4 cannot be kept: the committer's selection decides"):
-            Sampler(denoiser, scheduler=AnyOrderScheduler(steps=4), committer=adaptive)
+        with pytest.raises(NapDecodeError, match="steps=4 cannot be kept, because the committer decides"):
+            Decoder(AnyOrderScheduler(steps=4), adaptive)
+        with pytest.raises(NapDecodeError, match="a Sampler takes a model, its tokenizer and a Decoder"):
+            Sampler(denoiser)
         for options in ({"mask_token_id": 7}, {"tokenizer": Words()}):
             with pytest.raises(NapDecodeError, match="the Denoiser has its own tokenizer and mask_token_id"):
-                Sampler(denoiser, scheduler=AnyOrderScheduler(steps=4), **options)
-        with pytest.raises(NapDecodeError, match="scheduler must be a BlockScheduler, such as"):
-            Sampler(denoiser, scheduler="macro")
+                Sampler(denoiser, decoder=Decoder(AnyOrderScheduler(steps=4)), **options)
+        with pytest.raises(NapDecodeError, match="scheduler must be a Scheduler, such as"):
+            Sampler(denoiser, decoder=Decoder("macro"))
         with pytest.raises(NapDecodeError, match="committer must be a Committer, such as"):
-            Sampler(denoiser, scheduler=AnyOrderScheduler(steps=4), committer="x")
+            Sampler(denoiser, decoder=Decoder(AnyOrderScheduler(steps=4), "x"))
         with pytest.raises(NapDecodeError, match="a template has its own blocks; leave out num_paths"):
             ParallelForcedSampler(denoiser, template=TEMPLATE, num_paths=7)
 
@@ -611,13 +619,13 @@ class TestBadInput:
         with pytest.raises(TypeError, match="token_per_step"):
             ParallelForcedSampler(denoiser, token_per_step=3)
         with pytest.raises(NapDecodeError, match="Did you mean 'probability'"):
-            ParallelForcedSampler(denoiser, confidence="probabilty")
+            decoders.parallel_forced().set(confidence="probabilty")
 
     def test_logits_that_are_nan(self):
         def broken(input_ids, attention_mask):
             return torch.full((*input_ids.shape, 5), torch.nan)
 
-        sampler = Sampler(broken, mask_token_id=4, scheduler=AnyOrderScheduler(tokens_per_step=2))
+        sampler = Sampler(broken, decoder=Decoder(AnyOrderScheduler(tokens_per_step=2)), mask_token_id=4)
         with pytest.raises(NapDecodeError, match="were nan in places"):
             sampler([[1]], max_new_tokens=4)
 
@@ -627,7 +635,7 @@ class TestBadInput:
         options = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
         config = EsmConfig(vocab_size=20, pad_token_id=PAD, mask_token_id=MASK, token_dropout=True, **options)
         sampler = Sampler(
-            EsmForMaskedLM(config).eval(), mask_token_id=MASK, scheduler=AnyOrderScheduler(tokens_per_step=2)
+            EsmForMaskedLM(config).eval(), decoder=Decoder(AnyOrderScheduler(tokens_per_step=2)), mask_token_id=MASK
         )
         with pytest.raises(
             NapDecodeError, match=r"nan in places.* Row 1 held nothing but masks .* give it a prompt, or"
@@ -642,7 +650,7 @@ class TestBadInput:
         with pytest.raises(
             NapDecodeError, match=r"a mask token \(1\) in a slot of the canvas that is not to be decoded"
         ):
-            sampler.decode(dataclasses.replace(canvas, tokens=prompt))
+            sampler.decode(replace(canvas, tokens=prompt))
 
     def test_tokens_where_masks_should_be(self, sampler):
         canvas = Canvas.from_prompts([[5]], TEMPLATE, mask_token_id=9)
@@ -658,20 +666,17 @@ def test_every_option_of_parallel_forced_reaches_its_part(denoiser):
         summary_length=1,
         steps=9,
         hold_until=0.5,
-        share_last_step=True,
         temperature=0.5,
-        top_k=7,
-        top_p=0.8,
-        confidence="margin",
+        decoder=decoders.parallel_forced().set(
+            share_last_step=True, temperature=1.0, top_k=7, top_p=0.8, confidence="margin"
+        ),
     )
     assert [b.length for b in sampler.template.blocks] == [5, 5, 1]
-    assert sampler.scheduler == MacroParallelScheduler(steps=9, hold_until=0.5, share_last_step=True)
-    committer = sampler.committer
+    assert sampler.decoder.scheduler == MacroParallelScheduler(steps=9, hold_until=0.5, share_last_step=True)
+    committer = sampler.decoder.committer
     assert (committer.temperature, committer.top_k, committer.top_p) == (0.5, 7, 0.8)
     assert committer.confidence == "margin"
-    adaptive = ParallelForcedSampler(denoiser, selection=ThresholdSelection())
-    assert adaptive.scheduler == MacroParallelScheduler(tokens_per_step=1)
-    assert ParallelForcedSampler(denoiser).scheduler.tokens_per_step == 4
+    assert ParallelForcedSampler(denoiser).decoder.scheduler.tokens_per_step == 4
     own = CanvasTemplate((Block("a", 2),))
     assert ParallelForcedSampler(denoiser, template=own).template is own
 
@@ -682,11 +687,12 @@ def test_compiled_kernels_decode_the_same_and_are_compiled_a_few_times(denoiser)
 
     plain = Sampler(
         denoiser,
-        scheduler=MacroParallelScheduler(tokens_per_step=1),
-        committer=MicroConfidenceCommitter(temperature=1.0, confidence="margin"),
+        decoder=Decoder(
+            MacroParallelScheduler(tokens_per_step=1), MicroConfidenceCommitter(temperature=1.0, confidence="margin")
+        ),
         template=TEMPLATE,
     )
-    compiled = plain.replace(compile="kernels")
+    compiled = Sampler(denoiser, decoder=plain.decoder, template=TEMPLATE, compile="kernels")
     counters.clear()
     for name in ("ragged", "equal", "single", "ragged"):
         out, expected = compiled(BATCHES[name], seed=2), plain(BATCHES[name], seed=2)
@@ -709,9 +715,9 @@ def test_progress_bar_can_be_switched_on(denoiser, capsys):
 
     logging.enable_progress_bar()
     try:
-        Sampler(denoiser, scheduler=AnyOrderScheduler(steps=2), template=TEMPLATE)([[5]], progress=True)
+        Sampler(denoiser, decoder=Decoder(AnyOrderScheduler(steps=2)), template=TEMPLATE)([[5]], progress=True)
         assert "2/2" in capsys.readouterr().err
-        Sampler(denoiser, scheduler=AnyOrderScheduler(steps=2), template=TEMPLATE)([[5]])
+        Sampler(denoiser, decoder=Decoder(AnyOrderScheduler(steps=2)), template=TEMPLATE)([[5]])
         assert not capsys.readouterr().err
     finally:
         logging.disable_progress_bar()
@@ -719,15 +725,12 @@ def test_progress_bar_can_be_switched_on(denoiser, capsys):
 
 def test_a_selection_that_never_chooses_is_stopped(denoiser, monkeypatch):
     class Never(Selection):
-        def __call__(self, confidence, slots, statistics):
-            return torch.zeros_like(slots.open)
+        def __call__(self, proposal):
+            return torch.zeros_like(proposal.slots.open)
 
     monkeypatch.setattr(Committer, "patience", 5)
     never = Sampler(
-        denoiser,
-        scheduler=AnyOrderScheduler(),
-        committer=MicroConfidenceCommitter(selection=Never()),
-        template=TEMPLATE,
+        denoiser, decoder=Decoder(AnyOrderScheduler(), MicroConfidenceCommitter(selection=Never())), template=TEMPLATE
     )
     with pytest.raises(NapDecodeError, match="6 steps in a row came no further"):
         never([5])
@@ -736,23 +739,25 @@ def test_a_selection_that_never_chooses_is_stopped(denoiser, monkeypatch):
         return torch.where(state.canvas.decodable, MASK, state.tokens) if state.step % 2 == 0 else None
 
     with pytest.raises(NapDecodeError, match="6 steps in a row came no further"):
-        presets.fast_dllm_threshold(denoiser, threshold=2.0)([5], max_new_tokens=4, callback=undo)
+        Sampler(denoiser, decoder=decoders.make("fast_dllm_threshold", threshold=2.0))(
+            [5], max_new_tokens=4, callback=undo
+        )
 
 
 class Sevens(Committer):
     """Asks nobody."""
 
-    is_adaptive = True
+    needs = Needs(adaptive=True)
 
     def __init__(self, token):
         self.token = token
 
     def __call__(self, slots, predict):
-        return Commit(torch.full_like(slots.tokens, self.token), torch.ones(slots.tokens.shape), slots.open)
+        return Decision(torch.full_like(slots.tokens, self.token), torch.ones(slots.tokens.shape), slots.open)
 
 
 def test_a_committer_that_does_not_ask(denoiser):
-    sampler = Sampler(denoiser, scheduler=AnyOrderScheduler(), committer=Sevens(7), template=TEMPLATE)
+    sampler = Sampler(denoiser, decoder=Decoder(AnyOrderScheduler(), Sevens(7)), template=TEMPLATE)
     out = sampler([5], callback=lambda state: state.tokens.clone())
     assert out.forward_passes == 0
     assert set(out.sequences[out.canvas.decodable].tolist()) == {7}
@@ -761,19 +766,19 @@ def test_a_committer_that_does_not_ask(denoiser):
 
 
 def test_a_committer_cannot_leave_masks(denoiser):
-    sampler = Sampler(denoiser, scheduler=AnyOrderScheduler(), committer=Sevens(MASK), template=TEMPLATE)
+    sampler = Sampler(denoiser, decoder=Decoder(AnyOrderScheduler(), Sevens(MASK)), template=TEMPLATE)
     with pytest.raises(NapDecodeError, match="Sevens committed the mask token"):
         sampler([5])
 
 
 def test_sharing_the_last_step_means_nothing_to_adaptive_committers(denoiser):
     with pytest.raises(NapDecodeError, match="share_last_step=True has no effect"):
-        ParallelForcedSampler(denoiser, selection=ThresholdSelection(), share_last_step=True)
+        decoders.parallel_forced().set(selection=ThresholdSelection(), share_last_step=True)
 
 
 def test_a_schedule_that_draws_needs_seeds_too(denoiser):
     scheduler = AnyOrderScheduler(steps=5, schedule=AncestralSchedule())
-    sampler = Sampler(denoiser, scheduler=scheduler, template=TEMPLATE)  # nothing else is drawn
+    sampler = Sampler(denoiser, decoder=Decoder(scheduler), template=TEMPLATE)  # nothing else is drawn
     outs = [sampler([[5], [6, 7]], seed=seed) for seed in (1, 1, 2, 3)]
     assert torch.equal(outs[0].trace.step, outs[1].trace.step)
     assert any(not torch.equal(outs[0].trace.step, out.trace.step) for out in outs[2:])

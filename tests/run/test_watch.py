@@ -12,6 +12,7 @@ from nap_decode import (
     ARnessMeter,
     Canvas,
     CanvasTemplate,
+    Decoder,
     Denoiser,
     MacroParallelScheduler,
     MicroConfidenceCommitter,
@@ -19,7 +20,7 @@ from nap_decode import (
     ParallelForcedSampler,
     Sampler,
     SemiAutoregressiveScheduler,
-    presets,
+    decoders,
 )
 from nap_decode.run.watch import interrupts
 
@@ -50,7 +51,9 @@ class Recorder:
 
 def one_by_one(tiny, **options):
     return Sampler(
-        Denoiser(tiny, mask_token_id=MASK), scheduler=SemiAutoregressiveScheduler(block_length=1, steps=6), **options
+        Denoiser(tiny, mask_token_id=MASK),
+        decoder=Decoder(SemiAutoregressiveScheduler(block_length=1, steps=6)),
+        **options,
     )
 
 
@@ -64,7 +67,7 @@ def present(out, row):
 class TestStreams:
     def test_every_row_of_a_batch(self, tiny):
         sampler = Sampler(
-            Denoiser(tiny, mask_token_id=MASK), scheduler=MacroParallelScheduler(steps=4), template=TEMPLATE
+            Denoiser(tiny, mask_token_id=MASK), decoder=Decoder(MacroParallelScheduler(steps=4)), template=TEMPLATE
         )
         streamers = [Recorder(), Recorder(drafts=True), Recorder()]
         out = sampler(PROMPTS, streamer=streamers)
@@ -90,7 +93,9 @@ class TestStreams:
 
     def test_a_row_ends_when_it_is_finished(self, tiny):
         """Not when the batch is."""
-        sampler = Sampler(Denoiser(tiny, mask_token_id=MASK), scheduler=MacroParallelScheduler(tokens_per_step=1))
+        sampler = Sampler(
+            Denoiser(tiny, mask_token_id=MASK), decoder=Decoder(MacroParallelScheduler(tokens_per_step=1))
+        )
         canvas = Canvas.from_infill([[5, MASK, 6], [5, MASK, MASK, MASK, MASK]], mask_token_id=MASK)
         order = []
         streamers = [Recorder(), Recorder()]
@@ -102,7 +107,9 @@ class TestStreams:
         assert streamers[0].told == present(out, 0)
 
     def test_text_with_holes(self, tiny):
-        sampler = Sampler(Denoiser(tiny, mask_token_id=MASK), scheduler=MacroParallelScheduler(tokens_per_step=1))
+        sampler = Sampler(
+            Denoiser(tiny, mask_token_id=MASK), decoder=Decoder(MacroParallelScheduler(tokens_per_step=1))
+        )
         streamers = [Recorder() for _ in range(3)]
         out = sampler.infill([[5, 7, MASK, 6], [MASK, 9], [8, 8, 8]], streamer=streamers)
         assert [streamer.calls[0][1] for streamer in streamers] == [[5, 7], [], [8, 8, 8]]
@@ -122,7 +129,7 @@ class TestStreams:
             return None
 
         denoiser = Denoiser(tiny, mask_token_id=MASK)
-        sampler = presets.fast_dllm_threshold(denoiser, threshold=0.99, block_length=6)
+        sampler = Sampler(denoiser, decoder=decoders.make("fast_dllm_threshold", threshold=0.99, block_length=6))
         streamer = Recorder(drafts=True)
         out = sampler([[5, 6]], max_new_tokens=6, streamer=[streamer], callback=restart)
         assert [tokens for kind, tokens, _ in streamer.calls if kind == "put"] == [[5, 6], present(out, 0)[2:]]
@@ -130,7 +137,7 @@ class TestStreams:
     def test_nothing_behind_the_end(self, tiny):
         plain = present(one_by_one(tiny)([[5, 6]], max_new_tokens=6), 0)
         denoiser = Denoiser(tiny, mask_token_id=MASK, end_token_ids=[plain[4]])
-        sampler = Sampler(denoiser, scheduler=SemiAutoregressiveScheduler(block_length=1, steps=6))
+        sampler = Sampler(denoiser, decoder=Decoder(SemiAutoregressiveScheduler(block_length=1, steps=6)))
         streamer = Recorder()
         sampler([[5, 6]], max_new_tokens=6, streamer=[streamer])
         assert streamer.told == plain[: plain.index(plain[4], 2) + 1]
@@ -208,7 +215,7 @@ class TestInterrupts:
                     os.kill(os.getpid(), signal.SIGINT)
                 return super().__call__(slots, predict)
 
-        sampler = one_by_one(tiny, committer=Pressing())
+        sampler = one_by_one(tiny).set(committer=Pressing())
         out = sampler(PROMPTS, max_new_tokens=6, interruptible=True)
         assert out.forward_passes == 2  # the step at which it was pressed is completed
         assert (out.sequences == MASK).sum(1).tolist() == [4, 4, 4]

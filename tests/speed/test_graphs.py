@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from models import MASK, Words
-from test_presets import NAMES, PROMPTS, make
+from samplers import NAMES, PROMPTS, make
 
 from nap_decode import (
     CanvasTemplate,
+    Decoder,
     Denoiser,
     MacroParallelScheduler,
     MicroConfidenceCommitter,
@@ -17,7 +18,7 @@ from nap_decode import (
     Sampler,
     ThresholdSelection,
 )
-from nap_decode.speed.graphs import StepGraphs
+from nap_decode.speed.graphs import Graphs
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +44,8 @@ class Recorder:
 
 
 def captured(sampler: Sampler) -> Sampler:
-    sampler = sampler.replace()
-    sampler._graphs = StepGraphs(Recorder())
+    sampler = sampler.set()
+    sampler._compiled = (*sampler._compiled[:2], Graphs(Recorder()))
     return sampler
 
 
@@ -58,12 +59,12 @@ def assert_same(out, expected):
 @pytest.mark.parametrize("name", NAMES)
 def test_presets_decode_the_same(denoiser, name):
     plain = make(denoiser, name)
-    if plain.committer.remembers:
+    if plain.decoder.needs.memory:
         pytest.skip("keeps things from step to step")
     sampler = captured(plain)
     for prompts in (PROMPTS, PROMPTS[:1], PROMPTS, [[9, 9, 9, 9, 9], [8], [7, 7, 7]]):
         assert_same(sampler(prompts, seed=3), plain(prompts, seed=3))
-    assert sampler._graphs.count <= 16  # at most eight for each of two shapes
+    assert sampler._compiled[2].count <= 16  # at most eight for each of two shapes
     prompts = [*PROMPTS, [9, 5, 9, 5, 9, 5, 9], [10], PROMPTS[0], [6] * 4]
     for out, expected in zip(
         sampler.stream(prompts, max_batch=2, seed=5), plain.stream(prompts, max_batch=2, seed=5), strict=True
@@ -74,35 +75,35 @@ def test_presets_decode_the_same(denoiser, name):
 def test_a_second_call_captures_nothing(denoiser):
     sampler = captured(make(denoiser, "parallel_forced", tokens_per_step=1))
     sampler(PROMPTS)
-    count, replays = sampler._graphs.count, sampler._graphs.record.replays
+    count, replays = sampler._compiled[2].count, sampler._compiled[2].record.replays
     assert 1 < count <= 8
     sampler([prompt[::-1] for prompt in PROMPTS])
-    assert sampler._graphs.count == count
-    assert sampler._graphs.record.replays == 2 * replays == 24
+    assert sampler._compiled[2].count == count
+    assert sampler._compiled[2].record.replays == 2 * replays == 24
 
 
 def test_rows_stay_until_half_of_them_are_finished(denoiser):
     template = CanvasTemplate.plain(12)
     committer = MicroConfidenceCommitter(selection=ThresholdSelection(0.45))
-    plain = Sampler(denoiser, scheduler=MacroParallelScheduler(), committer=committer, template=template)
+    plain = Sampler(denoiser, decoder=Decoder(MacroParallelScheduler(), committer), template=template)
     prompts = [[5 + i, 6 + i % 3, 7] for i in range(8)]
     expected = plain(prompts)
     assert len(set(expected.trace.forward_passes.tolist())) > 2  # rows finish at different steps
     sampler = captured(plain)
     assert_same(sampler(prompts), expected)
-    assert {shape[0] for shape in sampler._graphs._inputs} <= {8, 4, 2, 1}
+    assert {shape[0] for shape in sampler._compiled[2]._turns} <= {8, 4, 2, 1}
 
 
 def test_rows_that_come_take_the_places_of_those_that_went(denoiser):
     committer = MicroConfidenceCommitter(selection=ThresholdSelection(0.45))
     scheduler, template = MacroParallelScheduler(), CanvasTemplate.plain(12)
-    sampler = captured(Sampler(denoiser, scheduler=scheduler, committer=committer, template=template))
+    sampler = captured(Sampler(denoiser, decoder=Decoder(scheduler, committer), template=template))
     list(sampler.stream([[5 + i % 9, 6 + i % 3, 7] for i in range(24)], max_batch=4))
-    assert {shape[0] for shape in sampler._graphs._inputs} <= {4, 2, 1}
+    assert {shape[0] for shape in sampler._compiled[2]._turns} <= {4, 2, 1}
 
 
 def test_closed_blocks(denoiser):
-    plain = make(denoiser, "parallel_forced", tokens_per_step=2).replace(close_on=range(10, 16))
+    plain = make(denoiser, "parallel_forced", tokens_per_step=2).set(close_on=range(10, 16))
     sampler = captured(plain)
     out, expected = sampler(PROMPTS), plain(PROMPTS)
     assert_same(out, expected)
@@ -111,8 +112,9 @@ def test_closed_blocks(denoiser):
 
 def test_parts_that_remember_are_refused(tiny):
     for name in ("klass", "wino", "lopa", "credit", "llada21_editing"):
+        sampler = make(Denoiser(tiny, Words()), name)
         with pytest.raises(NapDecodeError, match='use compile="kernels"'):
-            make(Denoiser(tiny, Words()), name).replace(compile="graphs")
+            Sampler(sampler.denoiser, decoder=sampler.decoder, compile="graphs")
 
 
 def test_two_decodes_at_a_time(denoiser):
@@ -129,24 +131,25 @@ def test_two_decodes_at_a_time(denoiser):
 
 def test_parts_of_ones_own_that_remember_are_found_out(denoiser):
     class Forgetful(QuotaSelection):
-        def __call__(self, confidence, slots, statistics):
+        def __call__(self, proposal):
+            slots = proposal.slots
             slots.memory["times"] = slots.kept("times", torch.zeros_like(slots.quota)) + 1
-            return super().__call__(confidence, slots, statistics)
+            return super().__call__(proposal)
 
-    sampler = make(denoiser, "parallel_forced").replace(committer=MicroConfidenceCommitter(selection=Forgetful()))
+    sampler = make(denoiser, "parallel_forced").set(committer=MicroConfidenceCommitter(selection=Forgetful()))
     with pytest.raises(NapDecodeError, match="keeps things from step to step"):
         captured(sampler)(PROMPTS)
 
 
 def test_on_the_cpu(denoiser):
     with pytest.raises(NapDecodeError, match="needs a model on a CUDA device, but it is on cpu"):
-        make(denoiser, "parallel_forced").replace(compile="graphs")
+        Sampler(denoiser, decoder=make(denoiser, "parallel_forced").decoder, compile="graphs")
 
 
 @pytest.mark.parametrize("compile", ["all", 1.5, None, "Kernels"])
 def test_unknown_modes(denoiser, compile):
     with pytest.raises(NapDecodeError, match="compile must be"):
-        Sampler(denoiser, scheduler=MacroParallelScheduler(steps=2), compile=compile)
+        Sampler(denoiser, decoder=Decoder(MacroParallelScheduler(steps=2)), compile=compile)
 
 
 def test_the_mask_is_never_left(denoiser):

@@ -9,9 +9,9 @@ from torch.nn.functional import pad
 from typing_extensions import override
 
 from nap_decode.base.errors import check_number
-from nap_decode.decoders.llada import in_blocks
 from nap_decode.parts.committer import MicroConfidenceCommitter
 from nap_decode.parts.decoder import Decoder
+from nap_decode.parts.scheduler import in_blocks
 from nap_decode.parts.selection import Selection
 from nap_decode.parts.slots import Proposal, rank_in_block
 
@@ -25,6 +25,7 @@ class HierarchySelection(Selection):
         low_threshold: the best of a run is committed if it is above this.
 
     Example:
+        >>> import torch
         >>> from nap_decode.parts import Slots
         >>> slots = Slots.of(block=torch.tensor([[0, 0, 0, 0]]), quota=torch.tensor([[1]]),
         ...                  index=torch.tensor([[0, 1, 5, 6]]))  # two runs

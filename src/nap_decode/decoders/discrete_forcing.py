@@ -20,15 +20,11 @@ class PipelineScheduler(SemiAutoregressiveScheduler):
     """Blocks in a pipeline: one opens as soon as the one before is partly done.
 
     Args:
-        steps: see :class:`Scheduler`.
-        tokens_per_step: see :class:`Scheduler`.
-        schedule: see :class:`Scheduler`.
-        block_length: see :class:`SemiAutoregressiveScheduler`.
-        on_grid: see :class:`SemiAutoregressiveScheduler`.
         done_before_next: share of a block, 0 to 1, that is committed before the next one opens; 1 decodes one block
             after the other.
 
     Example:
+        >>> import torch
         >>> lengths = torch.tensor([[4, 4, 4]])
         >>> PipelineScheduler().open(torch.tensor([[2, 4, 4]]), lengths, torch.zeros(1, 3).bool()).tolist()
         [[2, 4, 0]]

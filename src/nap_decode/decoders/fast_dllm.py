@@ -9,9 +9,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from nap_decode.base.errors import check_between
-from nap_decode.decoders.llada import in_blocks
 from nap_decode.parts.committer import MicroConfidenceCommitter
 from nap_decode.parts.decoder import Decoder
+from nap_decode.parts.scheduler import in_blocks
 from nap_decode.parts.selection import Selection, ThresholdSelection
 from nap_decode.parts.slots import Proposal
 
@@ -24,6 +24,7 @@ class FactorSelection(Selection):
         factor: the larger, the more slots are committed.
 
     Example:
+        >>> import torch
         >>> from nap_decode.parts import Slots
         >>> slots = Slots.of(block=torch.tensor([[0, 0, 0, 0]]), quota=torch.tensor([[1]]))
         >>> FactorSelection(1.0)(Proposal.of(slots, torch.tensor([[.9, .5, .7, .7]]))).long().tolist()

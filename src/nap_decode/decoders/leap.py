@@ -9,9 +9,9 @@ from torch.nn.functional import pad
 from typing_extensions import override
 
 from nap_decode.base.errors import check_integer, check_number
-from nap_decode.decoders.llada import in_blocks
 from nap_decode.parts.committer import MicroConfidenceCommitter
 from nap_decode.parts.decoder import Decoder
+from nap_decode.parts.scheduler import in_blocks
 from nap_decode.parts.selection import Selection
 from nap_decode.parts.slots import Proposal
 
@@ -26,6 +26,7 @@ class LeapSelection(Selection):
         radius: columns to the anchor, at most.
 
     Example:
+        >>> import torch
         >>> from nap_decode.parts import Slots
         >>> slots = Slots.of(block=torch.zeros(1, 6, dtype=torch.long), quota=torch.tensor([[1]]))
         >>> LeapSelection(radius=2)(Proposal.of(slots, torch.tensor([[.8, .5, .95, .8, .1, .8]]))).long().tolist()
