@@ -17,8 +17,9 @@ import inspect
 import json
 import logging
 import math
+from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -98,20 +99,11 @@ class Generation(str):
 
 
 def add_costs(results: dict[str, Any]) -> dict[str, Any]:
-    """Write what generations cost into the results of ``simple_evaluate(..., log_samples=True)``.
+    """Write what generations cost into the results of ``simple_evaluate(..., log_samples=True)``, and return them.
 
     Every logged sample gets the fields of :class:`DecodeCost` (means over the repeats of a document; None where one is
-    not defined), and every task their means and standard errors as metrics, which ``lm_eval.utils.make_table`` then
-    shows.  Nothing is added to tasks that generate nothing.
-
-    Args:
-        results: is changed.
-
-    Returns:
-        The same results.
-
-    Raises:
-        NapDecodeError: there are no samples in them.
+    not defined), and every task that generates their means and standard errors as metrics, which
+    ``lm_eval.utils.make_table`` then shows.
 
     Example:
         >>> sample = {"doc_id": 0, "resps": [[Generation("6", DecodeCost(9, 3.9, 0.1, 0.2))]]}
@@ -128,12 +120,11 @@ def add_costs(results: dict[str, Any]) -> dict[str, Any]:
         for sample in samples:
             texts = [text for responses in sample["resps"] for text in responses]
             costs = [asdict(text.cost) for text in texts if isinstance(text, Generation) and text.cost]
-            if costs:
-                means = {name: _mean([cost[name] for cost in costs])[0] for name in costs[0]}
-                sample |= means
-                by_document[sample["doc_id"]] = means  # which has a sample for each filter
-        for name in [field.name for field in fields(DecodeCost)] if by_document else []:
-            mean, error = _mean([means[name] for means in by_document.values()])
+            means = {name: _mean([cost[name] for cost in costs])[0] for name in (costs[0] if costs else ())}
+            sample |= means
+            by_document[sample["doc_id"]] = means  # which has a sample for each filter
+        for name in [field.name for field in fields(DecodeCost)]:
+            mean, error = _mean([means.get(name) for means in by_document.values()])
             if mean is not None:
                 shown = {f"{name},none": mean, f"{name}_stderr,none": "N/A" if error is None else error}
                 results["results"][task] |= shown
@@ -168,14 +159,6 @@ def harness_model() -> Any:
 
     Raises:
         NapDecodeError: the harness is not installed.
-
-    Example:
-        >>> from nap_decode import demo
-        >>> model, tokenizer = demo.load()
-        >>> lm = harness_model()(
-        ...     model, tokenizer=tokenizer, sampler_args="path_length=11,summary_length=2,tokens_per_step=4"
-        ... )  # doctest: +SKIP
-        >>> lm_eval.simple_evaluate(lm, tasks=["gsm8k"])  # doctest: +SKIP
     """
     need_harness()
     from lm_eval.api.registry import register_model
@@ -225,11 +208,8 @@ class _NapDecode(_HFLM):  # type: ignore[misc]
             check_name("option of the model", name, {*known, *_MODEL_OPTIONS})
         passes = {name: options[name] for name in _WITHOUT_EFFECT if options.get(name) is not None}
         refuse(passes, _WITHOUT_EFFECT, "it is for passes through the model that HFLM makes, not the Denoiser")
-        if not str(batch_size).isdecimal() or int(batch_size) < 1:
-            raise NapDecodeError(
-                f"batch_size must be a whole number of at least 1, but is {batch_size!r}; how much memory a batch "
-                "takes is not tried out here"
-            )
+        # How much memory a batch takes is not tried out here.
+        check_integer("batch_size", int(batch_size) if str(batch_size).isdecimal() else batch_size, 1)
         check_name("likelihood", likelihood, LIKELIHOODS)
         check_samples(samples)
         guidance = 0.0 if cfg_scale is None else cfg_scale
@@ -302,8 +282,11 @@ class _NapDecode(_HFLM):  # type: ignore[misc]
         made: dict[int, Generation] = {}
         with self._progress(len(requests), disable_tqdm, "generate_until") as bar:
             for some, sampler, length, until in ways:
+                encode = functools.partial(
+                    self.tok_batch_encode, left_truncate_len=self.max_length - length, truncation=self.truncation
+                )
                 outputs = sampler.stream(
-                    [self._encode_context(requests[number].args[0], self.max_length - length) for number in some],
+                    [encode([requests[number].args[0]])[0][0] for number in some],
                     max_batch=self.batch_size,
                     max_new_tokens=None if sampler.template is not None else length,
                     row_seeds=[seeds[number] for number in some],
@@ -311,8 +294,7 @@ class _NapDecode(_HFLM):  # type: ignore[misc]
                     progress=False,
                 )
                 for output in outputs:
-                    assert output.index is not None
-                    number = some[output.index]
+                    number = some[output.index or 0]
                     made[number] = self._generation(output, until)
                     self.cache_hook.add_partial("generate_until", requests[number].args, made[number])
                     bar.update(1)
@@ -323,48 +305,30 @@ class _NapDecode(_HFLM):  # type: ignore[misc]
 
         return tqdm(total=total, disable=is_disabled or self.rank != 0, desc=f"Running {what} requests")
 
-    def _encode_context(self, text: str, room: int) -> list[int]:
-        ids, _ = self.tok_batch_encode([text], left_truncate_len=room, truncation=self.truncation)
-        context: list[int] = ids[0].tolist()
-        return context
-
     def _generation(self, output: SamplerOutput, until: list[str]) -> Generation:
         """The text of a single row, up to a stop string, and what the row cost."""
         from lm_eval.models.utils import postprocess_generated_text
 
-        trace, think, passes = output.trace, self.think_end_token, output.forward_passes
+        trace, think = output.trace, self.think_end_token
         names = [block.name for block in _scored(self.sampler.template)] if self.sampler.template else trace.block_names
         blocks = [j for j, name in enumerate(trace.block_names) if name in names]
         ids = trace.tokens[trace.before_end() & torch.isin(trace.block, trace.block.new_tensor(blocks))].tolist()
+
+        def has_stopped(number: int) -> bool:
+            text = self.tok_decode(ids[:number])
+            return any(term and term in text for term in until)
+
+        unused = len(ids) + 1 - bisect_left(range(len(ids) + 1), True, key=has_stopped)  # behind a stop string
         meter = ARnessMeter()
         meter.update(trace)
-        measured = meter.compute()
-        cost = DecodeCost(
-            forward_passes=passes,
-            tokens_per_forward=output.tokens_per_forward[0] - self._behind_stop(ids, until) / max(passes, 1),
-            arness_global=measured.global_at[1],
-            arness_local=measured.local_at[1],
-        )
+        measured, passes = meter.compute(), output.forward_passes
+        tokens_per_forward = output.tokens_per_forward[0] - unused / max(passes, 1)
+        cost = DecodeCost(passes, tokens_per_forward, measured.global_at[1], measured.local_at[1])
         if isinstance(think, int) and think in ids:
             ids = ids[len(ids) - ids[::-1].index(think) :]
         text = self.tok_decode(ids)
         text = text.lstrip() if isinstance(think, int) else text
         return Generation(postprocess_generated_text(text, until, think if isinstance(think, str) else None), cost)
-
-    def _behind_stop(self, ids: list[int], stop: list[str]) -> int:
-        """How many of the tokens stand behind the first stop string, or are in it."""
-
-        def has_stopped(number: int) -> bool:
-            text = self.tokenizer.decode(ids[:number], skip_special_tokens=True)
-            return any(term and term in text for term in stop)
-
-        if not has_stopped(len(ids)):
-            return 0
-        low, high = 0, len(ids)  # has not stopped with that many, has stopped with that many
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if has_stopped(middle) else (middle, high)
-        return len(ids) - low
 
     def _way(self, requests: Sequence[Any]) -> tuple[Sampler, int, list[str]]:
         """Sampler, slots of a text and stop strings of requests with the same options.
@@ -374,20 +338,18 @@ class _NapDecode(_HFLM):  # type: ignore[misc]
         """
         from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
-        given = requests[0].args[1]
+        given, eos = requests[0].args[1], self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         for name in given:
             check_name("option of generation that a sampler honours", name, {"until", *_LENGTHS, *_DRAWS, *_NEUTRAL})
         options: dict[str, Any] = normalize_gen_kwargs(dict(given), self.max_gen_toks)
-        until = handle_stop_sequences(
-            options.pop("until", None), eos=self.tok_decode(self.eot_token_id, skip_special_tokens=False)
-        )
-        length, template = options.pop("max_gen_toks"), self.sampler.template
+        until = handle_stop_sequences(options.pop("until", None), eos=eos)
+        length, slots, template = options.pop("max_gen_toks"), self.max_gen_toks, self.sampler.template
         check_integer("max_gen_toks", length, 1)
-        if template is not None and length < self.max_gen_toks:
-            names = ", ".join(block.name for block in _scored(template))
+        if template is not None and length < slots:
             raise NapDecodeError(
-                f"the task allows max_gen_toks={length}, but the sampler's template has {self.max_gen_toks} slots for "
-                f"the text ({names}); make it shorter, or allow more (--gen-kwargs max_gen_toks={self.max_gen_toks})"
+                f"the task allows max_gen_toks={length}, but the sampler's template has {slots} slots for the text "
+                f"({', '.join(block.name for block in _scored(template))}); make it shorter, or allow more "
+                f"(--gen-kwargs max_gen_toks={slots})"
             )
         if length >= self.max_length:
             raise NapDecodeError(
@@ -410,15 +372,8 @@ class _NapDecode(_HFLM):  # type: ignore[misc]
         refuse(asks, {}, "samplers do not implement it")
         own = option(self.sampler.decoder, "temperature")
         # Where a task says nothing about drawing, the harness adds do_sample=False, but no temperature.
-        says, draws = "temperature" in options, bool(options.get("do_sample"))
-        asked = {name: options[name] for name in ("temperature", "top_p", "top_k") if options.get(name) is not None}
-        for name, value in asked.items():
-            if name == "top_k":
-                check_integer(name, value, -1)
-            else:
-                check_between(name, value, 0.0, 1.0 if name == "top_p" else math.inf)
-        temperature = asked.pop("temperature", 0.0)
-        temperature = temperature if draws else 0.0
+        says, draws = "temperature" in options, options.get("do_sample")
+        temperature = (options.get("temperature") if draws else None) or 0.0
         if draws and not temperature and not own:
             raise NapDecodeError(
                 "the task says do_sample=True, but neither it nor the sampler has a temperature; add one "
@@ -431,8 +386,11 @@ class _NapDecode(_HFLM):  # type: ignore[misc]
                 f"of the sampler, or tell the task too (--gen-kwargs do_sample=True,temperature={own:g})"
             )
         changes = {"temperature": temperature} if temperature else {}
-        if draws or own:  # cutting what is not drawn from changes nothing: the most likely token stays
-            changes |= {n: v for n, v in asked.items() if v not in {"top_p": (1,), "top_k": (0, -1)}[n]}
+        for name, neutral in (("top_p", (1,)), ("top_k", (0, -1))):
+            value = options.get(name)
+            asks_nothing = value is None or (value in neutral and not isinstance(value, bool))
+            if (draws or own) and not asks_nothing:  # greedily, the most likely token stays whatever is cut off
+                changes[name] = value
         unknown = {n: v for n, v in changes.items() if n not in self.sampler.decoder.options()}
         refuse(unknown, {}, f"{type(self.sampler.decoder.committer).__name__} draws in its own way")
         return self.sampler.set(**changes) if changes else self.sampler
@@ -450,10 +408,7 @@ class _NapDecode(_HFLM):  # type: ignore[misc]
         return ids
 
     def _loglikelihood_tokens(
-        self,
-        requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]],
-        disable_tqdm: bool = False,
-        override_bs: int | None = None,
+        self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         order = sorted(range(len(requests)), key=lambda n: -len(requests[n][1]) - len(requests[n][2]))
         found: dict[int, tuple[float, bool]] = {}
@@ -467,21 +422,13 @@ class _NapDecode(_HFLM):  # type: ignore[misc]
                     bar.update(1)
         return [found[n] for n in range(len(requests))]
 
-    def _score(self, requests: Sequence[tuple[Any, list[int], list[int]]]) -> Iterator[tuple[float, bool]]:
-        prompts, completions = [], []
-        for _, prompt, completion in requests:
-            room = max(0, self.max_length - len(completion))
-            if len(prompt) > room:
-                _log.warning(
-                    "a context of %d tokens and a continuation of %d are more than the model's %d; the context is cut "
-                    "on the left",
-                    len(prompt),
-                    len(completion),
-                    self.max_length,
-                )
-            prompts.append(prompt[max(0, len(prompt) - room) :])
-            completions.append(completion)
-        texts = self.denoiser, prompts, completions
+    def _score(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        prompts = [prompt[max(0, len(prompt) + len(text) - self.max_length) :] for _, prompt, text in requests]
+        for (_, prompt, text), kept in zip(requests, prompts, strict=True):
+            if len(kept) < len(prompt):
+                sizes = len(prompt), len(text), self.max_length
+                _log.warning("a context of %d tokens is cut on the left: with %d more, the model takes %d", *sizes)
+        texts = self.denoiser, prompts, [text for _, _, text in requests]
         is_greedy, values = [False] * len(requests), list[float]()
         if self.likelihood == "chain" or any(key is not None for key, _, _ in requests):
             chain = chain_log_likelihood(*texts, batch_size=self.batch_size)
@@ -492,7 +439,7 @@ class _NapDecode(_HFLM):  # type: ignore[misc]
             seeds = [_seed(self.seed, prompt) for prompt in prompts]
             bound = log_likelihood_bound(*texts, samples=self.samples, batch_size=self.batch_size, row_seeds=seeds)
             values = bound.value.tolist()
-        return zip(values, is_greedy, strict=True)
+        return list(zip(values, is_greedy, strict=True))
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Sums over windows as long as the model allows; see ``LM.loglikelihood_rolling``."""
@@ -502,12 +449,7 @@ class _NapDecode(_HFLM):  # type: ignore[misc]
         for request in requests:
             (text,) = request.args
             # The harness's windows leave out their last token, which a masked model must be given.
-            windows = get_rolling_token_windows(
-                token_list=self.tok_encode(text),
-                prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length - 1,
-                context_len=1,
-            )
+            windows = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length - 1, 1)
             parts = [(None, *make_disjoint_window(window)) for window in windows]
             total = sum(value for value, _ in self._loglikelihood_tokens(parts, disable_tqdm=True))
             found.append(total)
@@ -520,9 +462,8 @@ class _NapDecode(_HFLM):  # type: ignore[misc]
     def fingerprint(self) -> str:
         """Changes with everything that responses depend on, for the name of a cache."""
         path = Path(self._name)
-        files = (
-            [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(path.iterdir())] if path.is_dir() else []
-        )
+        paths = sorted(path.iterdir()) if path.is_dir() else []
+        files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
         facts = [self._name, files, str(self.model.dtype), self._options, self.denoiser.mask_token_id]
         facts += [*self._facts().items(), self.sampler.template]
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
@@ -537,8 +478,7 @@ class _NapDecode(_HFLM):  # type: ignore[misc]
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes into its results."""
-        info: dict[str, Any] = super().get_model_info()
-        return info | self._facts()
+        return dict(super().get_model_info()) | self._facts()
 
 
 def _scored(template: CanvasTemplate) -> list[Block]:
