@@ -24,6 +24,7 @@ from nap_decode import (
     Canvas,
     CanvasTemplate,
     CommittedReuse,
+    Decoder,
     Denoiser,
     MacroParallelScheduler,
     NapDecodeError,
@@ -115,7 +116,7 @@ class Everything(Reuse):
 
 def sampler_of(model: transformers.PreTrainedModel, **options: Any) -> Sampler:
     denoiser = Denoiser(model, mask_token_id=MASK, **options)
-    return Sampler(denoiser, scheduler=MacroParallelScheduler(tokens_per_step=2), template=TEMPLATE)
+    return Sampler(denoiser, decoder=Decoder(MacroParallelScheduler(tokens_per_step=2)), template=TEMPLATE)
 
 
 def decode(sampler: Sampler, prompts: list[list[int]]) -> list[tuple[list[int], Tensor]]:

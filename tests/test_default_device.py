@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 from models import MASK
-from test_presets import HOLES, OPTIONS, PROMPTS, TEMPLATE
+from samplers import HOLES, OPTIONS, PROMPTS, TEMPLATE
 from transformers import BertConfig, BertForMaskedLM
 
 from nap_decode import (

@@ -9,7 +9,7 @@ from models import MASK, PAD, VOCABULARY, DreamLike, LLaDALike, Remote, needs_is
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from nap_decode import AnyOrderScheduler, Canvas, CanvasTemplate, Denoiser, NapDecodeError, Sampler
+from nap_decode import AnyOrderScheduler, Canvas, CanvasTemplate, Decoder, Denoiser, NapDecodeError, Sampler
 from nap_decode.model import foreign
 from nap_decode.model.rows import Rows
 
@@ -72,8 +72,8 @@ def test_a_decode_with_the_default_compiler(tiny):
     def callback(state):
         seen.append(torch.equal(tiny(input_ids=ids).logits, full))
 
-    plain = Sampler(denoiser, scheduler=AnyOrderScheduler(tokens_per_step=2))
-    compiled = Sampler(denoiser.compiled(), scheduler=AnyOrderScheduler(tokens_per_step=2))
+    plain = Sampler(denoiser, decoder=Decoder(AnyOrderScheduler(tokens_per_step=2)))
+    compiled = Sampler(denoiser.compiled(), decoder=Decoder(AnyOrderScheduler(tokens_per_step=2)))
     expected = plain([[5, 6, 7], [7, 8, 9]], max_new_tokens=6)
     found = compiled([[5, 6, 7], [7, 8, 9]], max_new_tokens=6, callback=callback)
     assert torch.equal(found.sequences, expected.sequences)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from models import MASK, VOCABULARY, Words, tiny_model
-from test_presets import PROMPTS, TEMPLATE
+from samplers import PROMPTS, TEMPLATE
 from transformers import BertConfig, BertForMaskedLM
 
-from nap_decode import AnyOrderScheduler, CommittedReuse, Denoiser, NapDecodeError, Sampler
+from nap_decode import AnyOrderScheduler, CommittedReuse, Decoder, Denoiser, NapDecodeError, Sampler
 from nap_decode.model.cost import Cost
 
 HIDDEN, INNER, LAYERS, LENGTH = 16, 24, 2, 21  # of the tiny model, and of a row with its first prompt
@@ -16,7 +16,7 @@ HIDDEN, INNER, LAYERS, LENGTH = 16, 24, 2, 21  # of the tiny model, and of a row
 
 def decode(model, reuse=None, **options):
     denoiser = Denoiser(model, Words(), reuse=reuse, mask_token_id=MASK, **options)
-    return Sampler(denoiser, scheduler=AnyOrderScheduler(tokens_per_step=3), template=TEMPLATE)([PROMPTS[0]])
+    return Sampler(denoiser, decoder=Decoder(AnyOrderScheduler(tokens_per_step=3)), template=TEMPLATE)([PROMPTS[0]])
 
 
 def test_a_decoder_by_hand(tiny):

@@ -35,6 +35,7 @@ from nap_decode import (
     AnyOrderScheduler,
     Canvas,
     CanvasTemplate,
+    Decoder,
     Denoiser,
     ModelFamily,
     NapDecodeError,
@@ -282,7 +283,7 @@ def test_remote_code_says_the_same_with_and_without_padding(name):
 @pytest.mark.parametrize("name", CONVENTIONS)
 def test_remote_code_decodes(name):
     denoiser = Denoiser(CONVENTIONS[name][0](), mask_token_id=MASK)
-    sampler = Sampler(denoiser, scheduler=AnyOrderScheduler(tokens_per_step=2))
+    sampler = Sampler(denoiser, decoder=Decoder(AnyOrderScheduler(tokens_per_step=2)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         together = sampler(BLOCK_PROMPTS, max_new_tokens=6)
@@ -497,7 +498,7 @@ def test_guidance(tiny, ragged):
 
 @torch.no_grad()
 def test_guidance_without_padding_and_as_a_sampler(tiny):
-    sampler = Sampler(Denoiser(tiny, mask_token_id=MASK, cfg_scale=2.0), scheduler=AnyOrderScheduler(tokens_per_step=2))
+    sampler = Sampler(Denoiser(tiny, mask_token_id=MASK, cfg_scale=2.0), decoder=Decoder(AnyOrderScheduler(tokens_per_step=2)))
     out = sampler([[5, 6], [7]], max_new_tokens=6)
     assert out.sequences[1, 1:].tolist() == sampler([[7]], max_new_tokens=6).sequences[0].tolist()
     assert out.forward_passes == 3

@@ -6,7 +6,7 @@ import pytest
 import torch
 from models import MASK, PAD, VOCABULARY, DreamLike, Words, needs_transformers_5, tiny_model
 from test_denoiser import build
-from test_presets import NAMES, OPTIONS, PROMPTS, TEMPLATE
+from samplers import NAMES, OPTIONS, PROMPTS, TEMPLATE
 from transformers import BertConfig, BertForMaskedLM
 
 from nap_decode import (
@@ -14,6 +14,7 @@ from nap_decode import (
     BlockReuse,
     Canvas,
     CommittedReuse,
+    Decoder,
     Denoiser,
     DriftReuse,
     MacroParallelScheduler,
@@ -74,9 +75,9 @@ def model(request, encoder):
     return tiny_model(attn_implementation="eager" if "eager" in request.param else "sdpa")
 
 
-def sampler_of(model, reuse, scheduler=None, **options):
+def sampler_of(model, reuse, decoder=Decoder(None), **options):
     denoiser = Denoiser(model, Words(), reuse=reuse, **options)
-    return Sampler(denoiser, scheduler=scheduler or MacroParallelScheduler(tokens_per_step=3), template=TEMPLATE)
+    return Sampler(denoiser, decoder=Decoder(scheduler or MacroParallelScheduler(tokens_per_step=3)), template=TEMPLATE)
 
 
 def same(one, other):
@@ -149,7 +150,7 @@ def test_a_row_is_decoded_alone_as_in_any_batch(model, policy, is_adaptive):
     sampler = sampler_of(model, policy)
     if is_adaptive:  # rows are finished at different times, and others take their places
         committer = MicroConfidenceCommitter(selection=ThresholdSelection(0.4))
-        sampler = sampler.replace(scheduler=MacroParallelScheduler(), committer=committer)
+        sampler = sampler.replace(decoder=Decoder(MacroParallelScheduler(), committer))
     prompts = [*PROMPTS, [9, 9, 5, 6, 7, 8, 5, 6], [8]]
     alone = [sampler([prompt]) for prompt in prompts]
     together = sampler(prompts)
