@@ -11,6 +11,7 @@ from nap_decode.measure.arness import ARness, ARnessMeter
 from nap_decode.measure.likelihood import LogLikelihood, chain_log_likelihood, log_likelihood_bound
 from nap_decode.model.denoiser import Denoiser
 from nap_decode.model.families import ModelFamily, register_family
+from nap_decode.nap import ParallelForcedSampler
 from nap_decode.parts.committer import Committer, MicroConfidenceCommitter
 from nap_decode.parts.decoder import Decoder
 from nap_decode.parts.needs import Needs
@@ -25,7 +26,7 @@ from nap_decode.parts.scheduler import (
 from nap_decode.parts.selection import QuotaSelection, Selection, ThresholdSelection
 from nap_decode.results.output import SamplerOutput
 from nap_decode.results.trace import DecodeTrace
-from nap_decode.run.sampler import ParallelForcedSampler, Sampler
+from nap_decode.run.sampler import Sampler
 from nap_decode.run.state import DecodeState
 from nap_decode.speed.reuse import BlockReuse, CommittedReuse, DriftReuse, PromptReuse
 

@@ -20,7 +20,7 @@ from nap_decode import (
     Scheduler,
     SemiAutoregressiveScheduler,
 )
-from nap_decode.parts.schedule import CosineSchedule
+from nap_decode.decoders.maskgit import CosineSchedule
 
 END = 2
 LEFTMOST = MicroConfidenceCommitter(confidence="leftmost")

@@ -31,8 +31,8 @@ from nap_decode import (
     decoders,
 )
 from nap_decode.base.random import row_seeds
+from nap_decode.decoders.dream import AncestralSchedule
 from nap_decode.parts.confidence import CONFIDENCES
-from nap_decode.parts.schedule import AncestralSchedule
 from nap_decode.parts.scheduler import Left
 from nap_decode.parts.slots import Decision
 from nap_decode.run.loop import Loop
@@ -367,7 +367,7 @@ def test_a_model_and_a_ragged_batch_do_not_wait_either(tiny, scheduler, temperat
     number = len(canvas.tokens)
     loop = Loop(sampler.denoiser, Decoder(scheduler, committer))
     batch = loop.start(canvas, seeds=row_seeds(0, range(number)))
-    assert batch.given.rows.lengths and batch.agenda.turns and batch.agenda.ends  # of the host
+    assert [batch.given.rows, batch.agenda.turns, batch.agenda.ends]  # made once, on the host
     while batch.is_busy:
         with Recorder():
             batch = loop.step(batch)

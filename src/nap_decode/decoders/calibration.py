@@ -12,10 +12,11 @@ from torch import Tensor
 
 from nap_decode.base.errors import NapDecodeError, check_between, check_number
 from nap_decode.base.lazy import lazy
-from nap_decode.decoders.llada import llada_low_confidence
+from nap_decode.parts.committer import MicroConfidenceCommitter
 from nap_decode.parts.confidence import Candidates, probability
 from nap_decode.parts.decoder import Decoder
 from nap_decode.parts.needs import Needs
+from nap_decode.parts.scheduler import in_blocks
 
 
 @dataclass(frozen=True)
@@ -94,12 +95,16 @@ def background_frequencies(texts: Iterable[Sequence[int]], vocab_size: int) -> t
     return tuple(max(counts[token], 1) / total for token in range(vocab_size))
 
 
-def pc_sampler(*, frequencies: Sequence[float], decay: float = 0.25, cap: float = 10.0) -> Decoder:
+def pc_sampler(
+    *, frequencies: Sequence[float], decay: float = 0.25, cap: float = 10.0, block_length: int | None = None
+) -> Decoder:
     """PC-Sampler: early positions and rare tokens first.
 
     Args:
         frequencies: background frequencies by token id; see :func:`background_frequencies`.
         decay: lambda; see :class:`CalibratedConfidence`.
         cap: alpha; see :class:`CalibratedConfidence`.
+        block_length: semi-autoregressive blocks; None decodes anywhere.
     """
-    return llada_low_confidence(confidence=CalibratedConfidence(frequencies, decay, cap))
+    committer = MicroConfidenceCommitter(confidence=CalibratedConfidence(frequencies, decay, cap))
+    return Decoder(in_blocks(block_length), committer)

@@ -11,9 +11,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from nap_decode.base.errors import check_between
-from nap_decode.decoders.fast_dllm import fast_dllm_threshold
-from nap_decode.parts.committer import Adjustment
+from nap_decode.parts.committer import Adjustment, MicroConfidenceCommitter
 from nap_decode.parts.decoder import Decoder
+from nap_decode.parts.scheduler import in_blocks
+from nap_decode.parts.selection import ThresholdSelection
 from nap_decode.parts.slots import Slots
 
 
@@ -111,4 +112,5 @@ def credit(
 ) -> Decoder:
     """Credit decoding: a threshold that tokens reach sooner if they lead for long; options see :class:`Credit`."""
     adjustment = Credit(strength=strength, decay=decay, boost=boost)
-    return fast_dllm_threshold(threshold=threshold, block_length=block_length).set(adjustment=adjustment)
+    committer = MicroConfidenceCommitter(selection=ThresholdSelection(threshold), adjustment=adjustment)
+    return Decoder(in_blocks(block_length), committer)

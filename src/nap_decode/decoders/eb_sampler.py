@@ -10,10 +10,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from nap_decode.base.errors import check_between
-from nap_decode.decoders.llada import in_blocks
 from nap_decode.parts.committer import MicroConfidenceCommitter
 from nap_decode.parts.decoder import Decoder
 from nap_decode.parts.needs import Needs
+from nap_decode.parts.scheduler import in_blocks
 from nap_decode.parts.selection import Selection
 from nap_decode.parts.slots import Proposal, sort_in_block
 

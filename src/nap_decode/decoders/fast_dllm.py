@@ -9,9 +9,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from nap_decode.base.errors import check_between
-from nap_decode.decoders.llada import in_blocks
 from nap_decode.parts.committer import MicroConfidenceCommitter
 from nap_decode.parts.decoder import Decoder
+from nap_decode.parts.scheduler import in_blocks
 from nap_decode.parts.selection import Selection, ThresholdSelection
 from nap_decode.parts.slots import Proposal
 

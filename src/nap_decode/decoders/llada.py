@@ -14,7 +14,7 @@ from nap_decode.parts.committer import MicroConfidenceCommitter
 from nap_decode.parts.confidence import Candidates, Confidence
 from nap_decode.parts.decoder import Decoder
 from nap_decode.parts.needs import Needs
-from nap_decode.parts.scheduler import AnyOrderScheduler, Scheduler, SemiAutoregressiveScheduler
+from nap_decode.parts.scheduler import in_blocks
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,6 @@ class ProbabilityWithout:
             self._tables[device] = torch.tensor(self.ids, dtype=torch.int64, device=device)
         others = candidates.distribution.without(self._tables[device])
         return others.probability(candidates.tokens).where(others.best != -torch.inf, 0)
-
-
-def in_blocks(block_length: int | None, *, on_grid: bool = False) -> Scheduler:
-    """Semi-autoregressive blocks of this length; None decodes anywhere."""
-    if block_length is None:
-        return AnyOrderScheduler()
-    return SemiAutoregressiveScheduler(block_length=block_length, on_grid=on_grid)
 
 
 def llada_low_confidence(*, block_length: int | None = None, confidence: str | Confidence = "probability") -> Decoder:

@@ -8,11 +8,11 @@ import torch
 from typing_extensions import override
 
 from nap_decode.base.errors import check_integer, check_number
-from nap_decode.decoders.llada import in_blocks
 from nap_decode.parts.committer import MicroConfidenceCommitter
 from nap_decode.parts.decoder import Decoder
 from nap_decode.parts.needs import Needs
 from nap_decode.parts.reviser import Reviser
+from nap_decode.parts.scheduler import in_blocks
 from nap_decode.parts.selection import ThresholdSelection
 from nap_decode.parts.slots import Decision, Proposal
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from nap_decode.base.errors import NapDecodeError, check_between, check_integer
-from nap_decode.decoders.llada import in_blocks
 from nap_decode.parts.committer import Committer, Function, MicroConfidenceCommitter, Predict
 from nap_decode.parts.decoder import Decoder
 from nap_decode.parts.needs import Needs
+from nap_decode.parts.scheduler import in_blocks
 from nap_decode.parts.selection import ThresholdSelection
 from nap_decode.parts.slots import Decision, Proposal, Slots
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from nap_decode.decoders.dream import dream_origin
-from nap_decode.decoders.llada import llada_random
+from nap_decode.parts.committer import MicroConfidenceCommitter
 from nap_decode.parts.decoder import Decoder
+from nap_decode.parts.scheduler import AnyOrderScheduler
 
 
 def mdlm_ancestral(*, eps: float = 1e-5) -> Decoder:
@@ -25,4 +26,4 @@ def mdlm_first_hitting() -> Decoder:
     It is ancestral sampling in the limit of many steps, at the cost of one forward pass per token, for models that are
     not told the time.
     """
-    return llada_random().set(temperature=1.0)
+    return Decoder(AnyOrderScheduler(), MicroConfidenceCommitter(temperature=1.0, confidence="random"))

@@ -14,7 +14,8 @@ from nap_decode.measure.arness import ARnessMeter
 from nap_decode.model.denoiser import Denoiser
 from nap_decode.parts.committer import MicroConfidenceCommitter
 from nap_decode.parts.scheduler import AnyOrderScheduler, BlockScheduler, MacroParallelScheduler
-from nap_decode.run.sampler import ParallelForcedSampler, Sampler
+from nap_decode.nap import ParallelForcedSampler
+from nap_decode.run.sampler import Sampler
 from nap_decode.run.state import DecodeState
 
 HELD_OUT_SEED = 20_261_121

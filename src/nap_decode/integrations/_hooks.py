@@ -13,11 +13,11 @@ from typing_extensions import override
 from nap_decode.base.errors import NapDecodeError
 from nap_decode.base.random import SCHEDULE_STREAM
 from nap_decode.canvas import Canvas
+from nap_decode.decoders.dream import AncestralSchedule, DreamSchedule
 from nap_decode.model.denoiser import Denoiser
 from nap_decode.model.prediction import Prediction
 from nap_decode.model.rows import Rows, to_canvas
 from nap_decode.parts.committer import Committer, Predict
-from nap_decode.parts.schedule import AncestralSchedule, DreamSchedule
 from nap_decode.parts.scheduler import AnyOrderScheduler, BlockScheduler
 from nap_decode.parts.slots import Commit, Slots
 from nap_decode.run.sampler import Sampler

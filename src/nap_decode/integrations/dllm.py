@@ -19,12 +19,13 @@ from typing_extensions import override
 from nap_decode.base.errors import NapDecodeError, check_integer, check_name
 from nap_decode.canvas import Canvas, CanvasTemplate
 from nap_decode.decoders import presets
+from nap_decode.decoders.dream import AncestralSchedule
 from nap_decode.integrations._shared import bind, in_model_precision, refuse
 from nap_decode.model.denoiser import Denoiser, LogitsProcessor
 from nap_decode.model.families import find_family
 from nap_decode.model.foreign import innermost
 from nap_decode.parts.confidence import ProbabilityWithout
-from nap_decode.parts.schedule import AncestralSchedule, Schedule
+from nap_decode.parts.schedule import Schedule
 from nap_decode.parts.scheduler import AnyOrderScheduler, SemiAutoregressiveScheduler
 from nap_decode.results.output import SamplerOutput
 from nap_decode.run import sampler

@@ -13,7 +13,7 @@ from nap_decode.parts.confidence import Candidates, Confidence, leftmost, margin
 from nap_decode.parts.decoder import Decoder
 from nap_decode.parts.needs import Needs
 from nap_decode.parts.reviser import Reviser
-from nap_decode.parts.schedule import AncestralSchedule, CosineSchedule, DreamSchedule, EvenSchedule, Schedule
+from nap_decode.parts.schedule import EvenSchedule, Schedule
 from nap_decode.parts.scheduler import (
     AnyOrderScheduler,
     MacroParallelScheduler,
@@ -28,15 +28,12 @@ from nap_decode.parts.slots import Decision, Proposal, Slots, rank_in_block
 __all__ = [
     "AdjustedStep",
     "Adjustment",
-    "AncestralSchedule",
     "AnyOrderScheduler",
     "Candidates",
     "Committer",
     "Confidence",
-    "CosineSchedule",
     "Decision",
     "Decoder",
-    "DreamSchedule",
     "EvenSchedule",
     "MacroParallelScheduler",
     "MicroConfidenceCommitter",

@@ -448,6 +448,13 @@ class AnyOrderScheduler(Scheduler):
         return left
 
 
+def in_blocks(block_length: int | None, *, on_grid: bool = False) -> Scheduler:
+    """Semi-autoregressive blocks of this length; None decodes anywhere."""
+    if block_length is None:
+        return AnyOrderScheduler()
+    return SemiAutoregressiveScheduler(block_length=block_length, on_grid=on_grid)
+
+
 def fair_share(weights: Tensor, committed: Tensor, target: Tensor) -> Tensor:
     """Tokens that each block has when its row has ``target``: its ideal share, rounded down or up.
 

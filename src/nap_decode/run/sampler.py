@@ -1,4 +1,4 @@
-"""The sampler: a decoder with a model."""
+"""The sampler: a model, and how to decode with it."""
 
 from __future__ import annotations
 
@@ -26,15 +26,13 @@ from nap_decode.canvas import Canvas, CanvasTemplate
 from nap_decode.model.denoiser import Denoiser, Model
 from nap_decode.parts.decoder import Decoder
 from nap_decode.parts.save import Part, describe, from_plain, to_plain
-from nap_decode.parts.scheduler import MacroParallelScheduler
 from nap_decode.prompts import Prompt, Prompts, encode_prompts, is_part
 from nap_decode.results.output import SamplerOutput
 from nap_decode.results.trace import DecodeTrace
 from nap_decode.run.loop import Batch, Loop, Watch
 from nap_decode.run.state import Callback, DecodeState, State
 from nap_decode.run.watch import Streams, interrupts
-from nap_decode.speed.compile import compiled
-from nap_decode.speed.graphs import CudaRecorder, Graphs
+from nap_decode.speed.modes import prepare
 from nap_decode.speed.reuse import computed_positions
 
 if TYPE_CHECKING:
@@ -125,7 +123,7 @@ class Sampler:
         self.denoiser, self.tokenizer = model, model.tokenizer
         self.decoder, self.template, self.compile = decoder, template, compile
         self._ends = self._find_ends()
-        self._set_compiled()
+        self._compiled = prepare(model, decoder, compile)
 
     # ---------------------------------------------------------------------------------------- ways to decode
 
@@ -278,7 +276,7 @@ class Sampler:
                 or more seeds.
 
         Example:
-            >>> from nap_decode import demo
+            >>> from nap_decode import ParallelForcedSampler, demo
             >>> sampler = ParallelForcedSampler(*demo.load(), path_length=11, summary_length=2, tokens_per_step=4)
             >>> problems = ["6 0 6 4 6 2 1 2 4 7 0 6 =", "1 2 3 4 5 6 7 0 1 2 3 4 =", "5 5 5 5 1 1 1 1 0 0 0 0 ="]
             >>> [out.summary for out in sampler.stream(problems, max_batch=2)]
@@ -346,8 +344,8 @@ class Sampler:
 
     def loop(self, watch: Watch | None = None) -> Loop:
         """The loop that decodes, to step it by hand; see :class:`~nap_decode.run.loop.Loop`."""
-        denoiser, decoder = self._compiled
-        return Loop(denoiser, decoder, ends=self._ends, graphs=self._graphs, watch=watch)
+        denoiser, decoder, graphs = self._compiled
+        return Loop(denoiser, decoder, ends=self._ends, graphs=graphs, watch=watch)
 
     @property
     def custom_generate(self) -> Callable[..., Tensor | SamplerOutput]:
@@ -368,7 +366,7 @@ class Sampler:
         """The same with options of its decoder exchanged, see :meth:`Decoder.set`.
 
         Example:
-            >>> from nap_decode import decoders, demo
+            >>> from nap_decode import MacroParallelScheduler, decoders, demo
             >>> sampler = Sampler(*demo.load(), decoders.entropy_bounded())
             >>> sampler.set(scheduler=MacroParallelScheduler(), gamma=0.2).decoder.scheduler.hold_until
             1.0
@@ -508,37 +506,6 @@ class Sampler:
                 )
         return tuple(ends)
 
-    def _set_compiled(self) -> None:
-        """The parts that the loop runs with, as ``compile`` says."""
-        denoiser, decoder, device = self.denoiser, self.decoder, self.denoiser.device
-        modes: dict[bool | str, tuple[bool, bool]] = {
-            False: (False, False),
-            "kernels": (True, False),
-            "graphs": (False, True),
-            True: (True, device.type == "cuda"),
-        }
-        if not isinstance(self.compile, bool | str) or self.compile not in modes:
-            raise NapDecodeError(f'compile must be False, True, "kernels" or "graphs", but is {self.compile!r}')
-        kernels, graphs = modes[self.compile]
-        instead = 'which captured steps cannot; use compile="kernels"'
-        if graphs and (decoder.needs.memory or decoder.needs.committed):
-            raise NapDecodeError(f"{type(decoder.committer).__name__} keeps things from step to step, {instead}")
-        if graphs and denoiser.reuse is not None:
-            raise NapDecodeError(f"{type(denoiser.reuse).__name__} chooses positions at each pass, {instead}")
-        if graphs and device.type != "cuda":
-            raise NapDecodeError(
-                f'compile="graphs" needs a model on a CUDA device, but it is on {device}; use compile="kernels", or '
-                "leave it out"
-            )
-        if graphs and (denoiser.is_split or not denoiser.hides_padding):
-            reason = "is split over devices" if denoiser.is_split else "does not hide padding"
-            raise NapDecodeError(f'compile="graphs" is not for a model that {reason}; use compile="kernels"')
-        self._compiled = denoiser, decoder
-        if kernels:
-            committer = decoder.committer.compiled(partial(compiled, dynamic=True))
-            self._compiled = denoiser.compiled(), Decoder(decoder.scheduler, committer, decoder.close_on)
-        self._graphs = Graphs(CudaRecorder(device)) if graphs else None
-
     def _check(self, canvas: Canvas) -> None:
         self.denoiser.check(canvas)
         if self._compiled[0] is not self.denoiser:
@@ -620,7 +587,7 @@ class Sampler:
         )
 
     def _cost_of(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """``(B, 1 + S)`` forward passes, and positions that each of them computed if any reuse; ``(B,)`` steps saved."""
+        """``(B, 1 + S)`` forward passes, and positions that each computed if any reuse; ``(B,)`` steps saved."""
         turns, passes = batch.progress.spent.unbind(1)
         spent = passes[:, None]
         if self.denoiser.reuse is not None:
@@ -655,76 +622,6 @@ class Sampler:
                 f"{type(self.decoder.committer).__name__} committed the mask token; it must not propose the banned ids "
                 "of the prediction"
             )
-
-
-class ParallelForcedSampler(Sampler):
-    """NAP's parallel-forced decoding (arXiv 2602.23225, section 4.2).
-
-    A canvas of m paths and a summary; every step's budget is spread over all paths (macro-parallel), and inside each
-    path the most confident positions are committed (micro-confidence).  The authors published no decoder; what the
-    paper leaves open is decided in :class:`MacroParallelScheduler`.
-
-    Args:
-        model: see :class:`Sampler`.
-        tokenizer: see :class:`Sampler`.
-        num_paths: see :meth:`CanvasTemplate.nap`; 3 by default.
-        path_length: see :meth:`CanvasTemplate.nap`; 330 by default.
-        summary_length: see :meth:`CanvasTemplate.nap`; 32 by default.
-        total_length: see :meth:`CanvasTemplate.nap`.
-        template: a canvas of your own instead of the four options above.
-        tokens_per_step: see :class:`Scheduler`; 4 by default, 1 with an adaptive ``decoder``.
-        steps: see :class:`Scheduler`; instead of ``tokens_per_step``.
-        hold_until: see :class:`MacroParallelScheduler`.
-        temperature: see :class:`MicroConfidenceCommitter`.
-        decoder: anything else, such as ``decoders.parallel_forced().set(confidence="margin")``.
-        mask_token_id: see :class:`Denoiser`.
-        compile: see :class:`Sampler`.
-
-    Example:
-        >>> from nap_decode import demo
-        >>> model, tokenizer = demo.load()
-        >>> sampler = ParallelForcedSampler(model, tokenizer, path_length=11, summary_length=2, tokens_per_step=6)
-        >>> out = sampler("6 0 6 4 6 2 1 2 4 7 0 6 =")
-        >>> print(out.text)
-        <think 1> 6 0 4 2 0 1 3 7 0 0 6
-        <think 2> 4 5 7 3 4 4 2 4 4 2 6
-        <think 3> 3 3 5 3 3 5 1 7 5 4 6
-        <summary> 6
-    """
-
-    def __init__(
-        self,
-        model: Denoiser | Model,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        *,
-        num_paths: int | None = None,
-        path_length: int | Sequence[int] | None = None,
-        summary_length: int | None = None,
-        total_length: int | None = None,
-        template: CanvasTemplate | None = None,
-        tokens_per_step: int | None = None,
-        steps: int | None = None,
-        hold_until: float | None = None,
-        temperature: float | None = None,
-        decoder: Decoder | None = None,
-        mask_token_id: int | None = None,
-        compile: bool | str = False,
-    ) -> None:
-        if decoder is None:
-            decoder = Decoder(MacroParallelScheduler(tokens_per_step=4))
-        own = {"tokens_per_step": tokens_per_step, "steps": steps, "hold_until": hold_until, "temperature": temperature}
-        decoder = decoder.set(**{name: value for name, value in own.items() if value is not None})
-        lengths = (num_paths, path_length, summary_length, total_length)
-        if template is not None and lengths != (None,) * 4:
-            raise NapDecodeError("a template has its own blocks; leave out num_paths and the lengths, or the template")
-        if template is None:
-            template = CanvasTemplate.nap(
-                3 if num_paths is None else num_paths,
-                path_length=path_length,
-                summary_length=32 if summary_length is None else summary_length,
-                total_length=total_length,
-            )
-        super().__init__(model, tokenizer, decoder, template=template, mask_token_id=mask_token_id, compile=compile)
 
 
 _Waiting: TypeAlias = "tuple[int, list[int], int | None]"
