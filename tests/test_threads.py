@@ -7,8 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from models import MASK, Words, needs_transformers_5, tiny_model
-from test_denoiser import build
+from models import MASK, Words, build, needs_transformers_5, tiny_model
 from samplers import NAMES, make
 
 from nap_decode import (
@@ -20,8 +19,8 @@ from nap_decode import (
     Denoiser,
     DriftReuse,
     Sampler,
-    likelihood,
 )
+from nap_decode.measure import likelihood
 from nap_decode.model.rows import Rows
 
 PROMPTS = [[5, 6, 7], [8, 9, 10], [11, 12, 13, 14]]  # shapes that coincide, and one that does not

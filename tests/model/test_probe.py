@@ -12,9 +12,7 @@ import torch
 from models import MASK, BlockLike, Remote, Words, tiny_model
 from torch import nn
 
-from nap_decode import AnyOrderScheduler, Canvas, CommittedReuse, Decoder, Denoiser, NapDecodeError, Sampler
-from nap_decode.decoders import presets
-from nap_decode.integrations import llada
+from nap_decode import AnyOrderScheduler, Canvas, CommittedReuse, Decoder, Denoiser, NapDecodeError, Sampler, decoders
 from nap_decode.measure import likelihood
 
 
@@ -57,15 +55,18 @@ def test_block_models_are_asked_twice():
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("name", ["llada", "preset", "sampler", "likelihood"])
+@pytest.mark.parametrize("name", ["llada", "decoder", "sampler", "likelihood"])
 def test_the_second_time_every_call_is_a_pass(name):
     model, prompt = tiny_model(), torch.tensor([[5, 6, 7]])
 
     def run():
         if name == "llada":
+            from nap_decode.integrations import llada
+
             llada.generate(model, prompt, steps=4, gen_length=4, block_length=4, mask_id=MASK)
-        elif name == "preset":
-            presets.llada_low_confidence(model, mask_token_id=MASK, steps=4)([[5, 6, 7]], max_new_tokens=4)
+        elif name == "decoder":
+            decoder = decoders.llada_low_confidence().set(steps=4)
+            Sampler(model, mask_token_id=MASK, decoder=decoder)([[5, 6, 7]], max_new_tokens=4)
         elif name == "sampler":
             sampler = Sampler(model, mask_token_id=MASK, decoder=Decoder(AnyOrderScheduler(steps=4)))
             sampler([[5, 6, 7]], max_new_tokens=4)
@@ -108,11 +109,15 @@ def add_adapters(model):
 def test_a_model_that_has_changed_is_asked_again(change, reuse):
     """What was made before decodes as what is made after."""
     model = tiny_model()
-    before = Sampler(Denoiser(model, mask_token_id=MASK, reuse=reuse), decoder=Decoder(AnyOrderScheduler(tokens_per_step=1)))
+    before = Sampler(
+        Denoiser(model, mask_token_id=MASK, reuse=reuse), decoder=Decoder(AnyOrderScheduler(tokens_per_step=1))
+    )
     before([[5, 6, 7]], max_new_tokens=2)
     with torch.random.fork_rng():
         change(model)
-    after = Sampler(Denoiser(model, mask_token_id=MASK, reuse=reuse), decoder=Decoder(AnyOrderScheduler(tokens_per_step=1)))
+    after = Sampler(
+        Denoiser(model, mask_token_id=MASK, reuse=reuse), decoder=Decoder(AnyOrderScheduler(tokens_per_step=1))
+    )
     prompts = [[5, 6, 7], [8, 28 if change is resize else 9]]
     ours, theirs = (one(prompts, max_new_tokens=6, progress=False) for one in (before, after))
     assert ours.sequences.tolist() == theirs.sequences.tolist()
@@ -125,8 +130,9 @@ def test_a_compiled_model_that_has_changed_is_compiled_again():
     torch._dynamo.reset()
     model = tiny_model()
     compiled = Sampler(
-        Denoiser(model, mask_token_id=MASK).compiled(backend="eager"), decoder=Decoder(AnyOrderScheduler(tokens_per_step=1)
-    ))
+        Denoiser(model, mask_token_id=MASK).compiled(backend="eager"),
+        decoder=Decoder(AnyOrderScheduler(tokens_per_step=1)),
+    )
     plain = Sampler(Denoiser(model, mask_token_id=MASK), decoder=Decoder(AnyOrderScheduler(tokens_per_step=1)))
     before = compiled([[5, 6, 7]], max_new_tokens=6)
     with torch.random.fork_rng():
@@ -234,7 +240,9 @@ def test_a_head_that_is_called_twice_is_left_alone():
 @pytest.mark.parametrize("reuse", [None, CommittedReuse()])
 def test_inference_mode(reuse):
     model = tiny_model()
-    sampler = Sampler(Denoiser(model, mask_token_id=MASK, reuse=reuse), decoder=Decoder(AnyOrderScheduler(tokens_per_step=1)))
+    sampler = Sampler(
+        Denoiser(model, mask_token_id=MASK, reuse=reuse), decoder=Decoder(AnyOrderScheduler(tokens_per_step=1))
+    )
     function = Sampler(
         lambda ids, mask: model(input_ids=ids, attention_mask=mask).logits,
         mask_token_id=MASK,
