@@ -44,7 +44,7 @@ from nap_decode import (
     NapDecodeError,
     Sampler,
 )
-from nap_decode.model.attention import visibility
+from nap_decode.model.call import visibility
 from nap_decode.model.head import Head
 from nap_decode.model.probe import Probe
 from nap_decode.model.rows import Rows
@@ -126,11 +126,11 @@ def test_logits_are_sliced_if_the_head_is_not_a_module(ragged):
     model = tiny_model()
     denoiser = Denoiser(model, mask_token_id=MASK)
     expected = denoiser(ragged.tokens, WANTED, ragged)
-    denoiser._call.head = Head(None)
+    denoiser.call.head = Head(None)
     torch.testing.assert_close(denoiser(ragged.tokens, WANTED, ragged), expected, rtol=0, atol=1e-12)
     model.get_output_embeddings = model.get_input_embeddings  # as tied models may say; it is called with ids
     tied = Denoiser(model, mask_token_id=MASK)
-    assert isinstance(tied._call.head.layer, nn.Embedding)
+    assert isinstance(tied.call.head.layer, nn.Embedding)
     torch.testing.assert_close(tied(ragged.tokens, WANTED, ragged), expected, rtol=0, atol=1e-12)
 
 
@@ -577,9 +577,7 @@ class TestNoLeaveOneOut:
             NapDecodeError, match=r"hidden must be bool of wanted's shape \(3, 3\), but is .*bool \(3, 1\)"
         ):
             denoiser(ragged.tokens, WANTED, ragged, hidden=torch.ones(3, 1, dtype=torch.bool))
-        with pytest.raises(
-            NapDecodeError, match=r"tokens must be \(B, L\) or \(J \* B, L\), .* are \(4, 10\) and \(3, 3\)"
-        ):
+        with pytest.raises(NapDecodeError, match=r"tokens must be \(J \* 3, 10\), .* are \(4, 10\) and \(3, 3\)"):
             denoiser(ragged.tokens[[0, 0, 1, 2]], WANTED, ragged)
 
 

@@ -272,9 +272,9 @@ def test_gradients(ragged):
 def test_shapes_that_do_not_fit(tiny, ragged):
     denoiser, rows = Denoiser(tiny, mask_token_id=MASK), Rows.of(ragged)
     tokens, wanted = ragged.tokens, torch.zeros(3, 1, dtype=torch.int64)
-    with pytest.raises(NapDecodeError, match=r"tokens must be \(1 \* 3, 10\), .* are \(4, 10\) and \(3, 1\)"):
+    with pytest.raises(NapDecodeError, match=r"tokens must be \(J \* 3, 10\), .* are \(4, 10\) and \(3, 1\)"):
         denoiser.predict(rows, tokens[[0, 0, 1, 2]], wanted, torch.arange(3))
-    with pytest.raises(NapDecodeError, match=r"tokens must be \(1 \* 3, 10\), .* are \(3, 9\) and \(3, 1\)"):
+    with pytest.raises(NapDecodeError, match=r"tokens must be \(J \* 3, 10\), .* are \(3, 9\) and \(3, 1\)"):
         denoiser.predict(rows, tokens[:, :9], wanted, torch.arange(3))
     with pytest.raises(NapDecodeError, match=r"hidden must be bool of wanted's shape \(3, 1\)"):
         denoiser.predict(rows, tokens, wanted, torch.arange(3), hidden=wanted)

@@ -14,6 +14,7 @@ from torch import nn
 
 from nap_decode import AnyOrderScheduler, Canvas, CommittedReuse, Decoder, Denoiser, NapDecodeError, Sampler, decoders
 from nap_decode.measure import likelihood
+from nap_decode.speed.compile import compiled_model
 
 
 def watched(model):
@@ -26,7 +27,7 @@ def watched(model):
 def test_every_call_that_is_no_pass():
     """As docs/families.md says."""
     model = tiny_model()
-    told = Denoiser(model, mask_token_id=MASK)._call.must_be_told  # a release that does not read is_causal
+    told = Denoiser(model, mask_token_id=MASK).must_be_told  # a release that does not read is_causal
     model = tiny_model()
     calls = watched(model)
     denoiser = Denoiser(model, mask_token_id=MASK)
@@ -130,7 +131,7 @@ def test_a_compiled_model_that_has_changed_is_compiled_again():
     torch._dynamo.reset()
     model = tiny_model()
     compiled = Sampler(
-        Denoiser(model, mask_token_id=MASK).compiled(backend="eager"),
+        compiled_model(Denoiser(model, mask_token_id=MASK), backend="eager"),
         decoder=Decoder(AnyOrderScheduler(tokens_per_step=1)),
     )
     plain = Sampler(Denoiser(model, mask_token_id=MASK), decoder=Decoder(AnyOrderScheduler(tokens_per_step=1)))

@@ -12,9 +12,9 @@ from nap_decode.canvas import CanvasTemplate
 from nap_decode.demo import NUM_PATHS, PATH_LENGTH, SUMMARY_LENGTH, load, sample_problems
 from nap_decode.measure.arness import ARnessMeter
 from nap_decode.model.denoiser import Denoiser
+from nap_decode.nap import ParallelForcedSampler
 from nap_decode.parts.committer import MicroConfidenceCommitter
 from nap_decode.parts.scheduler import AnyOrderScheduler, BlockScheduler, MacroParallelScheduler
-from nap_decode.nap import ParallelForcedSampler
 from nap_decode.run.sampler import Sampler
 from nap_decode.run.state import DecodeState
 
