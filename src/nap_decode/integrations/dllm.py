@@ -22,10 +22,7 @@ from nap_decode.base.errors import NapDecodeError, check_integer, check_name, re
 from nap_decode.canvas import Canvas, CanvasTemplate
 from nap_decode.decoders.dream import AncestralSchedule
 from nap_decode.decoders.llada import ProbabilityWithout
-from nap_decode.integrations._shared import PUBLISHED_PRECISION, Padded, find, make
-from nap_decode.model.denoiser import Denoiser, LogitsProcessor
-from nap_decode.model.families import find_family
-from nap_decode.model.foreign import innermost
+from nap_decode.integrations._shared import PUBLISHED_PRECISION, Padded, dream_decoder, find, make, make_denoiser
 from nap_decode.parts.decoder import Decoder
 from nap_decode.parts.schedule import Schedule
 from nap_decode.parts.scheduler import AnyOrderScheduler, SemiAutoregressiveScheduler
@@ -259,30 +256,22 @@ class Sampler:
             decided = [n for n, own in names.items() if own not in known or own in self.decoder_options]
             refuse({n: options[n] for n in decided}, {}, "the decoder, or its options in using(...), decide that")
             how = find(self.decoder, {own: options[name] for name, own in names.items()} | dict(self.decoder_options))
-        processors: list[LogitsProcessor] = []
-        if options.get("suppress_tokens"):
-            from transformers import SuppressTokensLogitsProcessor
-
-            processors.append(SuppressTokensLogitsProcessor(options["suppress_tokens"]))
-        family = find_family(getattr(innermost(self.model), "config", None))
-        denoiser = Denoiser(
+        denoiser = make_denoiser(
             self.model,
             self.tokenizer,
+            is_shifted=options["right_shift_logits"],
+            never=options.get("suppress_tokens") or (),
             mask_token_id=self.tokenizer.mask_token_id,
-            family=replace(family, shift=True) if options["right_shift_logits"] else family,
             cfg_scale=options["cfg_scale"],
-            logits_processor=processors,
         )
         return make(how, denoiser, template=self.template)
 
     def _dream(self, options: dict[str, Any]) -> Decoder:
         """What ``DreamSampler`` does."""
-        check_name("alg", options["alg"], ("maskgit_plus", "topk_margin", "entropy"))  # it has no other
         refuse({"eps": options["eps"]}, {"eps": _DREAM["eps"]}, "DreamSampler does not use it")
         rule = {name: options[name] for name in ("temperature", "top_p", "top_k", "alg_temp")}
-        rule["top_p"] = None if rule["top_p"] is not None and rule["top_p"] >= 1 else rule["top_p"]
-        scheduler = AnyOrderScheduler(steps=options["steps"], schedule=self._schedule(options))
-        return decoders.make(f"dream_{options['alg']}", **rule).set(scheduler=scheduler)
+        decoder = dream_decoder(options["alg"], ("maskgit_plus", "topk_margin", "entropy"), rule)  # it has no other
+        return decoder.set(scheduler=AnyOrderScheduler(steps=options["steps"], schedule=self._schedule(options)))
 
     def _mdlm(self, options: dict[str, Any], length: int, on_grid: bool) -> Decoder:
         """What ``MDLMSampler`` does."""

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nap_decode import decoders
 from nap_decode.base.errors import NapDecodeError, check_integer, check_name, refuse
 from nap_decode.canvas import Canvas, CanvasTemplate
 from nap_decode.integrations._hooks import Hook, HookedDenoiser, Recounting, edited
-from nap_decode.integrations._shared import PUBLISHED_PRECISION, AnySampler, Padded, bind, find
+from nap_decode.integrations._shared import (
+    PUBLISHED_PRECISION,
+    AnySampler,
+    Padded,
+    bind,
+    dream_decoder,
+    find,
+    make_denoiser,
+)
 from nap_decode.model.denoiser import Denoiser
-from nap_decode.model.families import find_family
 from nap_decode.model.foreign import innermost, owner_of_attributes
 from nap_decode.run.generate import check_same_model
 from nap_decode.run.sampler import Sampler
@@ -156,24 +162,21 @@ class _DiffusionGenerate:
 
     def _bind(self, options: dict[str, Any], generation_config: Any, kwargs: dict[str, Any]) -> Sampler:
         def denoiser() -> Denoiser:
-            family = replace(find_family(self._model_config), shift=True)  # as Dream, whatever the model
-            return Denoiser(self.model, mask_token_id=options["mask_token_id"], family=family)
+            return make_denoiser(self.model, is_shifted=True, mask_token_id=options["mask_token_id"])
 
         if self.sampler is not None:
             given = {name: value for name, value in vars(generation_config or object).items() if name in _RULE} | kwargs
             ineffective = {name: given[name] for name in _RULE if given.get(name) is not None}
             refuse(ineffective, _RULE, "the sampler that was installed decides that")
-            sampler = bind(self.sampler, self.model, denoiser)
+            sampler = bind(self.sampler, denoiser, self.model)
             if sampler.template is not None:
                 lengths = {name: kwargs[name] for name in _LENGTH if name in kwargs}
                 refuse(lengths, dict.fromkeys(lengths), "the sampler that was installed has a template")
             return sampler
         rule = {name: options[name] for name in _RULE if name != "alg"}
-        rule["top_p"] = None if rule["top_p"] is not None and rule["top_p"] >= 1 else rule["top_p"]
-        check_name("alg", options["alg"], ALGORITHMS)
         if options["alg"] == "origin":
             refuse({"alg_temp": rule.pop("alg_temp") or None}, {}, "alg='origin' chooses positions at random")
-        decoder = decoders.make(f"dream_{options['alg']}", **rule)
+        decoder = dream_decoder(options["alg"], ALGORITHMS, rule)
         return Sampler(denoiser(), decoder=decoder.set(**PUBLISHED_PRECISION) if self.model_precision else decoder)
 
     def _expand(self, ids: Tensor, attention_mask: Tensor | None, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
