@@ -22,16 +22,16 @@ import torch
 from nap_decode import (
     AnyOrderScheduler,
     BlockReuse,
-    BlockScheduler,
     CanvasTemplate,
     CommittedReuse,
+    Decoder,
     Denoiser,
     DriftReuse,
     MacroParallelScheduler,
     MicroConfidenceCommitter,
     PromptReuse,
-    Reuse,
     Sampler,
+    Scheduler,
     SemiAutoregressiveScheduler,
     demo,
 )
@@ -39,7 +39,7 @@ from nap_decode.bench import Shape, Workload, environment
 from nap_decode.bench.observing import interleave
 from nap_decode.demo.problems import NUM_PATHS, PATH_LENGTH, SUMMARY_LENGTH, sample_problems
 from nap_decode.model.rows import Rows, to_rows
-from nap_decode.speed.reuse import Kept
+from nap_decode.speed.reuse import Kept, Reuse
 
 DOCS = Path(__file__).parents[1] / "docs"
 SEED = 6000
@@ -59,7 +59,7 @@ POLICIES: dict[str, Reuse | None] = {
 }
 PATHS = CanvasTemplate.nap(NUM_PATHS, path_length=PATH_LENGTH, summary_length=SUMMARY_LENGTH)
 CHAIN = CanvasTemplate.plain(NUM_PATHS * PATH_LENGTH + SUMMARY_LENGTH)
-DECODERS: dict[str, tuple[str, CanvasTemplate, Callable[[int], BlockScheduler], str]] = {
+DECODERS: dict[str, tuple[str, CanvasTemplate, Callable[[int], Scheduler], str]] = {
     "paths, parallel-forced": ("paths", PATHS, lambda k: MacroParallelScheduler(tokens_per_step=k), "probability"),
     "paths, any-order": ("paths", PATHS, lambda k: AnyOrderScheduler(tokens_per_step=k), "probability"),
     "chain, left to right": ("chain", CHAIN, lambda k: AnyOrderScheduler(tokens_per_step=k), "leftmost"),
@@ -93,8 +93,7 @@ def measure_accuracy(num_problems: int) -> dict[str, Any]:
             for policy, reuse in POLICIES.items():
                 sampler = Sampler(
                     denoiser if reuse is None else denoiser.replace(reuse=reuse),
-                    scheduler=scheduler(tokens_per_step),
-                    committer=MicroConfidenceCommitter(confidence=confidence),
+                    decoder=Decoder(scheduler(tokens_per_step), MicroConfidenceCommitter(confidence=confidence)),
                     template=template,
                 )
                 out = sampler([problem.prompt for problem in problems], progress=False)

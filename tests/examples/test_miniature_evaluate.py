@@ -17,7 +17,7 @@ from examples.miniature.evaluate import (
     score,
     write_results,
 )
-from nap_decode import MacroParallelScheduler, NapDecodeError, Sampler, demo
+from nap_decode import Decoder, MacroParallelScheduler, NapDecodeError, Sampler, demo
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +46,9 @@ def test_measuring(evaluation):
     result = evaluation.measure(DECODERS["parallel_forced"], 6, "test", 20)
     operands = NIM_SUM.sample(np.random.default_rng(30_000), 20)
     sampler = Sampler(
-        evaluation.denoiser, scheduler=MacroParallelScheduler(tokens_per_step=6), template=LAYOUTS["paths"].template
+        evaluation.denoiser,
+        decoder=Decoder(MacroParallelScheduler(tokens_per_step=6)),
+        template=LAYOUTS["paths"].template,
     )
     output = sampler([NIM_SUM.prompt(row) for row in operands])
     answers = [str(answer) for answer in NIM_SUM.answer(operands)]
@@ -63,7 +65,9 @@ def test_scoring_tells_right_from_wrong(evaluation):
     """The answer counts where the layout has it, and nowhere else."""
     operands = NIM_SUM.sample(np.random.default_rng(1), 2)
     sampler = Sampler(
-        evaluation.denoiser, scheduler=MacroParallelScheduler(tokens_per_step=12), template=LAYOUTS["paths"].template
+        evaluation.denoiser,
+        decoder=Decoder(MacroParallelScheduler(tokens_per_step=12)),
+        template=LAYOUTS["paths"].template,
     )
     output = sampler([NIM_SUM.prompt(row) for row in operands])
     slots = LAYOUTS["paths"].write(NIM_SUM, operands)

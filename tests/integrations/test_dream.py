@@ -501,7 +501,9 @@ class TestHooks:
 
 
 class TestOtherSamplers:
-    @pytest.mark.parametrize("decoder", ["fast_dllm_threshold", decoders.fast_dllm_threshold()], ids=["name", "decoder"])
+    @pytest.mark.parametrize(
+        "decoder", ["fast_dllm_threshold", decoders.fast_dllm_threshold()], ids=["name", "decoder"]
+    )
     def test_a_decoder(self, tiny, dream, decoder):
         install(tiny, decoder)
         out = tiny.diffusion_generate(

@@ -189,5 +189,8 @@ def test_it_is_a_part_that_is_saved(tmp_path):
     again = type(sampler).load(tmp_path / "sampler.json", Confident(1), mask_token_id=MASK)
     assert again.decoder.committer == committer
     want = sampler.generate(torch.tensor([[5, 6]]), max_new_tokens=12)
-    for one in (again, sampler.set(committer=committer.compiled(lambda function: function))):  # compiled, it is what it was
+    for one in (
+        again,
+        sampler.set(committer=committer.compiled(lambda function: function)),
+    ):  # compiled, it is what it was
         assert torch.equal(one.generate(torch.tensor([[5, 6]]), max_new_tokens=12), want)
