@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nap_decode import decoders
 from nap_decode.base.errors import check_name, refuse
-from nap_decode.decoders.llada import ProbabilityWithout
+from nap_decode.decoders.llada import ProbabilityWithout, llada_low_confidence, llada_random
 from nap_decode.integrations._shared import PUBLISHED_PRECISION, AnySampler, bind, make_denoiser
 from nap_decode.model.denoiser import Denoiser
 from nap_decode.parts.decoder import Decoder
@@ -97,6 +96,6 @@ def _published(block_length: int, remasking: str, ends_last: bool) -> Decoder:
     check_name("remasking", remasking, ("low_confidence", "random"))
     if remasking == "random":
         refuse({"confidence_eos_eot_inf": ends_last}, {"confidence_eos_eot_inf": False}, "remasking is random")
-        return decoders.llada_random(block_length=block_length)
+        return llada_random(block_length=block_length)
     confidence = ProbabilityWithout((EOS_TOKEN_ID, EOT_TOKEN_ID)) if ends_last else "probability"
-    return decoders.llada_low_confidence(block_length=block_length, confidence=confidence)
+    return llada_low_confidence(block_length=block_length, confidence=confidence)
