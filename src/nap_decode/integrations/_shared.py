@@ -101,7 +101,7 @@ def dream_decoder(alg: str, known: Iterable[str], rule: Mapping[str, Any]) -> De
     """One of Dream's algorithms with its options, of which a ``top_p`` of 1 cuts off nothing."""
     check_name("alg", alg, known)
     cuts = rule["top_p"] is not None and rule["top_p"] < 1
-    return decoders.make(f"dream_{alg}", **rule | {"top_p": rule["top_p"] if cuts else None})
+    return decoders.make(f"dream_{alg}", **{**rule, "top_p": rule["top_p"] if cuts else None})
 
 
 def option(decoder: Decoder, name: str) -> Any:

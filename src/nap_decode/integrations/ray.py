@@ -134,7 +134,7 @@ def generate(
         "options": {"seed": seed, "max_batch": max_batch, "max_tokens": max_tokens},
         "packed": packed,
     }
-    return stage.map_batches(  # type: ignore[no-any-return]
+    return stage.map_batches(
         _Worker,
         fn_constructor_kwargs=worker,
         batch_format="pyarrow",
