@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -27,6 +27,12 @@ class Output(NamedTuple):
 
     rows: Tensor
     is_hidden: bool
+
+    @staticmethod
+    def joined(parts: Sequence[tuple[Tensor, Output]]) -> Output:
+        """That of a batch, of its parts and the rows ``(n,)`` that each has."""
+        values, index = torch.cat([output.rows for _, output in parts]), torch.cat([rows for rows, _ in parts])
+        return Output(torch.empty_like(values).index_copy_(0, index.to(values.device), values), parts[0][1].is_hidden)
 
 
 class Head:

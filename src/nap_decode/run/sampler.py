@@ -169,7 +169,7 @@ class Sampler:
         output = self.decode(canvas, **options)
         # The one place with padding on the left.
         width = input_ids.shape[1] + int(canvas.row_lengths[0]) - len(rows[0])
-        columns = torch.arange(width) - (width - canvas.row_lengths[:, None])
+        columns = torch.arange(width, device="cpu") - (width - canvas.row_lengths[:, None])
         sequences = output.trace.tokens.gather(1, columns.clamp(min=0))
         sequences = sequences.masked_fill(columns < 0, self.denoiser.pad_token_id).to(input_ids.device)
         return replace(output, sequences=sequences) if return_dict_in_generate else sequences

@@ -12,6 +12,7 @@ policies but :class:`DriftReuse` every position where a prediction is wanted.
 from __future__ import annotations
 
 import abc
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -19,10 +20,20 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv1d, pad
 
-from nap_decode.base.errors import check_between, check_flag, check_integer
-from nap_decode.model.rows import join, narrow
+from nap_decode.base.batching import host_tensor, join, narrow
+from nap_decode.base.errors import NapDecodeError, check_between, check_flag, check_integer
+from nap_decode.model.call import ModelCall, visibility
+from nap_decode.model.denoiser import Denoiser
+from nap_decode.model.foreign import attention_window
+from nap_decode.model.head import Output, take
+from nap_decode.model.probe import Probing, differ
+from nap_decode.model.rows import Rows
+from nap_decode.speed.kv import Store, call_storing
 
 __all__ = ["BlockReuse", "CommittedReuse", "DriftReuse", "Glance", "Kept", "PromptReuse", "Reuse", "computed_positions"]
+
+_BRANCHES = ("given", "free")
+"""What is kept apart: the rows, and under guidance those without their prompt."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,6 +168,115 @@ class Reuse(abc.ABC):
     def concerns(self, changed: Tensor) -> Tensor:
         """``(B, W)`` float32: how much changes, ``(B, W)`` bool, concern each position."""
         return changed.float()
+
+    def check(self, denoiser: Denoiser) -> None:
+        """Raise unless the model can be called for some of the positions; a few small forward passes, made once.
+
+        Raises:
+            NapDecodeError: a model that takes no positions, hides no padding, attends to a window, keeps its keys and
+                values to itself, or needs its output layer at once where the policy needs it later.
+        """
+        name, probing = denoiser.call.name, denoiser.probing
+        if self.leaves_out_wanted and not denoiser.call.head.is_late:
+            raise NapDecodeError(
+                f"{type(self).__name__} keeps what goes into the output layer, which cannot be told from the rest of "
+                f"{name}; use CommittedReuse()"
+            )
+        reason = probing.why_not("compute some positions", lambda: _why_not(probing))
+        if reason is not None:
+            raise NapDecodeError(
+                f"{name} ({denoiser.family.name}) cannot reuse keys and values: {reason}. Decode it without reuse="
+            )
+
+    def forward(
+        self,
+        call: ModelCall,
+        rows: Rows,
+        branches: Sequence[Tensor],
+        wanted: Tensor,
+        is_slot: Tensor,
+        kept: dict[str, Kept],
+    ) -> Output:
+        """One forward pass; see :class:`nap_decode.model.denoiser.Reuse`."""
+        # Added up, as a position may stand there twice: as a slot, and to fill up.
+        where = torch.zeros_like(branches[0]).scatter_add_(1, wanted, is_slot.long()) > 0
+        outputs = []
+        for name, tokens in zip(_BRANCHES, branches, strict=False):
+            before = kept.get(name) or Kept.nothing(len(tokens), rows.width, tokens.device)
+            computed, whole, kept[name] = self.plan(before, tokens, where, rows.prompt, rows.present)
+            outputs.append(self._compute(call, rows, tokens, wanted, computed, whole, kept[name].states))
+        if len(outputs) == 1:
+            return outputs[0]
+        return Output(torch.cat([output.rows for output in outputs]), outputs[0].is_hidden)
+
+    def count(self, rows: Rows, branches: int, kept: dict[str, Kept]) -> None:
+        """Note down a pass that computed everything."""
+        lengths = host_tensor(rows.lengths, rows.prompt.device)
+        for name in _BRANCHES[:branches]:
+            before = kept.get(name) or Kept.nothing(len(lengths), rows.width, lengths.device)
+            kept[name] = before.counted(lengths)
+
+    def _compute(
+        self,
+        call: ModelCall,
+        rows: Rows,
+        tokens: Tensor,
+        wanted: Tensor,
+        computed: Tensor,
+        whole: Tensor,
+        states: dict[str, Tensor],
+    ) -> Output:
+        """One call for rows that are computed as a whole, and one for the others, of as many positions as it takes."""
+        counts, is_whole = torch.stack([computed.sum(1), whole.long()]).tolist()  # the one place that waits
+        outputs = []
+        for kind in (True, False):
+            some = [row for row, flag in enumerate(is_whole) if bool(flag) == kind]
+            if some:
+                index = torch.tensor(some, device=tokens.device)
+                most = None if kind else max(1, *(counts[row] for row in some))
+                only = None if len(some) == len(tokens) else index
+                outputs.append((index, self._call(call, rows, tokens, wanted, computed, states, only, most)))
+        return outputs[0][1] if len(outputs) == 1 else Output.joined(outputs)
+
+    def _call(
+        self,
+        call: ModelCall,
+        rows: Rows,
+        tokens: Tensor,
+        wanted: Tensor,
+        computed: Tensor,
+        states: dict[str, Tensor],
+        index: Tensor | None,
+        most: int | None,
+    ) -> Output:
+        """Call the model for some rows ``(n,)``, or all: for ``most`` positions of each, or for all."""
+        number, width = tokens.shape
+        present = rows.present
+        if index is not None:
+            tokens, wanted, computed, present = (values[index] for values in (tokens, wanted, computed, present))
+        positions, places = None, wanted
+        if most is None:
+            hidden = present if rows.is_padded else None
+            options = call.options(rows) if index is None else call.whole(tokens.shape, hidden, tokens.device)
+        else:
+            positions = computed.long().argsort(dim=1, descending=True, stable=True)[:, :most]
+            # Rows with fewer positions bring one of theirs more than once, which changes nothing.
+            positions = torch.where(computed.gather(1, positions), positions, positions[:, :1])
+            columns = torch.arange(width, device=tokens.device).expand_as(present)
+            seen = visibility(columns, present, queries=positions, block_size=call.block_size)
+            options, tokens = call.some(positions, seen), tokens.gather(1, positions)
+            each = torch.arange(positions.shape[1], device=tokens.device).expand_as(positions)
+            places = torch.zeros_like(columns).scatter(1, positions, each).gather(1, wanted)
+        # Everything is made anew where everything is called: compiled code would look at what was there before.
+        store = Store({} if most is None and index is None else states, number, width, index, positions)
+        if self.leaves_out_wanted:
+            every = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+            output = call_storing(call, tokens, options, every, store)
+            output = output._replace(rows=take(store.put("outputs", output.rows[:, None])[:, 0], wanted))
+        else:
+            output = call_storing(call, tokens, options, places, store)
+        states.update(store.states)
+        return output
 
     def plan(
         self, kept: Kept, tokens: Tensor, wanted: Tensor, prompt: Tensor, present: Tensor
@@ -325,6 +445,39 @@ class DriftReuse(Reuse):
         rank = urgency.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         most = (self.share * wanted.sum(1, keepdim=True)).ceil()
         return wanted & ((rank < most) | (age + 1 >= self.max_age) | ~glance.kept.opened)
+
+
+def _why_not(probing: Probing) -> str | None:
+    """What is wrong with calls for some positions, if anything: they must agree with calls for all positions."""
+    call, head = probing.call, probing.call.head
+    if probing.tokens is None or "position_ids" not in call.arguments:
+        return "it takes no position_ids"
+    if attention_window(call.config) is not None:
+        return "some of its layers attend to a window only"
+    if call.is_split:
+        return "it is split over devices"
+    if not probing.hides_padding:
+        return "it does not hide padding"
+    rows, tokens, wanted = probing.padded()
+    other = tokens.clone()
+    other[:, 1] = probing.tokens[2, 1]
+    before, after = (head.logits(call.with_rows(rows, one, wanted)) for one in (other, tokens))
+    kept: dict[str, Kept] = {}
+    # The whole of other rows; then all positions of these, called for as some; then one, though nothing is new.
+    steps = [(PromptReuse(refresh_every=1), other, before), (CommittedReuse(delay=9), tokens, after)]
+    try:
+        for policy, one, expected in (*steps, (CommittedReuse(), tokens, after)):
+            found = head.logits(policy.forward(call, rows, [one], wanted, wanted >= 0, kept))
+            if not kept[_BRANCHES[0]].states:
+                return (
+                    "it takes no cache, and its attention is not torch's scaled_dot_product_attention; "
+                    "attn_implementation='sdpa' may"
+                )
+            if differ(found, expected, effect=(before - after).abs().max()):
+                return "asked for some positions, it does not say what it says when it is asked for all"
+    except Exception as error:
+        return f"asked for some positions, it fails ({type(error).__name__}: {error})"
+    return None
 
 
 REUSES: dict[str, type[Reuse]] = {
