@@ -24,7 +24,7 @@ from nap_decode.integrations._shared import (
     make_denoiser,
 )
 from nap_decode.model.denoiser import Denoiser
-from nap_decode.model.foreign import innermost, owner_of_attributes
+from nap_decode.model.foreign import innermost
 from nap_decode.model.prediction import Prediction
 from nap_decode.model.rows import Rows
 from nap_decode.parts.committer import Committer, Predict
@@ -94,11 +94,16 @@ def install(model: Any, sampler: AnySampler | None = None, *, model_precision: b
             check_same_model(sampler, model)
         else:
             find(sampler)
-    owner = owner_of_attributes(model)
+    owner = _owner(model)
     before = vars(owner).get("diffusion_generate")
     if isinstance(before, _DiffusionGenerate):
         before = before.before
     owner.diffusion_generate = _DiffusionGenerate(model, sampler, model_precision, before)
+
+
+def _owner(model: Any) -> Any:
+    """The module that gets what is set on a model: torch.compile's wrapper hands it on."""
+    return getattr(model, "_orig_mod", model)
 
 
 def uninstall(model: Any) -> None:
@@ -107,7 +112,7 @@ def uninstall(model: Any) -> None:
     Raises:
         NapDecodeError: it is not there.
     """
-    owner = owner_of_attributes(model)
+    owner = _owner(model)
     installed = vars(owner).get("diffusion_generate")
     if not isinstance(installed, _DiffusionGenerate):
         raise NapDecodeError(f"nothing is installed on this {type(model).__name__}; install(model) does it")
