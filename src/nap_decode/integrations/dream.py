@@ -17,7 +17,7 @@ from nap_decode.integrations._hooks import TokensHook, edit_tokens, with_hooks
 from nap_decode.integrations._shared import AnySampler, bind, in_model_precision, refuse
 from nap_decode.model.denoiser import Denoiser
 from nap_decode.model.families import find_family
-from nap_decode.model.foreign import innermost, owner_of_attributes
+from nap_decode.model.foreign import innermost
 from nap_decode.run.sampler import Sampler
 
 _ALGORITHMS: dict[str, Callable[..., Sampler]] = {
@@ -77,7 +77,7 @@ def install(model: Any, sampler: AnySampler | None = None, *, model_precision: b
         bind(sampler, model, lambda: sampler.denoiser)
     if sampler is not None:
         refuse({"model_precision": model_precision}, {"model_precision": False}, "the sampler decides that")
-    owner = owner_of_attributes(model)
+    owner = getattr(model, "_orig_mod", model)
     before = vars(owner).get("diffusion_generate")
     if isinstance(before, _DiffusionGenerate):
         before = before.before
@@ -90,7 +90,7 @@ def uninstall(model: Any) -> None:
     Raises:
         NapDecodeError: it is not there.
     """
-    owner = owner_of_attributes(model)
+    owner = getattr(model, "_orig_mod", model)
     installed = vars(owner).get("diffusion_generate")
     if not isinstance(installed, _DiffusionGenerate):
         raise NapDecodeError(f"nothing is installed on this {type(model).__name__}; install(model) does it")

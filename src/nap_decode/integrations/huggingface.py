@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from nap_decode.base.errors import NapDecodeError
+from nap_decode.integrations import _generate
 from nap_decode.integrations._shared import bind, refuse
-from nap_decode.model import foreign
 from nap_decode.results.output import SamplerOutput
 from nap_decode.results.trace import ends_before
 from nap_decode.run.sampler import Sampler
@@ -25,7 +25,7 @@ def for_generate(sampler: Sampler) -> Callable[..., Tensor | SamplerOutput]:
     Raises:
         NapDecodeError: ``generate`` of this release of transformers calls no functions.
     """
-    if not foreign.generate_calls_functions():
+    if not _generate.generate_calls_functions():
         import transformers
 
         raise NapDecodeError(
@@ -73,10 +73,10 @@ def custom_generate(
         NapDecodeError: something that is not honoured.
     """
     bind(sampler, model, lambda: sampler.denoiser)
-    given = foreign.GivenToGenerate.under_way(model)
+    given = _generate.GivenToGenerate.under_way(model)
     attention_mask = model_kwargs.pop("attention_mask", None)
     if given is None:  # somebody else calls, and means what is passed
-        given = foreign.GivenToGenerate(
+        given = _generate.GivenToGenerate(
             {"stopping_criteria": stopping_criteria, "logits_processor": logits_processor}, model_kwargs
         )
     _check_made({name: value for name, value in model_kwargs.items() if name not in given.keywords})
@@ -121,7 +121,7 @@ def custom_generate(
 
 def _check_named(arguments: Mapping[str, Any]) -> None:
     """Refuse arguments that ``generate`` has for its own loops alone, and criteria other than those it makes."""
-    known = (*foreign.GENERATE_ARGUMENTS, "custom_generate")
+    known = (*_generate.GENERATE_ARGUMENTS, "custom_generate")
     dropped = {name: value for name, value in arguments.items() if name not in known and value is not False}
     why = "it is for generate's own loops"
     refuse(dropped, {}, f"{why}; a streamer can be passed as stream_to=" if "streamer" in dropped else why)
@@ -134,24 +134,24 @@ def _check_named(arguments: Mapping[str, Any]) -> None:
 
 def _check_config(config: Any, sampler: Sampler, checkpoint: Any, keywords: Mapping[str, Any]) -> None:
     """Refuse options that would have no effect, except what the checkpoint alone says of caches and of drawing."""
-    neutral = foreign.neutral_options()
+    neutral = _generate.neutral_options()
     usual = {} if checkpoint is None else vars(checkpoint)
     options = {
-        name: value for name, value in vars(config).items() if name[0] != "_" and name not in foreign.HONOURED_OPTIONS
+        name: value for name, value in vars(config).items() if name[0] != "_" and name not in _generate.HONOURED_OPTIONS
     }
     given = {
         name: value
         for name, value in options.items()
         if name in keywords or value not in (usual.get(name), neutral.get(name))
     }
-    draws = {name: given[name] for name in foreign.DRAWING_OPTIONS if name in given}
+    draws = {name: given[name] for name in _generate.DRAWING_OPTIONS if name in given}
     asked = {
         name: value
         for name, value in options.items()
-        if name in given or (name in neutral and name not in foreign.CACHE_OPTIONS)
+        if name in given or (name in neutral and name not in _generate.CACHE_OPTIONS)
     }
     # False and 0 ask nothing.
-    asked = {name: value for name, value in asked.items() if value and name not in foreign.DRAWING_OPTIONS}
+    asked = {name: value for name, value in asked.items() if value and name not in _generate.DRAWING_OPTIONS}
     refuse(asked, neutral, f"{type(sampler).__name__} does not implement it")
     why = "the sampler draws as it was made to; give these options to it"
     if sampler.committer.is_random:
@@ -170,7 +170,7 @@ def _check_config(config: Any, sampler: Sampler, checkpoint: Any, keywords: Mapp
 
 def _check_made(made: Mapping[str, Any]) -> None:
     """Refuse what is not of the kinds that ``generate`` makes for its own loops, by whatever name it is passed."""
-    for name, value in made.items():
+    for name, value in _generate.items():
         is_flag = value is None or isinstance(value, bool) or value == 1  # use_cache, logits_to_keep
         if not (isinstance(value, Tensor) or is_flag or type(value).__module__.startswith("transformers.")):
             raise NapDecodeError(f"custom_generate(...) got {name}={value!r:.80}, which it does not know; leave it out")
@@ -180,7 +180,7 @@ def _check_inputs(input_ids: Tensor, attention_mask: Tensor | None, given: Mappi
     """Refuse inputs of the model, but for those that a decode is the same with as without."""
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     for name, value in given.items():
-        if value is None or value is False or name in foreign.GENERATE_INPUTS:
+        if value is None or value is False or name in _generate.GENERATE_INPUTS:
             continue
         if "position" in name and isinstance(value, Tensor):
             if bool((value != mask.cumsum(1) - 1)[mask.bool()].any()):
@@ -198,7 +198,7 @@ def _check_inputs(input_ids: Tensor, attention_mask: Tensor | None, given: Mappi
             )
 
 
-def _processors(processors: Sequence[Any], config: Any, given: foreign.GivenToGenerate) -> list[Any]:
+def _processors(processors: Sequence[Any], config: Any, given: _generate.GivenToGenerate) -> list[Any]:
     """Those that may be called with a whole canvas.  A class that is not transformers' is taken at its word."""
     kept = []
     for processor in processors:
@@ -207,15 +207,15 @@ def _processors(processors: Sequence[Any], config: Any, given: foreign.GivenToGe
             kept.append(processor)
             continue
         is_given = any(processor is other for other in given.named.get("logits_processor") or ())
-        draws = {name: getattr(processor, name) for name in foreign.DRAWING_OPTIONS if hasattr(processor, name)}
+        draws = {name: getattr(processor, name) for name in _generate.DRAWING_OPTIONS if hasattr(processor, name)}
         if draws and config.do_sample and not is_given and draws.items() <= vars(config).items():
             continue  # generate's or the checkpoint's default, see _check_config
-        if kind.__name__ == foreign.PENALTY and not is_given:
+        if kind.__name__ == _generate.PENALTY and not is_given:
             processor = kind(processor.penalty)  # without generate's count of padding, which is on the left
-        what = None if kind.__name__ in foreign.WHOLE_CANVAS_PROCESSORS else ""
-        if kind.__name__ == foreign.BIAS and any(len(ids) > 1 for ids in processor.sequence_bias):
+        what = None if kind.__name__ in _generate.WHOLE_CANVAS_PROCESSORS else ""
+        if kind.__name__ == _generate.BIAS and any(len(ids) > 1 for ids in processor.sequence_bias):
             what = " for sequences of several tokens"
-        elif kind.__name__ == foreign.PENALTY and processor.prompt_ignore_length:
+        elif kind.__name__ == _generate.PENALTY and processor.prompt_ignore_length:
             what = " with prompt_ignore_length"
         if what is not None:
             raise NapDecodeError(

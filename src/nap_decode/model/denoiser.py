@@ -54,6 +54,9 @@ class Reuse(Protocol):
     def count(self, rows: Rows, branches: int, kept: Any) -> None:
         """Note down a pass that computed everything."""
 
+    def computed(self, kept: Any, passes: Tensor) -> Tensor:
+        """``(B, S)``: positions that were computed in each of the passes ``(B,)`` of a row, 0 behind the last."""
+
 
 class Denoiser:
     """Wraps a model into: canvas and wanted positions ``(B, K)`` -> logits ``(B, K, V)``.
