@@ -25,7 +25,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from nap_decode import AnyOrderScheduler, Denoiser, ModelFamily, NapDecodeError, Sampler
+from nap_decode import AnyOrderScheduler, Decoder, Denoiser, ModelFamily, NapDecodeError, Sampler
 from nap_decode.model.load import auto_class
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -129,7 +129,7 @@ def check(folder: Path) -> str:
         width = max(len(prompt) for prompt in PROMPTS)
         ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in PROMPTS])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS])
-        sampler = Sampler(denoiser, scheduler=AnyOrderScheduler(tokens_per_step=1))
+        sampler = Sampler(denoiser, decoder=Decoder(AnyOrderScheduler(tokens_per_step=1)))
         decoded = sampler.generate(ids, mask, max_new_tokens=NEW_TOKENS, progress=False)
         assert isinstance(decoded, Tensor)
     except NapDecodeError as error:

@@ -37,9 +37,9 @@ from nap_decode import Canvas, CanvasTemplate, NapDecodeError
 from nap_decode.base.errors import check_between, check_integer
 from nap_decode.base.random import TOKEN_STREAM, uniform
 from nap_decode.bulk import BulkPrompt, cut_into_parts, read_prompts, row_seed
-from nap_decode.prompts import encode_prompts
 from nap_decode.model.families import find_family
 from nap_decode.model.load import load_checkpoint
+from nap_decode.prompts import encode_prompts
 
 SUMMARY_REQUEST = (
     "{prompt}\n\nSeveral attempts at this, of which some may be wrong:\n\n{paths}\n\nThe correct answer is {answer}. "
@@ -279,7 +279,7 @@ class Layout:
         if self.mask_token_id in ids[0]:
             raise NapDecodeError(f"question {question['id']!r}: there is a mask token of the student in the prompt")
         canvas = Canvas.from_prompts(ids, self.template, mask_token_id=self.mask_token_id, tokenizer=self.tokenizer)
-        more = canvas.longest - len(ids[0])
+        more = canvas.tokens.shape[1] - len(ids[0])
         check_room(question, self.config, len(ids[0]), more, "student can see; shorten the paths, or have fewer")
         return canvas
 

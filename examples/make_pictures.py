@@ -18,13 +18,14 @@ from pathlib import Path
 
 from nap_decode import (
     AnyOrderScheduler,
-    BlockScheduler,
     CanvasTemplate,
+    Decoder,
     Denoiser,
     MacroParallelScheduler,
     MicroConfidenceCommitter,
     Sampler,
     SamplerOutput,
+    Scheduler,
     SemiAutoregressiveScheduler,
     ThresholdSelection,
     demo,
@@ -78,22 +79,26 @@ def measure(sampler: Sampler, problems: list[NimSum]) -> tuple[float, float, flo
 def measure_frontier(denoiser: Denoiser, num_problems: int) -> dict[str, list[tuple[float, float, float]]]:
     """The points of several decoders."""
     problems = sample_problems(num_problems, SEED)
-    schedulers: dict[str, list[BlockScheduler]] = {
+    schedulers: dict[str, list[Scheduler]] = {
         "parallel-forced": [MacroParallelScheduler(tokens_per_step=k) for k in TOKENS_PER_STEP],
         "any-order": [AnyOrderScheduler(tokens_per_step=k) for k in TOKENS_PER_STEP],
         # Its four blocks take a step each at least.
         "semi-autoregressive": [SemiAutoregressiveScheduler(tokens_per_step=k) for k in TOKENS_PER_STEP if k < 12],
     }
     results = {
-        name: [measure(Sampler(denoiser, scheduler=scheduler, template=TEMPLATE), problems) for scheduler in some]
+        name: [
+            measure(Sampler(denoiser, decoder=Decoder(scheduler), template=TEMPLATE), problems) for scheduler in some
+        ]
         for name, some in schedulers.items()
     }
     results["any-order, threshold"] = [
         measure(
             Sampler(
                 denoiser,
-                scheduler=AnyOrderScheduler(tokens_per_step=1),
-                committer=MicroConfidenceCommitter(selection=ThresholdSelection(threshold)),
+                decoder=Decoder(
+                    AnyOrderScheduler(tokens_per_step=1),
+                    MicroConfidenceCommitter(selection=ThresholdSelection(threshold)),
+                ),
                 template=TEMPLATE,
             ),
             problems,
@@ -128,8 +133,8 @@ def main() -> None:
     IMAGES.mkdir(exist_ok=True)
     denoiser = Denoiser(*demo.load())
 
-    def decode(scheduler: BlockScheduler) -> SamplerOutput:
-        return Sampler(denoiser, scheduler=scheduler, template=TEMPLATE)(PROMPT, progress=False)
+    def decode(scheduler: Scheduler) -> SamplerOutput:
+        return Sampler(denoiser, decoder=Decoder(scheduler), template=TEMPLATE)(PROMPT, progress=False)
 
     outputs = {
         "left to right": decode(SemiAutoregressiveScheduler(tokens_per_step=1, block_length=1)),

@@ -14,12 +14,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import AlbertForMaskedLM, PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
 
-from nap_decode import Denoiser
-from nap_decode.decoders import presets
+from nap_decode import Denoiser, Sampler, decoders
 
 PAGE = Path(__file__).parents[1] / "docs" / "models" / "masked-lm.md"
 MARKS = "<!-- reactions -->\n", "<!-- end -->"
@@ -81,7 +81,7 @@ def word_tokenizer(words: list[str], pattern: str, names: dict[str, str]) -> Pre
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{first} $A {last}", special_tokens=[(word, words.index(word)) for word in (first, last)]
     )
-    tokenizer.decoder = decoders.Fuse()
+    tokenizer.decoder = tokenizers.decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
@@ -167,7 +167,7 @@ def table(model: Any, tokenizer: PreTrainedTokenizerFast) -> str:
     truth = [tokenizer(reaction)["input_ids"] for reaction in reactions]
     lines = ["| decoder | whole products restored | tokens restored | forward passes a reaction |", "|---|---|---|---|"]
     for name, options in DECODERS:
-        out = presets.make_preset(name, denoiser, options).infill(hidden, seed=0, progress=False)
+        out = Sampler(denoiser, decoder=decoders.make(name, **options)).infill(hidden, seed=0, progress=False)
         whole = sum(text == reaction for text, reaction in zip(out.text, reactions, strict=True))
         right = total = 0
         for tokens, ids, is_slot, present in zip(

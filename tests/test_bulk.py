@@ -4,6 +4,7 @@ import argparse
 import builtins
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -13,9 +14,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nap_decode import CanvasTemplate, CommittedReuse, Denoiser, NapDecodeError, ParallelForcedSampler, demo
+from nap_decode import (
+    CanvasTemplate,
+    CommittedReuse,
+    Denoiser,
+    NapDecodeError,
+    ParallelForcedSampler,
+    Sampler,
+    decoders,
+    demo,
+)
 from nap_decode.bulk import BulkDecoder, BulkPrompt, cut_into_parts, generate, read_prompts, read_results, row_seed
-from nap_decode.decoders import presets
 from nap_decode.integrations import ray as integration
 
 pytest.importorskip("pyarrow")
@@ -142,7 +151,7 @@ def test_batches_are_bounded(embedded, tmp_path, temperature):
 def test_prompts_of_every_kind(tiny, tmp_path):
     from models import Words
 
-    sampler = presets.left_to_right(tiny, Words(), template=CanvasTemplate.plain(3))
+    sampler = Sampler(tiny, Words(), decoders.left_to_right(), template=CanvasTemplate.plain(3))
     rows = [
         {"id": "a", "prompt": "5 6", "messages": None, "level": 3},
         {"id": "b", "messages": [{"role": "user", "content": "5 6", "name": None}]},
@@ -156,7 +165,7 @@ def test_prompts_of_every_kind(tiny, tmp_path):
     assert [json.loads(found[name]["prompt"]) for name in "bc"] == [[{"role": "user", "content": "5 6"}], [3, 5, 6]]
     assert json.loads(found["a"]["extra"]) == {"level": 3}
     assert found["a"]["summary"] is None
-    bare = presets.left_to_right(tiny, template=CanvasTemplate.plain(3), mask_token_id=1)
+    bare = Sampler(tiny, decoder=decoders.left_to_right(), template=CanvasTemplate.plain(3), mask_token_id=1)
     row = BulkDecoder(bare, tmp_path / "bare")(rows[2:3]).to_pylist()[0]
     assert (row["text"], row["blocks"], row["tokens"]) == (None, None, found["c"]["tokens"])
 
@@ -218,13 +227,13 @@ def test_a_directory_belongs_to_one_run(embedded, tmp_path):
         BulkDecoder(make_sampler(embedded, temperature=1.0), tmp_path)
     other = CanvasTemplate.nap(path_length=11, summary_length=2, summary_header="<bos>")
     with pytest.raises(NapDecodeError, match="whose template is"):
-        BulkDecoder(sampler.replace(template=other), tmp_path)
+        BulkDecoder(Sampler(sampler.denoiser, decoder=sampler.decoder, template=other), tmp_path)
 
 
 def test_what_cannot_be_decoded_is_said(embedded, tmp_path):
     sampler = make_sampler(embedded)
     with pytest.raises(NapDecodeError, match="needs a sampler with a template"):
-        BulkDecoder(presets.klass(*embedded), tmp_path)
+        BulkDecoder(Sampler(*embedded, decoders.klass()), tmp_path)
     with pytest.raises(NapDecodeError, match="max_batch must be a whole number of at least 1"):
         BulkDecoder(sampler, tmp_path, max_batch=0)
     with pytest.raises(NapDecodeError, match="max_tokens must be a whole number of at least 1"):
@@ -376,46 +385,46 @@ class TestCommand:
 
 def test_the_sampler_of_a_worker(embedded, tmp_path):
     """What is checked before Ray starts, and what a worker makes of it."""
-    file = tmp_path / "sampler.json"
-    make_sampler(embedded).save(file)
-    options = {"template": TEMPLATE, "tokens_per_step": 12}
-    for sampler, more in (("parallel_forced", options), (file, None), (lambda d: make_sampler((d,)), None)):
-        recipe = integration._composition(sampler, more)
+    file, sampler = tmp_path / "sampler.json", make_sampler(embedded)
+    sampler.save(file)
+
+    def load(given, model=lambda: embedded, template=None):
+        how = pickle.loads(pickle.dumps(integration.find(given)))
+        return integration._load(model, how, template, None, "cpu")
+
+    for given, template in ((sampler.decoder, TEMPLATE), (file, None)):
         for model in (demo.CHECKPOINT, lambda: embedded, lambda: Denoiser(*embedded)):
-            made = integration._make(model, recipe, None, "cpu")
-            assert made.describe() == make_sampler(embedded).describe()
+            assert load(given, model, template).describe() == sampler.describe()
+    assert integration._load(lambda: sampler, None, None, None, "cpu") is sampler
+    for loaded, how in ((sampler, {}), (embedded, None)):
+        with pytest.raises(NapDecodeError, match="give sampler= unless the function returns a Sampler"):
+            integration._load(lambda loaded=loaded: loaded, how, None, None, "cpu")
     guided = Denoiser(*embedded, cfg_scale=0.5)
-    ParallelForcedSampler(guided, template=TEMPLATE, tokens_per_step=12).save(file)
-    assert integration._make(lambda: embedded, integration._composition(file, None), None, "cpu").denoiser.cfg_scale
-    reusing = Denoiser(*embedded, reuse=CommittedReuse())
-    ParallelForcedSampler(reusing, template=TEMPLATE, tokens_per_step=12).save(file)
-    made = integration._make(lambda: embedded, integration._composition(file, None), None, "cpu")
-    assert made.denoiser.reuse == CommittedReuse()
-    assert integration._make(lambda: guided, integration._composition("klass", None), None, "cpu").denoiser is guided
+    Sampler(guided, decoder=decoders.klass(), template=TEMPLATE).save(file)
+    assert load(file).denoiser.cfg_scale == 0.5
+    assert load("klass", lambda: guided).denoiser is guided
+    Sampler(Denoiser(*embedded, reuse=CommittedReuse()), decoder=decoders.klass()).save(file)
+    assert load(file).denoiser.reuse == CommittedReuse()
 
 
 @pytest.mark.parametrize(
-    ("sampler", "options", "message"),
+    ("sampler", "message"),
     [
-        ("klas", None, "there is no preset .nor a file. 'klas'. Did you mean 'klass'"),
-        ("klass", {"treshold": 1}, "there is no option of klass 'treshold'. Did you mean"),
-        ("klass", {"mask_token_id": 1}, "there is no option of klass 'mask_token_id'"),
-        ("pc_sampler", None, "pc_sampler: .*frequencies.*; give it among its options"),
-        (__file__, {"a": 1}, "is a file, which has its own"),
-        (__file__, None, "not a file written by Sampler.save"),
-        (presets.klass, {"threshold": 1}, "functools.partial"),
+        ("klas", "there is no decoder 'klas'. Did you mean 'klass'"),
+        ("pc_sampler", "pc_sampler needs frequencies; give it among its options"),
+        (__file__, "not a file written by Sampler.save"),
+        (decoders.klass, "must be a Sampler, a Decoder, .* but is <function klass"),
+        (None, "say how to decode"),
     ],
 )
-def test_samplers_that_are_none(sampler, options, message):
+def test_samplers_that_are_none(sampler, message):
     with pytest.raises(NapDecodeError, match=message):
-        integration.generate([], model="m", sampler=sampler, output="o", sampler_options=options)
+        integration.generate([], model="m", sampler=sampler, output="o")
 
 
 def test_a_sampler_with_a_model_is_not_sent(embedded):
     with pytest.raises(NapDecodeError, match="every worker loads its own"):
         integration.generate([], model="m", sampler=make_sampler(embedded), output="o")
-    with pytest.raises(NapDecodeError, match="must be a function from a Denoiser to a Sampler, but gives 3"):
-        integration._make(lambda: embedded, lambda denoiser: 3, None, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -426,9 +435,10 @@ def test_a_sampler_with_a_model_is_not_sent(embedded):
         ({"max_tokens": 0}, "max_tokens must be"),
         ({"num_gpus": -1}, "num_gpus must be"),
         ({"num_cpus": -1}, "num_cpus must be"),
-        ({"concurrency": 0}, "concurrency must be"),
+        ({"concurrency": 0}, "concurrency .* must be"),
         ({"concurrency": (2, 1)}, "concurrency .the most. must be a whole number of at least 2"),
-        ({"concurrency": "2"}, "concurrency must be"),
+        ({"concurrency": "2"}, "concurrency .* must be"),
+        ({"concurrency": (1, 2, 3)}, "concurrency .* must be"),
     ],
 )
 def test_options_of_the_stage(options, message):

@@ -10,12 +10,10 @@ import sys
 import pytest
 from safetensors.torch import load_file, save_file
 
-from nap_decode import CanvasTemplate, DecodeTrace, Denoiser, NapDecodeError, demo
-from nap_decode.cli import _OF_PARTS, _make_sampler, _parser, main
-from nap_decode.decoders import presets
+from nap_decode import CanvasTemplate, DecodeTrace, Denoiser, NapDecodeError, Sampler, decoders, demo
+from nap_decode.cli import _make_sampler, _parser, main
 from nap_decode.integrations.ray import BULK
-from nap_decode.model.denoiser import no_model
-from nap_decode.run.loop import Decoding
+from nap_decode.run.loop import Loop
 
 MODEL = ["--model", str(demo.CHECKPOINT)]
 PROMPT = ["--prompt", "6 0 6 4 6 2 1 2 4 7 0 6 ="]
@@ -49,12 +47,12 @@ def test_generate_and_arness(capsys, tmp_path):
     ("options", "passes"),
     [
         (["--scheduler", "any-order", "--steps", "7"], 7),
-        (["--scheduler", "semi-autoregressive", "--block-length", "5", "--tokens-per-step", "5"], 7),
-        (["--hold-until", "0", "--tokens-per-step", "5"], 7),
-        (["--tokens-per-step", "5", "--temperature", "0.5", "--top-k", "3", "--top-p", "0.9", "--seed", "3"], 7),
-        (["--tokens-per-step", "7", "--confidence", "margin", "--cfg-scale", "0.5"], 5),
-        (["--threshold", "0"], 2),
-        (["--tokens-per-step", "12", "--share-last-step"], 3),
+        (["--scheduler", "semi-autoregressive", "--set", "block_length=5", "--tokens-per-step", "5"], 7),
+        (["--set", "hold_until=0", "--tokens-per-step", "5"], 7),
+        (["--set", "tokens_per_step=5", "--temperature", "0.5", "--set", "top_k=3", "--seed", "3"], 7),
+        (["--tokens-per-step", "7", "--set", "confidence=margin", "--cfg-scale", "0.5"], 5),
+        (["--decoder", "fast_dllm_threshold", "--scheduler", "macro-parallel", "--set", "threshold=0"], 2),
+        (["--tokens-per-step", "12", "--set", "share_last_step=true"], 3),
     ],
 )
 def test_options_of_generate(capsys, options, passes):
@@ -84,26 +82,19 @@ def test_other_canvases(capsys):
     [
         ([*PLACES, "--steps", "0"], "steps must be a whole number of at least 1"),
         ([*PLACES, "--steps", "99"], "steps=99 is more than the 35 tokens"),
+        ([*PLACES, "--set", "block_length=4"], "there is no option of parallel_forced 'block_length'"),
         (
-            [*PLACES, "--block-length", "4"],
-            "--block-length goes with --scheduler semi-autoregressive, not macro-parallel",
+            [*PLACES, "--scheduler", "any-order", "--set", "share_last_step=true"],
+            "no option of this decoder 'share_last",
         ),
-        (
-            [*PLACES, "--scheduler", "any-order", "--hold-until", "1"],
-            "--hold-until goes with --scheduler macro-parallel",
-        ),
-        ([*PLACES, "--top-k", "4"], "top_k=4 has no effect at temperature 0"),
+        ([*PLACES, "--set", "top_k=4"], "top_k=4 has no effect at temperature 0"),
         (["--infill", "--max-new-tokens", "4"], "--max-new-tokens does not go with --infill"),
         (["--infill", "--num-paths", "4"], "--num-paths does not go with --infill"),
         (["--max-new-tokens", "4", "--path-length", "4"], "--path-length does not go with --max-new-tokens"),
         (["--max-new-tokens", "4", "--summary-only"], "--summary-only does not go with --max-new-tokens"),
-        ([*PLACES, "--threshold", "0.9", "--steps", "4"], "steps=4 cannot be kept"),
+        ([*PLACES, "--decoder", "klass", "--steps", "4"], "steps=4 cannot be kept"),
         ([*PLACES, "--cfg-scale", "-1"], "--cfg-scale must be a finite number of at least 0"),
         ([*PLACES, "--chat"], "the tokenizer has no chat template"),
-        (
-            [*PLACES, "--scheduler", "any-order", "--share-last-step"],
-            "--share-last-step goes with --scheduler",
-        ),
     ],
 )
 def test_bad_input(capsys, arguments, message):
@@ -115,42 +106,35 @@ def test_bad_input(capsys, arguments, message):
     assert re.search(message, err)
 
 
-def test_presets_and_sampler_files(capsys, tmp_path, embedded):
-    preset = ["--preset", "fast_dllm_threshold", "--set", "threshold=0.8", "--set", "block_length=null"]
-    status, out, _ = run(capsys, "generate", *MODEL, *PROMPT, *PLACES, *preset)
+def test_decoders_and_files(capsys, tmp_path, embedded):
+    decoder = ["--decoder", "fast_dllm_threshold", "--set", "threshold=0.8", "--set", "block_length=null"]
+    status, out, _ = run(capsys, "generate", *MODEL, *PROMPT, *PLACES, *decoder)
     assert status == 0
-    sampler = presets.fast_dllm_threshold(*embedded, threshold=0.8, block_length=None)
-    expected = sampler.replace(template=CanvasTemplate.nap(3, path_length=11, summary_length=2))(PROMPT[1])
+    template = CanvasTemplate.nap(3, path_length=11, summary_length=2)
+    own = decoders.fast_dllm_threshold(threshold=0.8, block_length=None)
+    sampler = Sampler(*embedded, own, template=template)
+    expected = sampler(PROMPT[1])
     assert expected.text in out
     assert f"# {expected.forward_passes} forward passes" in out
 
     file = tmp_path / "sampler.json"
-    sampler.replace(template=CanvasTemplate.nap(3, path_length=11, summary_length=2)).save(file)
-    assert run(capsys, "generate", *MODEL, *PROMPT, "--sampler", str(file))[1] == out
-    status, other, _ = run(capsys, "generate", *MODEL, *PROMPT, "--sampler", str(file), "--max-new-tokens", "8")
+    sampler.save(file)
+    assert run(capsys, "generate", *MODEL, *PROMPT, "--decoder", str(file))[1] == out
+    status, other, _ = run(capsys, "generate", *MODEL, *PROMPT, "--decoder", str(file), "--max-new-tokens", "8")
     assert status == 0
     assert "<summary>" not in other
+    status, surer, _ = run(capsys, "generate", *MODEL, *PROMPT, "--decoder", str(file), "--set", "threshold=2")
+    assert (status, "# 35 forward passes" in surer) == (0, True)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--preset", "clas"], "there is no preset 'clas'. Did you mean 'klass'"),
-        (["--preset", "klass", "--set", "treshold=0.8"], "no option of klass 'treshold'. Did you mean 'threshold'"),
-        (["--preset", "klass", "--set", "threshold=high"], "threshold must be a number, but is 'high'"),
-        (
-            ["--preset", "klass", "--steps", "4"],
-            "--steps does not go with --preset; options of a preset are given by --set",
-        ),
-        (["--preset", "klass", "--temperature", "1"], "--temperature does not go with --preset; options of"),
-        (["--preset", "klass", "--sampler", "file"], "--sampler does not go with --preset"),
-        (
-            ["--preset", "pc_sampler"],
-            "missing 1 required keyword-only argument: 'frequencies'; give it among its options",
-        ),
-        (["--set", "threshold=0.8"], "--set threshold=0.8 is for an option of a --preset"),
-        (["--sampler", "none.json"], "No such file"),
-        (["--sampler", "file", "--cfg-scale", "1"], "--cfg-scale does not go with --sampler"),
+        (["--decoder", "clas"], "there is no decoder 'clas'. Did you mean 'klass'"),
+        (["--decoder", "klass", "--set", "treshold=0.8"], "no option of klass 'treshold'. Did you mean 'threshold'"),
+        (["--decoder", "klass", "--set", "threshold=high"], "threshold must be a number, but is 'high'"),
+        (["--decoder", "pc_sampler"], "pc_sampler needs frequencies; give it among its options"),
+        (["--decoder", "none.json"], "No such file"),
     ],
 )
 def test_bad_compositions(capsys, arguments, message):
@@ -170,8 +154,8 @@ def test_files_that_are_not_there(capsys, tmp_path):
 
 def test_unknown_options(capsys):
     with pytest.raises(SystemExit):
-        main(["generate", *MODEL, *PROMPT, "--confidence", "probabilty"])
-    assert "probability" in capsys.readouterr().err
+        main(["generate", *MODEL, *PROMPT, "--scheduler", "any"])
+    assert "any-order" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([])
 
@@ -190,7 +174,7 @@ def test_streaming(capsys):
 
 def test_ctrl_c_prints_what_there_is(capsys, monkeypatch):
     steps = []
-    take_step = Decoding.take_step
+    take_step = Loop.step
 
     def pressing(self, *args):
         steps.append(1)
@@ -198,7 +182,7 @@ def test_ctrl_c_prints_what_there_is(capsys, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
         return take_step(self, *args)
 
-    monkeypatch.setattr(Decoding, "take_step", pressing)
+    monkeypatch.setattr(Loop, "step", pressing)
     status, out, err = run(capsys, "generate", *MODEL, *PROMPT, *PLACES)
     assert status == 130
     assert "[...]" in out
@@ -224,19 +208,13 @@ REACHES = {
     "--mask-token-id": lambda sampler, args: args.mask_token_id,
     "--prompt": lambda sampler, args: args.prompt[-1],
     "--summary-length": lambda sampler, args: sum(block.held for block in sampler.template.blocks),
-    "--hold-until": lambda sampler, args: sampler.scheduler.hold_until,
-    "--temperature": lambda sampler, args: sampler.committer.temperature,
-    "--top-p": lambda sampler, args: sampler.committer.top_p,
-    "--threshold": lambda sampler, args: sampler.committer.selection.threshold,
+    "--temperature": lambda sampler, args: sampler.decoder.committer.temperature,
     "--cfg-scale": lambda sampler, args: sampler.denoiser.cfg_scale,
     "--seed": lambda sampler, args: args.seed,
 }
 GIVEN = {
-    "--block-length": ["--scheduler", "semi-autoregressive"],
-    "--top-k": ["--temperature", "1"],
-    "--top-p": ["--temperature", "1"],
     "--refresh-every": ["--reuse", "prompt"],
-    "--set": ["--preset", "klass"],
+    "--set": ["--decoder", "klass"],
 }
 
 
@@ -251,9 +229,9 @@ def options_of_generate():
 
 @pytest.mark.parametrize(("option", "value"), list(options_of_generate()))
 def test_a_falsy_value_reaches_its_part_or_is_refused_by_name(capsys, monkeypatch, option, value):
-    """In a decoder of parts, with a preset, with a file, and in bulk."""
+    """With a decoder, and in bulk."""
     made = []
-    monkeypatch.setattr("nap_decode.cli._load", lambda args: (no_model, None))
+    monkeypatch.setattr("nap_decode.cli._load", lambda args: (lambda input_ids: None, None))
     monkeypatch.setattr("nap_decode.cli.ray.run_bulk", lambda args, make: made.append((make(args), args)))
     make = _make_sampler
 
@@ -277,31 +255,20 @@ def test_a_falsy_value_reaches_its_part_or_is_refused_by_name(capsys, monkeypatc
         assert any(name in err for name in names) or option == "--set", err
 
 
-@pytest.mark.parametrize("whole", [["--preset", "klass"], ["--sampler", "file.json"]], ids=lambda whole: whole[0])
-@pytest.mark.parametrize(("option", "value"), [(f"--{name.replace('_', '-')}", "0") for name in _OF_PARTS])
-def test_an_option_of_parts_does_not_go_with_a_whole_decoder(capsys, whole, option, value):
-    """Whatever its value: also the one that it has by default."""
-    value = {"--scheduler": ["macro-parallel"], "--confidence": ["probability"], "--share-last-step": []}.get(
-        option, [value]
-    )
-    status, _, err = run(capsys, "generate", *MODEL, *PROMPT, *whole, option, *value)
-    assert (status, err.split(" does not go with ")[0]) == (2, f"nap-decode: error: {option}")
-
-
-def test_options_of_parts_are_those_of_the_parser():
+def test_options_of_bulk_are_those_of_the_parser():
     (commands,) = (action for action in _parser()._actions if hasattr(action, "choices") and not action.option_strings)
-    (group,) = (g for g in commands.choices["generate"]._action_groups if g.title == "how: parts of your choice")
-    assert sorted(action.dest for action in group._group_actions) == sorted(_OF_PARTS)
     (group,) = (g for g in commands.choices["generate"]._action_groups if g.title.startswith("bulk"))
     assert sorted(action.dest for action in group._group_actions) == sorted([*BULK, "input"])
 
 
-def test_guidance_of_zero_is_not_that_of_a_file(capsys, tmp_path, embedded):
+@pytest.mark.parametrize(("given", "found"), [(None, 1.5), ("0", 0.0)])
+def test_guidance_of_zero_is_not_that_of_a_file(monkeypatch, capsys, tmp_path, embedded, given, found):
     file = tmp_path / "sampler.json"
-    presets.klass(Denoiser(*embedded, cfg_scale=1.5)).save(file)
-    status, _, err = run(capsys, "generate", *MODEL, *PROMPT, "--sampler", str(file), "--cfg-scale", "0")
-    assert status == 2
-    assert "--cfg-scale does not go with --sampler" in err
+    Sampler(Denoiser(*embedded, cfg_scale=1.5), decoder=decoders.klass()).save(file)
+    args = _parser().parse_args(
+        ["generate", *MODEL, *PROMPT, "--decoder", str(file), *([] if given is None else ["--cfg-scale", given])]
+    )
+    assert _make_sampler(args).denoiser.cfg_scale == found
 
 
 @pytest.mark.parametrize("name", BULK)
@@ -320,7 +287,7 @@ def test_options_of_bulk_need_prompts_from_a_file(capsys, name):
     ],
 )
 def test_values_of_set(capsys, arguments, message):
-    status, _, err = run(capsys, "generate", *MODEL, *PROMPT, "--preset", "klass", *arguments)
+    status, _, err = run(capsys, "generate", *MODEL, *PROMPT, "--decoder", "klass", *arguments)
     assert status == 2
     assert message in err
 

@@ -7,8 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from nap_decode import NapDecodeError, ParallelForcedSampler, demo
-from nap_decode.decoders import presets
+from nap_decode import NapDecodeError, ParallelForcedSampler, Sampler, decoders, demo
 from nap_decode.demo.problems import NimSum, running_totals, sample_problems
 from nap_decode.demo.show import HELD_OUT_SEED, LiveCanvas, run_demo
 
@@ -97,8 +96,8 @@ def test_the_chain_model_solves_held_out_problems():
     model, tokenizer = demo.load("chain")
     problems = sample_problems(40, HELD_OUT_SEED + 1)
     right = {}
-    for preset, tokens_per_step in ((presets.left_to_right, 4), (presets.llada_low_confidence, 18)):
-        sampler = preset(model, tokenizer, tokens_per_step=tokens_per_step)
+    for name, tokens_per_step in (("left_to_right", 4), ("llada_low_confidence", 18)):
+        sampler = Sampler(model, tokenizer, decoders.make(name, tokens_per_step=tokens_per_step))
         texts = sampler([p.prompt for p in problems], max_new_tokens=35).text
         right[tokens_per_step] = sum(p.is_correct(text) for p, text in zip(problems, texts, strict=True))
     assert right[4] >= 38  # chance: 5

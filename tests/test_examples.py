@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
-from nap_decode import CanvasTemplate, Denoiser, DriftReuse, PromptReuse
-from nap_decode.decoders import presets
+from nap_decode import CanvasTemplate, Denoiser, DriftReuse, PromptReuse, decoders
 from nap_decode.demo.problems import NUM_PATHS, PATH_LENGTH, SUMMARY_LENGTH, sample_problems
 
 ROOT = Path(__file__).parents[1]
@@ -30,19 +29,19 @@ def load_example(name):
     return module
 
 
-def test_the_tables_of_presets_are_those_of_the_results():
-    example = load_example("compare_presets")
-    record = json.loads((ROOT / "docs" / "presets.json").read_text())
-    page = (ROOT / "docs" / "presets.md").read_text()
+def test_the_tables_of_decoders_are_those_of_the_results():
+    example = load_example("compare_decoders")
+    record = json.loads((ROOT / "docs" / "decoders.json").read_text())
+    page = (ROOT / "docs" / "decoders.md").read_text()
     assert example.fill_in(page, record) == page
     for arrangement in example.ARRANGEMENTS:
-        assert list(record[arrangement]) == list(presets.PRESETS)
+        assert list(record[arrangement]) == [name for name in decoders.DECODERS if name in record[arrangement]]
         assert all(f"| `{name}` | {m['exact']} |" in page for name, m in record[arrangement].items())
     assert f"{record['problems']} held-out problems" in page
 
 
-def test_comparing_presets(embedded):
-    example = load_example("compare_presets")
+def test_comparing_decoders(embedded):
+    example = load_example("compare_decoders")
     template = CanvasTemplate.nap(NUM_PATHS, path_length=PATH_LENGTH, summary_length=SUMMARY_LENGTH)
     for arrangement, passes in (("own scheduler", 6), ("macro-parallel", 6)):
         sampler = example.make_sampler("llada_low_confidence", Denoiser(*embedded), template, arrangement)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import math
+import pkgutil
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from nap_decode import (
     ARnessMeter,
     Block,
     CanvasTemplate,
+    Decoder,
     Denoiser,
     NapDecodeError,
     ParallelForcedSampler,
@@ -24,34 +27,37 @@ from nap_decode import (
     ThresholdSelection,
     bulk,
     chain_log_likelihood,
-    confidence,
-    credit,
+    decoders,
     log_likelihood_bound,
-    lookahead,
-    parallelism,
-    presets,
-    reuse,
-    revisers,
-    schedulers,
-    schedules,
-    selections,
 )
 from nap_decode.base.random import wrap
-from nap_decode.model.denoiser import no_model
+from nap_decode.measure import parallelism
 
 DENOISER = Denoiser(tiny_model(), mask_token_id=MASK)
-SAMPLER = presets.llada_low_confidence(DENOISER)
+SAMPLER = Sampler(DENOISER, decoder=decoders.make("llada_low_confidence"))
 TEMPLATE = CanvasTemplate.plain(2)
 FREQUENCIES = [0.5] * 24
+
+
+def modules_of(*names):
+    """Modules, and for a package those in it."""
+    for name in names:
+        module = importlib.import_module(name)
+        yield module
+        yield from (
+            importlib.import_module(m.name) for m in pkgutil.iter_modules(getattr(module, "__path__", ()), f"{name}.")
+        )
+
+
 PARTS = [
     part
-    for module in (confidence, credit, lookahead, reuse, revisers, schedulers, schedules, selections)
+    for module in modules_of("nap_decode.parts", "nap_decode.decoders", "nap_decode.speed.reuse")
     for part in vars(module).values()
     if inspect.isclass(part) and dataclasses.is_dataclass(part) and part.__module__ == module.__name__
 ]
 GIVEN = {  # what else they need
     "CalibratedConfidence": {"frequencies": FREQUENCIES},
-    "CappedSelection": {"selection": ThresholdSelection(0.5)},
+    "CappedSelection": {"capped": ThresholdSelection(0.5)},
     "Block": {"name": "a", "length": 1},
     "pc_sampler": {"frequencies": FREQUENCIES},
     "on_grid": {"block_length": 2},
@@ -59,7 +65,16 @@ GIVEN = {  # what else they need
     "top_p": {"temperature": 1.0},
     "tolerance": {},
 }
-NOT_OPTIONS = {"Partition", "Plan", "Revision", "Kept"}  # parts make these for each other
+NOT_OPTIONS = {
+    "Needs",
+    "Left",
+    "Plan",
+    "Kept",
+    "Slots",
+    "Decision",
+    "Proposal",
+    "Candidates",
+}  # parts make these for each other
 
 
 CALLS = ("call", "generate", "stream")  # whose flags decide nothing about the tokens
@@ -70,20 +85,23 @@ def calls():
     for part in [*PARTS, Block, nap_decode.MicroConfidenceCommitter]:
         if part.__name__ not in NOT_OPTIONS and not part.__name__.startswith("_") and not inspect.isabstract(part):
             yield part.__name__, part, GIVEN.get(part.__name__, {})
-    for name, preset in presets.PRESETS.items():
-        given = {"model": no_model, "mask_token_id": 0} | GIVEN.get(name, {})
-        yield name, preset, given
+    for name, decoder in decoders.DECODERS.items():
+        yield name, decoder, GIVEN.get(name, {})
     rows = {"prompts": [[5]], "completions": [[6]], "denoiser": DENOISER}
     yield "log_likelihood_bound", log_likelihood_bound, rows
     yield "chain_log_likelihood", chain_log_likelihood, rows
-    yield "ParallelForcedSampler", ParallelForcedSampler, {"model": no_model, "mask_token_id": 0}
+    yield "ParallelForcedSampler", ParallelForcedSampler, {"model": DENOISER}
     yield "nap", CanvasTemplate.nap, {}
     yield "plain", CanvasTemplate.plain, {}
     yield "call", SAMPLER, {"prompts": [5]}
     yield "generate", SAMPLER.generate, {"input_ids": torch.tensor([[5]])}
     yield "stream", lambda **o: list(SAMPLER.stream([[5]], **{"max_new_tokens": 2} | o)), {"of": SAMPLER.stream}
     yield "cut_into_parts", bulk.cut_into_parts, {"rows": [{"id": 1, "prompt": "a"}]}
-    yield "BulkDecoder", bulk.BulkDecoder, {"sampler": SAMPLER.replace(template=TEMPLATE), "output": "nowhere"}
+    yield (
+        "BulkDecoder",
+        bulk.BulkDecoder,
+        {"sampler": Sampler(DENOISER, decoder=SAMPLER.decoder, template=TEMPLATE), "output": "nowhere"},
+    )
     points = {"points": [(1, 90)]}
     yield "accuracy_under_parallelism", parallelism.accuracy_under_parallelism, points
 
@@ -104,14 +122,12 @@ def test_every_public_part_is_looked_at():
     elsewhere = {"Denoiser", "ModelFamily", "Sampler"}  # have tests of their own
     elsewhere |= {
         "ARness",
-        "Commit",
         "DecodeState",
         "DecodeTrace",
         "LogLikelihood",
         "SamplerOutput",
-        "Slots",
     }  # results
-    for name in set(nap_decode.__all__) - elsewhere:
+    for name in set(nap_decode.__all__) - elsewhere - {"decoders"}:
         thing = getattr(nap_decode, name)
         annotations = getattr(thing, "__init__" if inspect.isclass(thing) else "__call__", thing)
         kinds = {
@@ -137,8 +153,8 @@ def test_values_of_k(ks):
 def test_numbers_of_numpy_are_numbers():
     assert CanvasTemplate.nap(np.int64(2), path_length=np.int32(3)) == CanvasTemplate.nap(2, path_length=3)
     scheduler = SemiAutoregressiveScheduler(tokens_per_step=np.int64(2), block_length=np.int8(2))
-    sampler = Sampler(DENOISER, scheduler=scheduler)
-    expected = sampler.replace(scheduler=SemiAutoregressiveScheduler(tokens_per_step=2, block_length=2))
+    sampler = Sampler(DENOISER, decoder=Decoder(scheduler))
+    expected = sampler.set(scheduler=SemiAutoregressiveScheduler(tokens_per_step=2, block_length=2))
     outs = [one([5, np.int64(6)], max_new_tokens=np.int64(4)) for one in (sampler, expected)]
     assert torch.equal(outs[0].sequences, outs[1].sequences)
     assert outs[0].forward_passes == 2
@@ -156,15 +172,19 @@ def test_path_lengths(path_length):
         ({"close_on": [2.0]}, "a token id of close_on must be a whole number of at least 0, but is 2.0"),
         ({"close_on": [True]}, "a token id of close_on must be a whole number"),
         ({"close_on": 2}, "close_on must be a list of token ids, but is 2"),
-        ({"template": "text"}, "template must be a CanvasTemplate, such as .* but is 'text'"),
-        ({"template": ()}, "template must be a CanvasTemplate"),
         ({"committer": 0}, "committer must be a Committer"),
-        ({"scheduler": 0}, "scheduler must be a BlockScheduler"),
+        ({"scheduler": 0}, "scheduler must be a Scheduler"),
     ],
 )
-def test_parts_of_a_sampler(options, message):
+def test_parts_of_a_decoder(options, message):
     with pytest.raises(NapDecodeError, match=message):
-        Sampler(DENOISER, **{"scheduler": SAMPLER.scheduler} | options)
+        Decoder(**{"scheduler": SAMPLER.decoder.scheduler} | options)
+
+
+@pytest.mark.parametrize("template", ["text", ()])
+def test_the_template_of_a_sampler(template):
+    with pytest.raises(NapDecodeError, match="template must be a CanvasTemplate, such as"):
+        Sampler(DENOISER, decoder=SAMPLER.decoder, template=template)
 
 
 def refused(function, given, name, value):

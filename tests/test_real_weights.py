@@ -12,8 +12,8 @@ from random import Random
 import pytest
 import torch
 
-from nap_decode import CommittedReuse, Denoiser, Reuse
-from nap_decode.decoders import presets
+from nap_decode import CommittedReuse, Denoiser, Sampler, decoders
+from nap_decode.speed.reuse import Reuse
 
 MISSING = [package for package in ("rxnmapper", "sapiens") if find_spec(package) is None]
 pytestmark = [
@@ -118,8 +118,8 @@ def test_sapiens_says_what_its_readme_says():
         [0.005519, 0.003664, 0.003555, 0.005269],
     ]
     torch.testing.assert_close(probabilities[0, 1:6, 4:8], torch.tensor(printed), atol=1e-6, rtol=0)
-    for preset in (presets.llada_low_confidence, presets.fast_dllm_threshold):
-        assert preset(model, tokenizer).infill(text).text == "QVQLVQ" + rest
+    for name in ("llada_low_confidence", "fast_dllm_threshold"):
+        assert Sampler(model, tokenizer, decoders.make(name)).infill(text).text == "QVQLVQ" + rest
 
 
 def test_single_masks_are_those_of_fill_mask(loaded):
@@ -133,7 +133,11 @@ def test_single_masks_are_those_of_fill_mask(loaded):
             masked.append(tokenizer.decode([*ids[:position], tokenizer.mask_token_id, *ids[position + 1 :]]))
     fill = pipeline("fill-mask", model=model, tokenizer=tokenizer)
     theirs = [fill(text, top_k=1)[0]["token_str"] for text in masked]
-    ours = presets.left_to_right(model, tokenizer).infill(masked, progress=False).blocks["hole 1"]
+    ours = (
+        Sampler(model, tokenizer, decoder=decoders.make("left_to_right"))
+        .infill(masked, progress=False)
+        .blocks["hole 1"]
+    )
     assert ours == theirs
     assert len(ours) > 150
 
@@ -142,7 +146,7 @@ def test_single_masks_are_those_of_fill_mask(loaded):
 def test_holes_are_filled_as_by_a_plain_loop(loaded, decoder):
     model, tokenizer, texts = loaded
     model = copy.deepcopy(model).double()  # else some are equally sure up to rounding
-    sampler = presets.PRESETS[decoder](Denoiser(model, tokenizer))
+    sampler = Sampler(Denoiser(model, tokenizer), decoder=decoders.make(decoder))
     mask = tokenizer.mask_token_id
     for seed, text in enumerate(texts[:6]):
         row = with_holes(tokenizer(text)["input_ids"], mask, number=6, seed=seed)
@@ -156,7 +160,7 @@ def test_a_batch_says_what_rows_alone_say(loaded, decoder):
     model, tokenizer, texts = loaded
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # padding is hidden, so nothing is decoded in groups
-        sampler = presets.PRESETS[decoder](Denoiser(model, tokenizer))
+        sampler = Sampler(Denoiser(model, tokenizer), decoder=decoders.make(decoder))
         rows = [
             with_holes(tokenizer(text)["input_ids"], tokenizer.mask_token_id, number=5, seed=seed)
             for seed, text in enumerate(texts[:3])
@@ -174,7 +178,7 @@ def test_no_special_token_is_emitted(loaded, decoder):
     model, tokenizer, texts = loaded
     ids = [tokenizer(text)["input_ids"] for text in texts[:2]]
     hidden = [[*row[:2], *[tokenizer.mask_token_id] * (len(row) - 4), *row[-2:]] for row in ids]  # nearly all of it
-    out = presets.PRESETS[decoder](model, tokenizer).infill(hidden, progress=False)
+    out = Sampler(model, tokenizer, decoders.make(decoder)).infill(hidden, progress=False)
     emitted = set(out.sequences[out.trace.block >= 0].tolist())
     assert not emitted & set(tokenizer.all_special_ids)
     assert all(" " not in text for text in out.text)
@@ -202,7 +206,9 @@ def test_keys_and_values_are_reused(loaded):
     masked = list(tokenizer(texts[0])["input_ids"])
     masked[3:9] = [tokenizer.mask_token_id] * 6
     outputs = [
-        presets.llada_low_confidence(Denoiser(model, tokenizer, reuse=reuse), tokens_per_step=1).infill([masked])
+        Sampler(
+            Denoiser(model, tokenizer, reuse=reuse), decoder=decoders.make("llada_low_confidence", tokens_per_step=1)
+        ).infill([masked])
         for reuse in (None, Everything(), CommittedReuse())
     ]
     assert outputs[1].sequences.tolist() == outputs[0].sequences.tolist()

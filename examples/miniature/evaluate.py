@@ -28,17 +28,18 @@ from nap_decode import (
     AnyOrderScheduler,
     ARnessMeter,
     Block,
-    BlockScheduler,
     CanvasTemplate,
+    Decoder,
     Denoiser,
-    EntropyBoundSelection,
     MacroParallelScheduler,
     MicroConfidenceCommitter,
     Sampler,
     SamplerOutput,
+    Scheduler,
     SemiAutoregressiveScheduler,
     ThresholdSelection,
 )
+from nap_decode.decoders.eb_sampler import EntropyBoundSelection
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -53,7 +54,7 @@ Line = TypeVar("Line", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
-class Decoder:
+class Method:
     """A decoder with one free setting.
 
     Args:
@@ -73,30 +74,30 @@ class Decoder:
 
 def _fixed(
     name: str,
-    scheduler: Callable[[int], BlockScheduler],
+    scheduler: Callable[[int], Scheduler],
     *,
     confidence: str = "probability",
     layouts: tuple[str, ...] = (),
     template: CanvasTemplate | None = None,
-) -> Decoder:
+) -> Method:
     """So many tokens at each step."""
     own = template
 
     def make(denoiser: Denoiser, template: CanvasTemplate, value: float) -> Sampler:
         committer = MicroConfidenceCommitter(confidence=confidence)
-        return Sampler(denoiser, scheduler=scheduler(int(value)), committer=committer, template=own or template)
+        return Sampler(denoiser, decoder=Decoder(scheduler(int(value)), committer), template=own or template)
 
-    return Decoder(name, make, layouts=layouts)
+    return Method(name, make, layouts=layouts)
 
 
-def _adaptive(name: str, selection: type[Any], setting: str, values: tuple[float, ...], confidence: str) -> Decoder:
+def _adaptive(name: str, selection: type[Any], setting: str, values: tuple[float, ...], confidence: str) -> Method:
     """As many tokens as the model is sure of, at least one."""
 
     def make(denoiser: Denoiser, template: CanvasTemplate, value: float) -> Sampler:
         committer = MicroConfidenceCommitter(confidence=confidence, selection=selection(value))
-        return Sampler(denoiser, scheduler=AnyOrderScheduler(tokens_per_step=1), committer=committer, template=template)
+        return Sampler(denoiser, decoder=Decoder(AnyOrderScheduler(tokens_per_step=1), committer), template=template)
 
-    return Decoder(name, make, setting, values)
+    return Method(name, make, setting, values)
 
 
 _WITH_PATHS = ("paths", "identical")
@@ -247,7 +248,7 @@ class Evaluation:
             model.to(device).eval(), AutoTokenizer.from_pretrained(directory, local_files_only=True)
         )
 
-    def decoders(self, names: Sequence[str] = ()) -> list[Decoder]:
+    def decoders(self, names: Sequence[str] = ()) -> list[Method]:
         """Those that are for this layout, all or some of them."""
         unknown = sorted(set(names) - set(DECODERS))
         if unknown:
@@ -258,18 +259,19 @@ class Evaluation:
             if decoder.name in (names or DECODERS) and (not decoder.layouts or self.layout.name in decoder.layouts)
         ]
 
-    def is_possible(self, decoder: Decoder, value: float) -> bool:
+    def is_possible(self, decoder: Method, value: float) -> bool:
         """Whether there are as many steps as there are phases, and a phase as long as there is."""
         sampler = decoder.make(self.denoiser, self.layout.template, value)
-        if decoder.setting != "tokens_per_step" or not isinstance(sampler.scheduler, SemiAutoregressiveScheduler):
+        scheduler = sampler.decoder.scheduler
+        if decoder.setting != "tokens_per_step" or not isinstance(scheduler, SemiAutoregressiveScheduler):
             return True
         template = sampler.template or self.layout.template
         lengths = [block.length for block in template.blocks]
-        total, block_length = sum(lengths), sampler.scheduler.block_length
+        total, block_length = sum(lengths), scheduler.block_length
         num_blocks = len(lengths) if block_length is None else math.ceil(total / block_length)
         return num_blocks <= math.ceil(total / value) and (block_length or total) <= total
 
-    def measure(self, decoder: Decoder, value: float, split: str, problems: int) -> Result:
+    def measure(self, decoder: Method, value: float, split: str, problems: int) -> Result:
         """Decode the problems of a split, always the same ones."""
         sampler = decoder.make(self.denoiser, self.layout.template, value)
         operands = self.task.sample(np.random.default_rng(SPLITS[split] + self.seed), problems)

@@ -14,46 +14,31 @@ from typing import Any
 
 import torch
 
-from nap_decode import __version__, bench
+from nap_decode import __version__, bench, decoders
 from nap_decode.base.errors import NapDecodeError, check_between, check_integer
 from nap_decode.canvas import CanvasTemplate
-from nap_decode.decoders import presets
 from nap_decode.integrations import evaluation, ray
-from nap_decode.integrations._shared import given
+from nap_decode.integrations._shared import find, given
 from nap_decode.measure.arness import ARnessMeter
-from nap_decode.model.denoiser import Denoiser, no_model
+from nap_decode.model.denoiser import Denoiser
 from nap_decode.model.load import load_checkpoint
-from nap_decode.parts.committer import MicroConfidenceCommitter
-from nap_decode.parts.confidence import CONFIDENCES
+from nap_decode.parts.decoder import Decoder
 from nap_decode.parts.scheduler import (
     AnyOrderScheduler,
-    BlockScheduler,
     MacroParallelScheduler,
+    Scheduler,
     SemiAutoregressiveScheduler,
 )
-from nap_decode.parts.selection import QuotaSelection, ThresholdSelection
 from nap_decode.results.trace import DecodeTrace
 from nap_decode.run.sampler import Sampler
 from nap_decode.speed.reuse import REUSES
 
-_SCHEDULERS: dict[str, type[BlockScheduler]] = {
+_SCHEDULERS: dict[str, type[Scheduler]] = {
     "macro-parallel": MacroParallelScheduler,
     "semi-autoregressive": SemiAutoregressiveScheduler,
     "any-order": AnyOrderScheduler,
 }
-_OF_PARTS = (
-    "scheduler",
-    "tokens_per_step",
-    "steps",
-    "hold_until",
-    "share_last_step",
-    "block_length",
-    "temperature",
-    "top_k",
-    "top_p",
-    "confidence",
-    "threshold",
-)
+_SHORTHANDS = ("tokens_per_step", "steps", "temperature")  # for --set
 _MAY_BE_EMPTY = ("model_args", "sampler_args", "gen_kwargs")  # lists of options
 
 
@@ -105,31 +90,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--path-length", type=int, help="slots of each path (default: 330)")
     add("--summary-length", type=int, help="slots of the summary (default: 32)")
     add("--total-length", type=int, help="slots of all blocks; the paths get equal shares")
-    add = generate.add_argument_group("how: a whole decoder").add_argument
-    add("--preset", help="a published decoder, such as fast_dllm_threshold")
-    add("--set", action="append", metavar="OPTION=VALUE", help="an option of the preset; repeatable")
-    add("--sampler", help="file written by Sampler.save")
     # What is not given is None, here and below: a default is what the part itself has, and 0 is as good as any value.
-    add = generate.add_argument_group("how: parts of your choice").add_argument
-    add("--scheduler", choices=sorted(_SCHEDULERS), help="default: macro-parallel")
-    add("--tokens-per-step", type=int, help="default: 4; the least number, by default 1, with --threshold")
-    add("--steps", type=int, help="instead of --tokens-per-step")
-    add("--hold-until", type=float, help="share of path tokens before the summary opens (macro-parallel; default: 1)")
-    add(
-        "--share-last-step",
-        action="store_true",
-        default=None,
-        help="let the summary share the step that completes the paths",
-    )
-    add("--block-length", type=int, help="cut the canvas into blocks of this length (semi-autoregressive)")
-    add("--temperature", type=float, help="default: 0")
-    add("--top-k", type=int)
-    add("--top-p", type=float)
-    add("--confidence", choices=sorted(CONFIDENCES), help="default: probability")
-    add("--threshold", type=float, help="commit every token with this confidence, and at least --tokens-per-step")
-    add = generate.add_argument_group("how: in any case").add_argument
+    add = generate.add_argument_group("how").add_argument
+    add("--decoder", help="one of the field's, such as klass, or a file by Sampler.save (default: parallel_forced)")
+    add("--set", action="append", metavar="OPTION=VALUE", help="an option of the decoder or its parts; repeatable")
+    add("--scheduler", choices=sorted(_SCHEDULERS), help="instead of the decoder's own")
+    add("--tokens-per-step", type=int, help="short for --set tokens_per_step=...")
+    add("--steps", type=int, help="short for --set steps=...")
+    add("--temperature", type=float, help="short for --set temperature=...")
     add("--cfg-scale", type=float, help="classifier-free guidance (default: 0)")
-    add("--close-on-end", action="store_true", help="fill a block behind the model's end token instead of decoding it")
     add(
         "--reuse", choices=sorted(REUSES), help="compute some positions of a pass only; approximate (see docs/reuse.md)"
     )
@@ -218,60 +187,45 @@ def _generate(args: argparse.Namespace) -> None:
 
 def _make_sampler(args: argparse.Namespace) -> Sampler:
     """Load the model, and make the sampler that the options of ``generate`` name."""
-    composition, template = _compose(args)  # before the model is loaded, which may take minutes
+    how = _compose(args)  # before the model is loaded, which may take minutes
     model, tokenizer = _load(args)
-    own = composition.denoiser
-    denoiser = Denoiser(model, tokenizer, mask_token_id=args.mask_token_id, cfg_scale=own.cfg_scale, reuse=own.reuse)
-    return Sampler(
-        denoiser,
-        scheduler=composition.scheduler,
-        committer=composition.committer,
-        template=template,
-        close_on="end" if args.close_on_end else composition.close_on,
-        compile=args.compile or False,
-    )
+    own = {name: how[name] for name in ("cfg_scale", "reuse")}
+    denoiser = Denoiser(model, tokenizer, mask_token_id=args.mask_token_id, **own)
+    return Sampler(denoiser, decoder=how["decoder"], template=how["template"], compile=args.compile or False)
 
 
-def _compose(args: argparse.Namespace) -> tuple[Sampler, CanvasTemplate | None]:
+def _compose(args: argparse.Namespace) -> dict[str, Any]:
+    """The decoder and whatever goes with it, checked without a model."""
+    how = {"cfg_scale": 0.0, "reuse": None, "template": None} | _decoder(args)
     if args.cfg_scale is not None:
         check_between("--cfg-scale", args.cfg_scale, 0.0, math.inf)
-    composition = _composition(args)
-    template = _template(args, composition.template)
+        how["cfg_scale"] = args.cfg_scale
+    if args.reuse is not None:
+        how["reuse"] = REUSES[args.reuse](refresh_every=args.refresh_every)
+    elif args.refresh_every is not None:
+        raise NapDecodeError("--refresh-every goes with --reuse")
+    how["template"] = _template(args, how["template"])
     if args.device.startswith("cuda") and not torch.cuda.is_available() and args.ray_address is None:
         raise NapDecodeError(f"--device {args.device}: this torch sees no CUDA device")
-    return composition, template
+    return how
 
 
-def _composition(args: argparse.Namespace) -> Sampler:
-    """The decoder asked for, of a stand-in for the model."""
-    if args.reuse is None and args.refresh_every is not None:
-        raise NapDecodeError("--refresh-every goes with --reuse")
-    reuse = None if args.reuse is None else REUSES[args.reuse](refresh_every=args.refresh_every)
-    model = Denoiser(no_model, mask_token_id=0, reuse=reuse, **given(args, ["cfg_scale"]))
-    whole = list(given(args, ["preset", "sampler"]))
-    if not whole:
-        if args.set is not None:
-            raise NapDecodeError(f"--set {args.set[0]} is for an option of a --preset; name one")
-        selection = QuotaSelection() if args.threshold is None else ThresholdSelection(args.threshold)
-        own = given(args, ["temperature", "top_k", "top_p", "confidence"])
-        return Sampler(
-            model, scheduler=_scheduler(args), committer=MicroConfidenceCommitter(selection=selection, **own)
-        )
-    others = [*given(args, _OF_PARTS), *whole[1:]]
-    if args.preset is None:  # the file has its own
-        others += given(args, ["set", "cfg_scale", "reuse"])
-    if others:
-        remedy = "; options of a preset are given by --set" if whole[0] == "preset" else ""
-        raise NapDecodeError(f"{_option(others[0])} does not go with --{whole[0]}{remedy}")
-    if args.sampler is not None:
-        return Sampler.load(args.sampler, no_model, mask_token_id=0)
-    options = {}
+def _decoder(args: argparse.Namespace) -> dict[str, Any]:
+    options = given(args, _SHORTHANDS)
     for option in args.set or ():
         name, separator, value = option.partition("=")
         if not separator:
             raise NapDecodeError(f"--set must be written as OPTION=VALUE, but is {option!r}")
-        options[name] = presets.parse_value(value)
-    return presets.make_preset(args.preset, model, options)
+        options[name] = decoders.parse_value(value)
+    name = args.decoder or "parallel_forced"
+    scheduler = {} if args.scheduler is None else {"scheduler": _SCHEDULERS[args.scheduler]()}
+    if name in decoders.DECODERS:
+        if args.scheduler is not None and name == "parallel_forced" and not {"tokens_per_step", "steps"} & {*options}:
+            options["tokens_per_step"] = 4  # its own
+        return {"decoder": decoders.make(name, **scheduler, **options)}
+    found = find(name)
+    decoder: Decoder = found["decoder"]
+    return found | {"decoder": decoder.set(**scheduler, **options)}
 
 
 def _template(args: argparse.Namespace, default: CanvasTemplate | None) -> CanvasTemplate | None:
@@ -287,19 +241,6 @@ def _template(args: argparse.Namespace, default: CanvasTemplate | None) -> Canva
         return None
     check_integer("--max-new-tokens", args.max_new_tokens, 1)
     return CanvasTemplate.plain(args.max_new_tokens)
-
-
-def _scheduler(args: argparse.Namespace) -> BlockScheduler:
-    chosen = args.scheduler or "macro-parallel"
-    options = given(args, ["steps", "tokens_per_step"])
-    if not options:
-        options["tokens_per_step"] = 4 if args.threshold is None else 1
-    own = {"hold_until": "macro-parallel", "share_last_step": "macro-parallel", "block_length": "semi-autoregressive"}
-    extra = given(args, own)
-    for name in extra:
-        if chosen != own[name]:
-            raise NapDecodeError(f"{_option(name)} goes with --scheduler {own[name]}, not {chosen}")
-    return _SCHEDULERS[chosen](**options, **extra)
 
 
 def _load(args: argparse.Namespace) -> tuple[Any, Any]:

@@ -17,7 +17,7 @@ from examples.miniature.evaluate import (
     score,
     write_results,
 )
-from nap_decode import MacroParallelScheduler, NapDecodeError, Sampler, demo
+from nap_decode import Decoder, MacroParallelScheduler, NapDecodeError, Sampler, demo
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +46,9 @@ def test_measuring(evaluation):
     result = evaluation.measure(DECODERS["parallel_forced"], 6, "test", 20)
     operands = NIM_SUM.sample(np.random.default_rng(30_000), 20)
     sampler = Sampler(
-        evaluation.denoiser, scheduler=MacroParallelScheduler(tokens_per_step=6), template=LAYOUTS["paths"].template
+        evaluation.denoiser,
+        decoder=Decoder(MacroParallelScheduler(tokens_per_step=6)),
+        template=LAYOUTS["paths"].template,
     )
     output = sampler([NIM_SUM.prompt(row) for row in operands])
     answers = [str(answer) for answer in NIM_SUM.answer(operands)]
@@ -63,7 +65,9 @@ def test_scoring_tells_right_from_wrong(evaluation):
     """The answer counts where the layout has it, and nowhere else."""
     operands = NIM_SUM.sample(np.random.default_rng(1), 2)
     sampler = Sampler(
-        evaluation.denoiser, scheduler=MacroParallelScheduler(tokens_per_step=12), template=LAYOUTS["paths"].template
+        evaluation.denoiser,
+        decoder=Decoder(MacroParallelScheduler(tokens_per_step=12)),
+        template=LAYOUTS["paths"].template,
     )
     output = sampler([NIM_SUM.prompt(row) for row in operands])
     slots = LAYOUTS["paths"].write(NIM_SUM, operands)
@@ -84,7 +88,9 @@ def test_what_is_possible(evaluation, layout):
                 continue  # slow, and more steps are easier
             if other.is_possible(decoder, value):
                 assert other.measure(decoder, value, "tune", 1).forward_passes >= 1
-            elif "block_length" not in repr(decoder.make(other.denoiser, other.layout.template, value).scheduler):
+            elif "block_length" not in repr(
+                decoder.make(other.denoiser, other.layout.template, value).decoder.scheduler
+            ):
                 raise AssertionError(f"{decoder.name} {value}")
             else:
                 refused += 1

@@ -9,8 +9,8 @@ import pytest
 import torch
 from models import MASK, Words
 
-from nap_decode import Block, CanvasTemplate, Denoiser, ModelFamily, NapDecodeError
-from nap_decode.decoders import presets
+import nap_decode
+from nap_decode import Block, CanvasTemplate, Denoiser, ModelFamily, NapDecodeError, decoders
 from nap_decode.integrations.dllm import AlphaSchedule, Sampler
 
 PROMPTS = [[5, 6, 7, 8], [9, 5], [7, 7, 3]]
@@ -189,7 +189,8 @@ def test_lengths(sampler):
 def test_right_shift_is_that_of_the_family_or_forced(tiny):
     sampler = Sampler(model=tiny, tokenizer=Tokenizer())
     shifted = Denoiser(tiny, Tokenizer(), family=ModelFamily(name="shifted", shift=True))
-    want = presets.llada_low_confidence(shifted, steps=4).generate(torch.tensor([[5, 6]]), max_new_tokens=4)
+    decoder = decoders.llada_low_confidence().set(steps=4)
+    want = nap_decode.Sampler(shifted, decoder=decoder).generate(torch.tensor([[5, 6]]), max_new_tokens=4)
     got = sampler.sample([[5, 6]], max_new_tokens=4, steps=4, right_shift_logits=True)
     assert torch.equal(got, want)
     assert not torch.equal(got, sampler.sample([[5, 6]], max_new_tokens=4, steps=4))
@@ -200,54 +201,59 @@ class TestUsing:
     def make(self, tiny):
         return lambda *args, **options: Sampler.using(*args, **options)(model=tiny, tokenizer=Tokenizer())
 
-    def test_a_preset(self, make, tiny):
+    @pytest.mark.parametrize("kind", ["name", "decoder", "file"])
+    def test_a_decoder(self, make, tiny, tmp_path, kind):
         config = Config(max_new_tokens=6, cfg_scale=0.5, suppress_tokens=[], begin_suppress_tokens=[])  # the harness's
-        got = make(presets.klass, threshold=0.5).sample([[5, 6, 7]], config)
-        sampler = presets.klass(Denoiser(tiny, Tokenizer(), cfg_scale=0.5), threshold=0.5)
+        denoiser, decoder = Denoiser(tiny, Tokenizer(), cfg_scale=0.5), decoders.klass(threshold=0.5)
+        sampler = nap_decode.Sampler(denoiser, decoder=decoder)
+        sampler.save(tmp_path / "mine.json")
+        given = {"name": "klass", "decoder": decoder, "file": tmp_path / "mine.json"}[kind]
+        got = make(given, **({"threshold": 0.5} if kind == "name" else {})).sample([[5, 6, 7]], config)
         assert torch.equal(got, sampler.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=6))
-        assert Sampler.using(presets.klass).__name__ == "Sampler[klass]"
-        assert Sampler.preset is None
+        assert Sampler.using("klass").__name__ == "Sampler[klass]"
+        assert Sampler.decoder is None
 
     def test_options_of_the_config_that_it_has(self, make, tiny):
-        got = make(presets.llada_low_confidence).sample([[5, 6, 7]], Config(max_new_tokens=6, steps=3, block_size=2))
-        sampler = presets.llada_low_confidence(tiny, Tokenizer(), steps=3, block_length=2)
+        got = make("llada_low_confidence").sample([[5, 6, 7]], Config(max_new_tokens=6, steps=3, block_size=2))
+        decoder = decoders.llada_low_confidence(block_length=2).set(steps=3)
+        sampler = nap_decode.Sampler(tiny, Tokenizer(), decoder)
         assert torch.equal(got, sampler.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=6))
 
     def test_options_that_it_has_not(self, make):
-        with pytest.raises(NapDecodeError, match="steps=3 would have no effect: the preset, or its options in using"):
-            make(presets.klass).sample(PROMPTS, Config(steps=3))
-        with pytest.raises(NapDecodeError, match=r"temperature=0.5 would have no effect: the preset, or its options"):
-            make(presets.klass, temperature=0.2).sample(PROMPTS, temperature=0.5)
+        with pytest.raises(NapDecodeError, match="steps=3 cannot be kept, because the committer decides"):
+            make("klass").sample(PROMPTS, Config(steps=3))
+        for given, options in (("klass", {"temperature": 0.2}), (decoders.klass(), {})):  # a decoder has all it needs
+            with pytest.raises(NapDecodeError, match=r"temperature=0.5 would have no effect: the decoder, or its opt"):
+                make(given, **options).sample(PROMPTS, temperature=0.5)
         with pytest.raises(NapDecodeError, match="remasking='random' would have no effect"):
-            make(presets.klass).sample(PROMPTS, Config(remasking="random"))
+            make("klass").sample(PROMPTS, Config(remasking="random"))
 
     def test_a_template(self, make):
         template = CanvasTemplate(((11,), Block("a", 2), (12,), Block("b", 2)))
-        sampler = make(presets.parallel_forced, template=template, tokens_per_step=2)
+        sampler = make("parallel_forced", template=template, tokens_per_step=2)
         got = sampler.sample(PROMPTS, Config(max_length=10))
         assert got.shape == (3, 10)
         with pytest.raises(NapDecodeError, match="take 10 tokens, more than max_length=9"):
             sampler.sample(PROMPTS, Config(max_length=9))
         assert [got[row, len(prompt)].item() for row, prompt in enumerate(PROMPTS)] == [11] * 3
-        with pytest.raises(NapDecodeError, match="max_new_tokens=4 would have no effect: the preset has a template"):
+        with pytest.raises(NapDecodeError, match="max_new_tokens=4 would have no effect: the decoder has a template"):
             sampler.sample(PROMPTS, max_new_tokens=4)
 
     def test_infill(self, make):
-        got = make(presets.fast_dllm_threshold).infill([[5, MASK, 7], [MASK, 6]], Config())
+        got = make("fast_dllm_threshold").infill([[5, MASK, 7], [MASK, 6]], Config())
         assert got[0, [0, 2]].tolist() == [5, 7]
         assert got[1, 1:].tolist() == [6, 2]
         assert MASK not in got
 
-    def test_what_is_no_preset(self, make, tiny):
-        with pytest.raises(NapDecodeError, match=r"takes a preset, such as presets.klass, not 'klass'"):
-            make("klass")
-        with pytest.raises(NapDecodeError, match="scheduler=3 would have no effect: the preset has a scheduler"):
-            Sampler.using(presets.klass)(tiny, Tokenizer(), 3).sample(PROMPTS)
-
-    def test_a_function(self, make, tiny):
-        got = make(partial(presets.klass, threshold=0.5)).sample(PROMPTS, max_new_tokens=4)
-        assert torch.equal(got, make(presets.klass, threshold=0.5).sample(PROMPTS, max_new_tokens=4))
-        assert torch.equal(got, make(lambda d: presets.klass(d, threshold=0.5)).sample(PROMPTS, max_new_tokens=4))
+    def test_what_is_no_decoder(self, make, tiny):
+        with pytest.raises(NapDecodeError, match=r"there is no decoder 'klas'. Did you mean 'klass'"):
+            make("klas")
+        with pytest.raises(NapDecodeError, match=r"must be a Sampler, a Decoder, .* but is <function"):
+            make(decoders.klass)
+        with pytest.raises(NapDecodeError, match="threshold=0.5 would have no effect: the decoder is made already"):
+            make(decoders.klass(), threshold=0.5)
+        with pytest.raises(NapDecodeError, match="scheduler=3 would have no effect: the decoder has a scheduler"):
+            Sampler.using("klass")(tiny, Tokenizer(), 3).sample(PROMPTS)
 
 
 @dataclass
@@ -381,18 +387,17 @@ class TestDream:
         with pytest.raises(NapDecodeError, match=r"cfg_scale=1.0 would have no effect: DreamSampler's infill has no"):
             sampler.infill([[5, MASK]], DreamEvalConfig(), cfg_scale=1.0)
 
-    def test_presets(self, tiny):
+    def test_decoders(self, tiny):
         make = lambda *args, **options: Sampler.using(*args, **options)(model=tiny, tokenizer=Tokenizer())  # noqa: E731
         config = DreamEvalConfig(max_new_tokens=6)  # the algorithm's options are those of the class: not said
-        got = make(presets.klass, threshold=0.5).sample([[5, 6, 7]], config)
+        got = make("klass", threshold=0.5).sample([[5, 6, 7]], config)
         shifted = Denoiser(tiny, Tokenizer(), family=ModelFamily(name="shifted", shift=True))
-        want = presets.klass(shifted, threshold=0.5).generate(torch.tensor([[5, 6, 7]]), max_new_tokens=6)
-        assert torch.equal(got, want)
-        with pytest.raises(NapDecodeError, match="alg='topk_margin' would have no effect: the preset, or its options"):
-            make(presets.klass).check(DreamEvalConfig(alg="topk_margin"))
-        got = make(presets.dream_entropy).sample([[5, 6, 7]], DreamEvalConfig(max_new_tokens=6, steps=3, top_k=2))
-        want = presets.dream_entropy(shifted, steps=3, top_k=2).generate(torch.tensor([[5, 6, 7]]), max_new_tokens=6)
-        assert torch.equal(got, want)
+        run = lambda decoder: nap_decode.Sampler(shifted, decoder=decoder)([[5, 6, 7]], max_new_tokens=6)  # noqa: E731
+        assert torch.equal(got, run(decoders.klass(threshold=0.5)).sequences)
+        with pytest.raises(NapDecodeError, match="alg='topk_margin' would have no effect: the decoder, or its options"):
+            make("klass").check(DreamEvalConfig(alg="topk_margin"))
+        got = make("dream_entropy").sample([[5, 6, 7]], DreamEvalConfig(max_new_tokens=6, steps=3, top_k=2))
+        assert torch.equal(got, run(decoders.dream_entropy().set(steps=3, top_k=2)).sequences)
 
 
 class TestCheck:
@@ -405,8 +410,8 @@ class TestCheck:
             (Sampler, Config(steps=0), "steps must be"),
             (Sampler, Config(max_new_tokens=None), "give max_new_tokens or max_length"),
             (Sampler, DreamConfig(), "there is no alg 'origin'"),
-            (Sampler.using(presets.klass), Config(steps=3), "steps=3 would have no effect"),
-            (Sampler.using(presets.klass, tokens_per_step=0), Config(), "tokens_per_step must be"),
+            (Sampler.using("klass"), Config(steps=3), "steps=3 cannot be kept"),
+            (Sampler.using("klass"), Config(block_size=-1), "block_length must be"),
         ],
     )
     def test_options(self, tiny, make, config, message):
@@ -419,10 +424,16 @@ class TestCheck:
         for config in (None, Config(), DreamEvalConfig(), Config(max_new_tokens=None, max_length=9)):
             sampler.check(config)
 
-    def test_a_misspelt_option_of_the_preset(self):
-        with pytest.raises(NapDecodeError, match=r"no option of klass 'treshold'. Did you mean 'threshold'"):
-            Sampler.using(presets.klass, treshold=0.8)
-        Sampler.using(lambda denoiser, **options: presets.klass(denoiser, **options), threshold=0.8)
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"treshold": 0.8}, r"no option of klass 'treshold'. Did you mean 'threshold'"),
+            ({"tokens_per_step": 0}, "tokens_per_step must be"),
+        ],
+    )
+    def test_options_of_the_decoder(self, options, message):
+        with pytest.raises(NapDecodeError, match=message):
+            Sampler.using("klass", **options)
 
 
 @dataclass
@@ -455,8 +466,8 @@ def test_refusals(sampler, config, options, message):
 
 
 def test_unknown_fields_with_their_defaults(tiny):
-    """A preset has a rule of its own, so that they say nothing."""
-    sampler = Sampler.using(presets.klass)(model=tiny, tokenizer=Tokenizer())
+    """A decoder has a rule of its own, so that they say nothing."""
+    sampler = Sampler.using("klass")(model=tiny, tokenizer=Tokenizer())
     assert sampler.sample(PROMPTS, OfAnother(max_new_tokens=2)).shape == (3, 6)
     with pytest.raises(NapDecodeError, match="steps_per_block=2 would have no effect: OfAnother has it, but"):
         sampler.sample(PROMPTS, OfAnother(max_new_tokens=2, steps_per_block=2))

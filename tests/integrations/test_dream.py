@@ -10,8 +10,7 @@ import pytest
 import torch
 from models import MASK, PAD, TableModel, tiny_model
 
-from nap_decode import Block, CanvasTemplate, NapDecodeError
-from nap_decode.decoders import presets
+from nap_decode import Block, CanvasTemplate, Denoiser, ModelFamily, NapDecodeError, Sampler, decoders
 from nap_decode.integrations.dream import install, uninstall
 
 PROMPTS = torch.tensor([[5, 6, 7, 8], [0, 0, 9, 5], [0, 7, 7, 3]])
@@ -203,7 +202,7 @@ class TestInstall:
         with pytest.raises(NapDecodeError, match="nothing is installed on this"):
             uninstall(model)
         install(model)
-        install(model, presets.klass)
+        install(model, "klass")
         uninstall(model)
         assert not hasattr(model, "diffusion_generate")
 
@@ -495,15 +494,18 @@ class TestHooks:
             run(generation_logits_hook_func=lambda step, x, logits: None)
 
     def test_samplers_with_other_canvases(self, tiny, dream):
-        install(tiny, presets.lopa)
+        install(tiny, "lopa")
         options = {"mask_token_id": MASK, "generation_logits_hook_func": lambda step, x, logits: logits}
         with pytest.raises(NapDecodeError, match="looks at other canvases besides its own"):
             tiny.diffusion_generate(TEXTS, max_new_tokens=4, **options)
 
 
 class TestOtherSamplers:
-    def test_a_preset(self, tiny, dream):
-        install(tiny, presets.fast_dllm_threshold)
+    @pytest.mark.parametrize(
+        "decoder", ["fast_dllm_threshold", decoders.fast_dllm_threshold()], ids=["name", "decoder"]
+    )
+    def test_a_decoder(self, tiny, dream, decoder):
+        install(tiny, decoder)
         out = tiny.diffusion_generate(
             TEXTS, max_new_tokens=4, mask_token_id=MASK, return_dict_in_generate=True, output_history=True
         )
@@ -516,7 +518,9 @@ class TestOtherSamplers:
 
     def test_a_template(self, tiny, dream):
         template = CanvasTemplate(((11,), Block("a", 2), (12,), Block("b", 2)))
-        install(tiny, partial(presets.parallel_forced, template=template, tokens_per_step=2))
+        decoder = decoders.parallel_forced(tokens_per_step=2)
+        family = ModelFamily(name="shifted", shift=True)
+        install(tiny, Sampler(Denoiser(tiny, mask_token_id=MASK, family=family), decoder=decoder, template=template))
         got = tiny.diffusion_generate(PROMPTS, attention_mask=PRESENT, mask_token_id=MASK)
         assert got[:, [4, 7]].tolist() == [[11, 12]] * 3
         with pytest.raises(NapDecodeError, match=r"max_new_tokens=3 would have no effect: .* has a template"):
@@ -524,4 +528,6 @@ class TestOtherSamplers:
 
     def test_a_sampler_of_another_model(self, tiny):
         with pytest.raises(NapDecodeError, match="the sampler is for another model"):
-            install(tiny_model(), presets.klass(tiny, mask_token_id=MASK))
+            install(tiny_model(), Sampler(tiny, decoder=decoders.klass(), mask_token_id=MASK))
+        with pytest.raises(NapDecodeError, match="there is no decoder 'klas'. Did you mean 'klass'"):
+            install(tiny, "klas")

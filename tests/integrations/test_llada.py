@@ -2,17 +2,17 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from functools import partial
 
 import pytest
 import torch
 from models import MASK, TableModel
 
-from nap_decode import Block, CanvasTemplate, Denoiser, NapDecodeError, Sampler, Slots
+from nap_decode import Block, CanvasTemplate, Denoiser, NapDecodeError, Sampler, decoders
 from nap_decode.base.random import CONFIDENCE_STREAM, row_seeds, uniform
-from nap_decode.decoders import presets
-from nap_decode.integrations.llada import EOS_TOKEN_ID, EOT_TOKEN_ID, ProbabilityWithout, generate
+from nap_decode.decoders.llada import ProbabilityWithout
+from nap_decode.integrations.llada import EOS_TOKEN_ID, EOT_TOKEN_ID, generate
 from nap_decode.model.statistics import Distribution
+from nap_decode.parts import Slots
 from nap_decode.parts.confidence import Candidates
 
 PROMPTS = torch.tensor([[5, 6, 7, 8], [0, 0, 9, 5], [0, 7, 7, 3]])
@@ -156,7 +156,8 @@ def test_probability_without():
 
 
 def test_probability_without_draws_nothing(tiny):
-    sampler = presets.llada_low_confidence(tiny, mask_token_id=MASK, confidence=ProbabilityWithout((2,)))
+    decoder = decoders.llada_low_confidence(confidence=ProbabilityWithout((2,)))
+    sampler = Sampler(tiny, decoder=decoder, mask_token_id=MASK)
     assert sampler([[5, 6]], max_new_tokens=2).row_seeds is None
 
 
@@ -164,7 +165,8 @@ def test_flags_mean_the_same_when_sampling():
     """Published, the confidence is written into other logits at temperature 1 than at 0."""
     table = TableModel(4, 2, seed=3)  # ids 0 to 3, of which 1 is the mask and 2 the end
     denoiser = Denoiser(table, mask_token_id=1)
-    sampler = presets.llada_low_confidence(denoiser, steps=2, temperature=1.0, confidence=ProbabilityWithout((2,)))
+    decoder = decoders.llada_low_confidence(confidence=ProbabilityWithout((2,)))
+    sampler = Sampler(denoiser, decoder=decoder.set(steps=2, temperature=1.0))
     out = sampler([[]] * 4000, max_new_tokens=2, seed=1)
     first = out.trace.tokens[out.trace.step == 0]
     # Of two independent proposals the end is committed first only if both are it.
@@ -191,7 +193,8 @@ def test_temperature_follows_the_law():
 
 def test_uneven_blocks(tiny):
     got = generate(tiny, PROMPTS, PRESENT, steps=3, gen_length=7, block_length=3, mask_id=MASK)
-    sampler = presets.llada_low_confidence(Denoiser(tiny, mask_token_id=MASK), steps=3, block_length=3)
+    decoder = decoders.llada_low_confidence(block_length=3).set(steps=3)
+    sampler = Sampler(tiny, decoder=decoder, mask_token_id=MASK)
     assert torch.equal(got[:, 4:], sampler.generate(PROMPTS, PRESENT, max_new_tokens=7)[:, 4:])
     with pytest.raises(NapDecodeError, match="3 phases"):
         generate(tiny, PROMPTS, PRESENT, steps=2, gen_length=7, block_length=3, mask_id=MASK)
@@ -204,25 +207,34 @@ def test_the_prompt_comes_back_as_it_was_given(tiny):
 
 
 class TestOtherSamplers:
-    def test_a_preset(self, tiny):
-        got = generate(tiny, PROMPTS, PRESENT, gen_length=6, cfg_scale=0.5, mask_id=MASK, sampler=presets.klass)
-        sampler = presets.klass(Denoiser(tiny, mask_token_id=MASK, cfg_scale=0.5))
+    @pytest.mark.parametrize("kind", ["decoder", "name", "file"])
+    def test_a_decoder(self, tiny, tmp_path, kind):
+        denoiser = Denoiser(tiny, mask_token_id=MASK, cfg_scale=0.5)
+        sampler = Sampler(denoiser, decoder=decoders.klass())
+        sampler.save(tmp_path / "mine.json")
+        given = {"decoder": sampler.decoder, "name": "klass", "file": tmp_path / "mine.json"}[kind]
+        got = generate(tiny, PROMPTS, PRESENT, gen_length=6, cfg_scale=0.5, mask_id=MASK, sampler=given)
         assert torch.equal(got[:, 4:], sampler.generate(PROMPTS, PRESENT, max_new_tokens=6)[:, 4:])
+        if kind == "file":
+            assert torch.equal(generate(tiny, PROMPTS, PRESENT, gen_length=6, mask_id=MASK, sampler=given), got)
+            with pytest.raises(NapDecodeError, match="the file has cfg_scale 0.5, but 1.0 is asked for"):
+                generate(tiny, PROMPTS, gen_length=6, cfg_scale=1.0, mask_id=MASK, sampler=given)
 
     def test_a_sampler(self, tiny):
-        sampler = presets.left_to_right(tiny, mask_token_id=MASK, tokens_per_step=2)
+        sampler = Sampler(tiny, decoder=decoders.left_to_right().set(tokens_per_step=2), mask_token_id=MASK)
         want = sampler.generate(PROMPTS, PRESENT, max_new_tokens=6)
         assert torch.equal(generate(tiny, PROMPTS, PRESENT, gen_length=6, sampler=sampler), want)
         assert torch.equal(generate(tiny, PROMPTS, PRESENT, gen_length=6, sampler=sampler, mask_id=MASK), want)
 
     def test_a_template(self, tiny):
         template = CanvasTemplate(((11,), Block("a", 2), (12,), Block("b", 2)))
-        preset = partial(presets.parallel_forced, template=template, tokens_per_step=2)
-        got = generate(tiny, PROMPTS, PRESENT, mask_id=MASK, sampler=preset)
+        decoder = decoders.parallel_forced(tokens_per_step=2)
+        sampler = Sampler(tiny, decoder=decoder, template=template, mask_token_id=MASK)
+        got = generate(tiny, PROMPTS, PRESENT, mask_id=MASK, sampler=sampler)
         assert got.shape == (3, 10)
         assert got[:, [4, 7]].tolist() == [[11, 12]] * 3
         with pytest.raises(NapDecodeError, match="gen_length=6 would have no effect: the sampler has a template"):
-            generate(tiny, PROMPTS, PRESENT, gen_length=6, mask_id=MASK, sampler=preset)
+            generate(tiny, PROMPTS, PRESENT, gen_length=6, mask_id=MASK, sampler=sampler)
 
     @pytest.mark.parametrize(
         ("option", "value"),
@@ -236,25 +248,25 @@ class TestOtherSamplers:
     )
     def test_options_without_effect_are_refused(self, tiny, option, value):
         with pytest.raises(NapDecodeError, match=f"{option}={value!r} would have no effect: the sampler decides that"):
-            generate(tiny, PROMPTS, mask_id=MASK, sampler=presets.klass, **{option: value})
+            generate(tiny, PROMPTS, mask_id=MASK, sampler="klass", **{option: value})
 
     @pytest.mark.parametrize("option", [{"mask_id": 3}, {"cfg_scale": 1.0}, {"logits_eos_inf": True}])
     def test_options_of_the_denoiser(self, tiny, option):
-        sampler = presets.klass(tiny, mask_token_id=MASK)
+        sampler = Sampler(tiny, decoder=decoders.klass(), mask_token_id=MASK)
         with pytest.raises(NapDecodeError, match=f"{next(iter(option))}=.* the sampler has a Denoiser of its own"):
             generate(tiny, PROMPTS, sampler=sampler, **option)
 
     def test_what_is_no_sampler(self, tiny):
-        with pytest.raises(NapDecodeError, match=r"sampler must be a Sampler, or a function .* but gives 'klass'"):
-            generate(tiny, PROMPTS, mask_id=MASK, sampler="klass")
-        with pytest.raises(NapDecodeError, match="but gives None"):
+        with pytest.raises(NapDecodeError, match=r"there is no decoder 'klas'. Did you mean 'klass'"):
+            generate(tiny, PROMPTS, mask_id=MASK, sampler="klas")
+        with pytest.raises(NapDecodeError, match=r"must be a Sampler, a Decoder, .* but is <function"):
             generate(tiny, PROMPTS, mask_id=MASK, sampler=lambda model: None)
 
     def test_a_sampler_of_another_model(self, tiny):
         other = TableModel(4, 2)
+        sampler = Sampler(other, decoder=decoders.klass(), mask_token_id=1)
         with pytest.raises(NapDecodeError, match="the sampler is for another model"):
-            generate(tiny, PROMPTS, mask_id=MASK, sampler=presets.klass(other, mask_token_id=1))
-        assert isinstance(presets.klass(other, mask_token_id=1), Sampler)
+            generate(tiny, PROMPTS, mask_id=MASK, sampler=sampler)
 
 
 def test_refusals(tiny):

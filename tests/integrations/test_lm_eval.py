@@ -24,9 +24,8 @@ from nap_decode import (
     NapDecodeError,
     ParallelForcedSampler,
     Sampler,
-    ThresholdSelection,
+    decoders,
     demo,
-    presets,
 )
 from nap_decode.demo import NimSum
 from nap_decode.demo.tasks import nim_sum
@@ -37,7 +36,6 @@ from nap_decode.integrations.lm_eval import (
     Generation,
     add_costs,
     harness_model,
-    make_sampler,
     parse_options,
 )
 from nap_decode.measure.likelihood import chain_log_likelihood, log_likelihood_bound
@@ -198,7 +196,7 @@ def test_other_samplers_have_other_caches(make):
 def test_a_plain_canvas_is_as_long_as_the_task_says(make, embedded):
     lm = make(sampler="left_to_right")
     texts = lm.generate_until(requests(QUESTIONS[:3], max_gen_toks=6, until=[]), disable_tqdm=True)
-    out = presets.left_to_right(*embedded)(QUESTIONS[:3], max_new_tokens=6)
+    out = Sampler(*embedded, decoders.left_to_right())(QUESTIONS[:3], max_new_tokens=6)
     assert texts == [text.lstrip() for text in out.text]  # as the harness has it, without the space before it
     assert [text.cost.forward_passes for text in texts] == [6, 6, 6]
     with pytest.raises(NapDecodeError, match="max_gen_toks=256 leaves no room"):
@@ -218,22 +216,21 @@ def test_stop_strings_cut_and_what_is_behind_counts_for_nothing(make, embedded):
     assert cut.cost.tokens_per_forward == stop / 8
 
 
-@pytest.mark.parametrize("preset", ["lopa", "fast_dllm_threshold", "klass"])
-def test_every_kind_of_sampler(make, embedded, preset):
-    lm = make(sampler=preset, sampler_args=CANVAS)
+@pytest.mark.parametrize("name", ["lopa", "fast_dllm_threshold", "klass"])
+def test_every_kind_of_sampler(make, embedded, name):
+    lm = make(sampler=name, sampler_args=CANVAS)
     texts = lm.generate_until(requests(QUESTIONS[:3]), disable_tqdm=True)
     template = CanvasTemplate.nap(path_length=11, summary_length=2)
-    assert texts == presets.PRESETS[preset](*embedded, template=template)(QUESTIONS[:3]).summary
+    assert texts == Sampler(*embedded, decoders.make(name), template=template)(QUESTIONS[:3]).summary
 
 
 def test_a_sampler_of_ones_own_and_a_saved_one(make, embedded, tmp_path):
-    sampler = ParallelForcedSampler(
-        *embedded, path_length=11, summary_length=2, selection=ThresholdSelection(0.8), num_paths=3
-    )
+    template = CanvasTemplate.nap(path_length=11, summary_length=2)
+    sampler = Sampler(*embedded, decoders.fast_dllm_threshold(threshold=0.8), template=template)
     sampler.save(tmp_path / "mine.json")
     wanted = sampler(QUESTIONS[:4])
-    for given in (sampler, str(tmp_path / "mine.json"), lambda denoiser: sampler.replace(denoiser=denoiser)):
-        texts = make(sampler=given).generate_until(requests(QUESTIONS[:4]), disable_tqdm=True)
+    for given, args in ((sampler, None), (str(tmp_path / "mine.json"), None), (sampler.decoder, CANVAS)):
+        texts = make(sampler=given, sampler_args=args).generate_until(requests(QUESTIONS[:4]), disable_tqdm=True)
         assert texts == wanted.summary
         assert [text.cost.forward_passes for text in texts] == wanted.trace.forward_passes.tolist()
     with pytest.raises(NapDecodeError, match="made already"):
@@ -242,9 +239,11 @@ def test_a_sampler_of_ones_own_and_a_saved_one(make, embedded, tmp_path):
         make(sampler=sampler, cfg_scale=1.0)
     with pytest.raises(NapDecodeError, match=r"mine.json says how to decode"):
         make(sampler=str(tmp_path / "mine.json"), sampler_args="steps=3")
+    with pytest.raises(NapDecodeError, match="the file has a template"):
+        make(sampler=str(tmp_path / "mine.json"), sampler_args=CANVAS)
     with pytest.raises(NapDecodeError, match=r"made already|Denoiser has its own"):
         make(sampler=sampler, cfg_scale=0.0)
-    sampler.replace(denoiser=sampler.denoiser.replace(cfg_scale=0.5)).save(tmp_path / "guided.json")
+    sampler.over(sampler.denoiser.replace(cfg_scale=0.5)).save(tmp_path / "guided.json")
     assert make(sampler=str(tmp_path / "guided.json")).denoiser.cfg_scale == 0.5
     for other in (0.0, 1.0):
         with pytest.raises(NapDecodeError, match=rf"guided.json has cfg_scale 0.5, but {other} is asked for"):
@@ -271,13 +270,13 @@ def test_draws_belong_to_the_request(make):
 
 def test_texts_have_seeds_of_their_own(make, monkeypatch):
     given = []
-    generate = Sampler.generate
+    stream = Sampler.stream
 
     def watch(self, *args, row_seeds, **options):
         given.extend(row_seeds)
-        return generate(self, *args, row_seeds=row_seeds, **options)
+        return stream(self, *args, row_seeds=row_seeds, **options)
 
-    monkeypatch.setattr(Sampler, "generate", watch)
+    monkeypatch.setattr(Sampler, "stream", watch)
     make(sampler_args=CANVAS).generate_until(requests(QUESTIONS), disable_tqdm=True)
     assert len(set(given)) == len(QUESTIONS) > 1
 
@@ -424,7 +423,7 @@ def test_rolling_takes_windows_that_fit(make, embedded, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sampler": "paralel_forced"}, "there is no preset 'paralel_forced'. Did you mean 'parallel_forced'"),
+        ({"sampler": "paralel_forced"}, "there is no decoder 'paralel_forced'. Did you mean 'parallel_forced'"),
         ({"sampler_args": "token_per_step=4"}, "Did you mean 'tokens_per_step'"),
         ({"sampler_args": "steps=0"}, "steps must be"),
         ({"sampler_args": "steps"}, "must be written as name=value"),
@@ -478,7 +477,7 @@ def test_the_harness_makes_it_from_a_text(embedded):
         text, {"batch_size": 3, "max_batch_size": None, "device": "cpu"}
     )
     assert lm.batch_size == 3
-    assert lm.sampler.committer == presets.klass(*embedded, threshold=0.8).committer
+    assert lm.sampler.decoder == decoders.klass(threshold=0.8)
     assert lm.max_gen_toks == 2
 
 
@@ -524,11 +523,11 @@ def test_options_as_text():
         parse_options("a=[1,2")
 
 
-def test_closing_and_canvas_options(embedded):
-    sampler = make_sampler(Denoiser(*embedded), "parallel_forced", {"path_length": 11, "close_on": "end"})
-    assert sampler.close_on == (embedded[1].eos_token_id,)
+def test_closing_and_canvas_options(make):
+    sampler = make(sampler_args={"path_length": 11, "close_on": "end"}).sampler
+    assert sampler.decoder.close_on == "end"
     assert [block.length for block in sampler.template.blocks] == [11, 11, 11, 32]
-    assert sampler.committer == MicroConfidenceCommitter()
+    assert sampler.decoder.committer == MicroConfidenceCommitter()
 
 
 def test_costs_survive_pickling():

@@ -11,8 +11,7 @@ import torch
 from models import MASK
 from torch.nn import functional
 
-from nap_decode import MicroConfidenceCommitter, NapDecodeError
-from nap_decode.decoders import presets
+from nap_decode import MicroConfidenceCommitter, NapDecodeError, Sampler, decoders
 from nap_decode.integrations import dream, llada
 
 VOCABULARY, CASES = 50, range(30)
@@ -135,7 +134,7 @@ class TestLLaDA:
 
     def test_samplers_decide_themselves(self):
         with pytest.raises(NapDecodeError, match="model_precision=True would have no effect: the sampler decides that"):
-            llada.generate(Confident(0), torch.tensor([[5]]), sampler=presets.klass, mask_id=MASK, model_precision=True)
+            llada.generate(Confident(0), torch.tensor([[5]]), sampler="klass", mask_id=MASK, model_precision=True)
 
 
 class TestDream:
@@ -161,7 +160,7 @@ class TestDream:
 
     def test_samplers_decide_themselves(self):
         with pytest.raises(NapDecodeError, match="model_precision=True would have no effect: the sampler decides that"):
-            dream.install(Confident(0), presets.klass, model_precision=True)
+            dream.install(Confident(0), "klass", model_precision=True)
 
 
 def test_drawn_tokens_are_those_that_the_rounded_cut_leaves():
@@ -184,10 +183,14 @@ def test_in_other_precisions_it_makes_no_difference(dtype):
 
 def test_it_is_a_part_that_is_saved(tmp_path):
     committer = MicroConfidenceCommitter(model_precision=True, confidence="negative_entropy")
-    sampler = presets.llada_low_confidence(Confident(1), steps=4, mask_token_id=MASK).replace(committer=committer)
+    decoder = decoders.llada_low_confidence().set(steps=4, committer=committer)
+    sampler = Sampler(Confident(1), decoder=decoder, mask_token_id=MASK)
     sampler.save(tmp_path / "sampler.json")
     again = type(sampler).load(tmp_path / "sampler.json", Confident(1), mask_token_id=MASK)
-    assert again.committer == committer
+    assert again.decoder.committer == committer
     want = sampler.generate(torch.tensor([[5, 6]]), max_new_tokens=12)
-    for one in (again, sampler.replace(committer=committer.compiled())):  # compiled, it is what it was
+    for one in (
+        again,
+        sampler.set(committer=committer.compiled(lambda function: function)),
+    ):  # compiled, it is what it was
         assert torch.equal(one.generate(torch.tensor([[5, 6]]), max_new_tokens=12), want)

@@ -26,25 +26,26 @@ import ray
 
 ray.init(num_cpus=2, object_store_memory=100 * 2**20, include_dashboard=False, log_to_driver=False, logging_level=40)
 logging.getLogger("ray.data").setLevel(logging.ERROR)
-from nap_decode import CanvasTemplate, ParallelForcedSampler, demo
-from nap_decode.run import sampler
+from nap_decode import CanvasTemplate, decoders, demo
 from nap_decode.integrations.ray import generate
 
 prompts, output, kill, workers = sys.argv[1:]
 
 
-class Mortal(ParallelForcedSampler):
-    def stream(self, *arguments, **options):
-        decoded = list(super().stream(*arguments, **options))
+def load():
+    from nap_decode import Sampler  # as the worker has it
+
+    stream = Sampler.stream
+
+    def die(self, *arguments, **options):
+        decoded = list(stream(self, *arguments, **options))
         if len([name for name in os.listdir(output) if name.endswith(".parquet")]) >= 2 and os.path.exists(kill):
             os.remove(kill)
             os.kill(os.getpid(), signal.SIGKILL)
         return iter(decoded)
 
-
-def make(denoiser):
-    template = CanvasTemplate.nap(path_length=11, summary_length=2)
-    return Mortal(denoiser, template=template, tokens_per_step=12, temperature=1.0)
+    Sampler.stream = die
+    return demo.load()
 
 
 dataset = prompts
@@ -52,8 +53,9 @@ if workers == "1":
     dataset = ray.data.read_json(prompts, override_num_blocks=3).map_batches(lambda batch: batch)  # a stage before ours
 stage = generate(
     dataset,
-    model=demo.load,
-    sampler=make,
+    model=load,
+    sampler=decoders.parallel_forced(tokens_per_step=12).set(temperature=1.0),
+    template=CanvasTemplate.nap(path_length=11, summary_length=2),
     output=output,
     rows_per_part=4,
     max_batch=4,

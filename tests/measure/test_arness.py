@@ -12,7 +12,16 @@ from models import MASK, VOCABULARY, Words
 from reference import kendall_tau_b, order_measures
 from torch import nn
 
-from nap_decode import AnyOrderScheduler, ARnessMeter, CanvasTemplate, DecodeTrace, Denoiser, NapDecodeError, Sampler
+from nap_decode import (
+    AnyOrderScheduler,
+    ARnessMeter,
+    CanvasTemplate,
+    Decoder,
+    DecodeTrace,
+    Denoiser,
+    NapDecodeError,
+    Sampler,
+)
 
 
 def trace(*rows, block=None, confidence=None, tokens=None, names=("completion",), passes=None, ends=()):
@@ -198,7 +207,7 @@ class TestWatch:
         prompt = [5, 6, 7]
         sampler = Sampler(
             Denoiser(tiny, mask_token_id=MASK),
-            scheduler=AnyOrderScheduler(tokens_per_step=2),
+            decoder=Decoder(AnyOrderScheduler(tokens_per_step=2)),
             template=CanvasTemplate.plain(8),
         )
         with ARnessMeter.watch(tiny, MASK) as watch:
@@ -229,7 +238,7 @@ class TestWatch:
     def test_rows_of_an_unconditional_branch_can_be_left_out(self, tiny):
         with ARnessMeter.watch(tiny, MASK, num_rows=1) as watch:
             guided = Denoiser(tiny, mask_token_id=MASK, cfg_scale=1.0)
-            out = Sampler(guided, scheduler=AnyOrderScheduler(tokens_per_step=2))([[5, 6]], max_new_tokens=4)
+            out = Sampler(guided, decoder=Decoder(AnyOrderScheduler(tokens_per_step=2)))([[5, 6]], max_new_tokens=4)
         assert torch.equal(watch.trace(out.sequences).step, out.trace.step)
 
     def test_an_unconditional_branch_in_calls_of_its_own_is_left_out(self, tiny):

@@ -7,9 +7,15 @@ import pytest
 import torch
 from models import MASK, TableModel, Words
 
-from nap_decode import Denoiser, ModelFamily, NapDecodeError
-from nap_decode.decoders import presets
-from nap_decode.measure.likelihood import chain_log_likelihood, log_likelihood_bound
+from nap_decode import (
+    Denoiser,
+    ModelFamily,
+    NapDecodeError,
+    Sampler,
+    chain_log_likelihood,
+    decoders,
+    log_likelihood_bound,
+)
 
 V, P, L = 4, 1, 5
 PROMPT, COMPLETION = [2], [3, 0, 2, 2, 3]
@@ -110,7 +116,7 @@ def test_the_bound_is_the_mean_over_all_orders(table):
 def test_greedy_is_what_left_to_right_decoding_gives(tiny):
     denoiser = Denoiser(tiny, Words())
     prompts = [[5, 6, 7], [8], [9, 10, 11, 12]]
-    sampler = presets.left_to_right(denoiser)
+    sampler = Sampler(denoiser, decoder=decoders.make("left_to_right"))
     decoded = [sampler(prompt, max_new_tokens=6).sequences[0, -6:].tolist() for prompt in prompts]
     assert chain_log_likelihood(denoiser, prompts, decoded).is_greedy.tolist() == [True] * 3
     changed = [[*row[:-1], (row[-1] + 1 - 4) % 16 + 4] for row in decoded]

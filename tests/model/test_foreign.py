@@ -13,8 +13,8 @@ from models import MASK, PAD, VOCABULARY, DreamLike, Remote, Words, tiny_model
 from torch import nn
 
 from nap_decode import AnyOrderScheduler, CommittedReuse, Decoder, Denoiser, ModelFamily, NapDecodeError, Sampler
-from nap_decode.integrations._shared import bind
 from nap_decode.model import foreign
+from nap_decode.run.generate import check_same_model
 
 
 class Passes(nn.Module):
@@ -435,7 +435,7 @@ class TestVirtualTokens:
             alone = sampler([prompt], max_new_tokens=4).sequences[0]
             assert torch.equal(together[row, : len(alone)], alone)
         with pytest.raises(NapDecodeError, match="the sampler is for another model"):
-            bind(sampler, model, lambda: sampler.denoiser)
+            check_same_model(sampler, model)
 
     @pytest.mark.parametrize("difference", [-1, 1, 4])
     @pytest.mark.parametrize("kind", ["function", "module"])

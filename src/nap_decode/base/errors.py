@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
@@ -73,6 +73,19 @@ def check_name(what: str, name: str, known: Iterable[str]) -> None:
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"Did you mean {near[0]!r}? " if near else ""
         raise NapDecodeError(f"there is no {what} {name!r}. {hint}Known: {', '.join(names)}")
+
+
+def refuse(options: Mapping[str, Any], defaults: Mapping[str, Any], why: str) -> None:
+    """Raise if any of the options was given, which would have no effect.
+
+    Args:
+        options: names and values.
+        defaults: values that count as not given.
+        why: they have no effect.
+    """
+    given = [f"{name}={value!r:.80}" for name, value in options.items() if value != defaults.get(name)]
+    if given:
+        raise NapDecodeError(f"{', '.join(given)} would have no effect: {why}. Leave it out")
 
 
 def check_tokenizer(tokenizer: Any, num_embeddings: int | None) -> None:

@@ -164,8 +164,7 @@ def make_loops(
         mode: ``compile=`` of :class:`Sampler`, unless it is None.
     """
     parts = Parts(denoiser, canvas)
-    options = workload.parts() | ({} if mode is None else {"compile": mode})
-    sampler = Sampler(denoiser, **options)
+    sampler = Sampler(denoiser, decoder=workload.decoder(), compile=False if mode is None else mode)
     quotas, widths = workload.quotas(), workload.widths()
     banned = torch.tensor(banned_ids(denoiser, parts.vocab_size), device=canvas.tokens.device)
 

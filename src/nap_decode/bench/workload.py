@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -15,9 +15,10 @@ from nap_decode.canvas import Block, Canvas, CanvasTemplate
 from nap_decode.model.denoiser import Denoiser
 from nap_decode.model.foreign import precision_argument
 from nap_decode.parts.committer import MicroConfidenceCommitter
-from nap_decode.parts.scheduler import BlockScheduler, MacroParallelScheduler, SemiAutoregressiveScheduler
+from nap_decode.parts.decoder import Decoder
+from nap_decode.parts.scheduler import Left, MacroParallelScheduler, Scheduler, SemiAutoregressiveScheduler
 
-SCHEDULERS: dict[str, type[BlockScheduler]] = {
+SCHEDULERS: dict[str, type[Scheduler]] = {
     "macro-parallel": MacroParallelScheduler,
     "semi-autoregressive": SemiAutoregressiveScheduler,
 }
@@ -150,13 +151,12 @@ class Workload:
         check_name("scheduler of a benchmark", self.scheduler, SCHEDULERS)
         if self.blocks > self.new_tokens:
             raise NapDecodeError(f"{self.new_tokens} new tokens cannot be cut into {self.blocks} blocks; ask for fewer")
-        self.parts()  # further checks are theirs
-        self.quotas()
+        self.quotas()  # whose parts check the rest
 
-    def parts(self) -> dict[str, Any]:
-        """Scheduler and committer, as a :class:`Sampler` takes them."""
+    def decoder(self) -> Decoder:
+        """How to decode."""
         scheduler = SCHEDULERS[self.scheduler](steps=self.steps)
-        return {"scheduler": scheduler, "committer": MicroConfidenceCommitter(temperature=self.temperature)}
+        return Decoder(scheduler, MicroConfidenceCommitter(temperature=self.temperature))
 
     def lengths(self) -> Tensor:
         """``(B, M)`` int64, slots of each block."""
@@ -165,12 +165,12 @@ class Workload:
 
     def quotas(self) -> Tensor:
         """``(S, B, M)`` int64 on the CPU: tokens that each block commits at each step."""
-        remaining = self.lengths()
-        plan = self.parts()["scheduler"].plan(remaining)
-        quotas = []
+        scheduler, quotas = self.decoder().scheduler, []
+        plan = scheduler.plan(self.lengths())
+        left = Left.all(plan.lengths)
         for step in range(self.steps):
-            quotas.append(plan.quota(remaining, step))
-            remaining = remaining - quotas[-1]
+            quota, left = scheduler.next(plan, replace(left, step=left.step.new_full((self.batch_size,), step)))
+            quotas.append(quota)
         return torch.stack(quotas)
 
     def widths(self) -> list[int]:
@@ -195,7 +195,6 @@ class Workload:
             CanvasTemplate(tuple(blocks)),
             mask_token_id=denoiser.mask_token_id,
             pad_token_id=denoiser.pad_token_id,
-            prompt_width=self.prompt_length,
             device=denoiser.device,
         )
 

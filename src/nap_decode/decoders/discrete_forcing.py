@@ -20,11 +20,6 @@ class PipelineScheduler(SemiAutoregressiveScheduler):
     """Blocks in a pipeline: one opens as soon as the one before is partly done.
 
     Args:
-        steps: see :class:`Scheduler`.
-        tokens_per_step: see :class:`Scheduler`.
-        schedule: see :class:`Scheduler`.
-        block_length: see :class:`SemiAutoregressiveScheduler`.
-        on_grid: see :class:`SemiAutoregressiveScheduler`.
         done_before_next: share of a block, 0 to 1, that is committed before the next one opens; 1 decodes one block
             after the other.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from einops import rearrange, repeat
@@ -11,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from nap_decode.base.errors import NapDecodeError, check_between, check_integer
-from nap_decode.parts.committer import Committer, Function, MicroConfidenceCommitter, Predict
+from nap_decode.parts.committer import Committer, MicroConfidenceCommitter, Predict
 from nap_decode.parts.decoder import Decoder
 from nap_decode.parts.needs import Needs
 from nap_decode.parts.scheduler import in_blocks
@@ -69,7 +70,7 @@ class LookaheadCommitter(Committer):
         return self.inner.needs | Needs(adaptive=True, memory=True)
 
     @override
-    def compiled(self, compile: Callable[[Function], Function]) -> LookaheadCommitter:
+    def compiled(self, compile: Callable[[Any], Any]) -> LookaheadCommitter:
         return replace(self, inner=self.inner.compiled(compile))
 
     @override

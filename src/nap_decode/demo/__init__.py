@@ -45,8 +45,8 @@ def load(trained_on: str = "paths") -> tuple[Any, Any]:
         >>> model, tokenizer = load()
         >>> tokenizer.mask_token, model.num_parameters()
         ('<mask>', 855680)
-        >>> from nap_decode.decoders import presets
-        >>> sampler = presets.left_to_right(*load("chain"), tokens_per_step=5)
+        >>> from nap_decode import Sampler, decoders
+        >>> sampler = Sampler(*load("chain"), decoders.left_to_right().set(tokens_per_step=5))
         >>> sampler("6 0 6 4 6 2 1 2 4 7 0 6 =", max_new_tokens=35).text
         ' 6 0 6 6 6 0 0 4 4 4 6 2 2 2 0 0 1 1 1 2 3 3 4 7 7 7 0 0 0 0 0 6 6 6'
     """

@@ -14,7 +14,8 @@ from nap_decode.measure.arness import ARnessMeter
 from nap_decode.model.denoiser import Denoiser
 from nap_decode.nap import ParallelForcedSampler
 from nap_decode.parts.committer import MicroConfidenceCommitter
-from nap_decode.parts.scheduler import AnyOrderScheduler, BlockScheduler, MacroParallelScheduler
+from nap_decode.parts.decoder import Decoder
+from nap_decode.parts.scheduler import AnyOrderScheduler, MacroParallelScheduler, Scheduler
 from nap_decode.run.sampler import Sampler
 from nap_decode.run.state import DecodeState
 
@@ -83,14 +84,15 @@ class _Column:
 
     trained_on: str
     name: str
-    scheduler: type[BlockScheduler]
+    scheduler: type[Scheduler]
     confidence: str = "probability"
 
     def sampler(self, denoiser: Denoiser, tokens_per_step: int) -> Sampler:
         return Sampler(
             denoiser,
-            scheduler=self.scheduler(tokens_per_step=tokens_per_step),
-            committer=MicroConfidenceCommitter(confidence=self.confidence),
+            decoder=Decoder(
+                self.scheduler(tokens_per_step=tokens_per_step), MicroConfidenceCommitter(confidence=self.confidence)
+            ),
             template=_TEMPLATE if self.trained_on == "paths" else _CHAIN,
         )
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import TypeAlias
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,176 +12,89 @@ from typing_extensions import override
 
 from nap_decode.base.errors import NapDecodeError
 from nap_decode.base.random import SCHEDULE_STREAM
-from nap_decode.canvas import Canvas
-from nap_decode.decoders.dream import AncestralSchedule, DreamSchedule
+from nap_decode.integrations._shared import Padded
 from nap_decode.model.denoiser import Denoiser
 from nap_decode.model.prediction import Prediction
-from nap_decode.model.rows import Rows, to_canvas
+from nap_decode.model.rows import Rows
 from nap_decode.parts.committer import Committer, Predict
-from nap_decode.parts.scheduler import AnyOrderScheduler, BlockScheduler
-from nap_decode.parts.slots import Commit, Slots
-from nap_decode.run.sampler import Sampler
-from nap_decode.run.state import Callback, DecodeState
-from nap_decode.speed.reuse import Kept
+from nap_decode.parts.decoder import Decoder
+from nap_decode.parts.needs import Needs
+from nap_decode.parts.scheduler import AnyOrderScheduler
+from nap_decode.parts.slots import Decision, Slots
+from nap_decode.run.state import DecodeState
 
-TokensHook: TypeAlias = Callable[["int | None", Tensor, "Tensor | None"], Tensor]
-"""``(step, tokens (B, L), logits (B, L, V)) -> tokens (B, L)``; step and logits are None before the first step."""
-LogitsHook: TypeAlias = Callable[[int, Tensor, Tensor], Tensor]
-"""``(step, tokens (B, L), logits (B, L, V)) -> logits (B, L, V)``, entry p predicting position p."""
-
-
-def with_hooks(
-    sampler: Sampler, tokens_hook: TokensHook | None, logits_hook: LogitsHook | None, history: list[Tensor]
-) -> tuple[Sampler, Callback | None]:
-    """A sampler that calls the hooks, and the callback to decode with.
-
-    Args:
-        sampler: what decodes without hooks.
-        tokens_hook: see :data:`TokensHook`.
-        logits_hook: see :data:`LogitsHook`.
-        history: gets the canvas after every step, if there is a hook.
-    """
-    if tokens_hook is None and logits_hook is None:
-        return sampler, None
-    denoiser = _HookedDenoiser(sampler.denoiser, logits_hook)
-    shares = _shares(sampler.scheduler)
-    if shares is None:
-        hooked = sampler.replace(denoiser=denoiser, committer=_StepTeller(sampler.committer, denoiser))
-    else:
-        counts_draws = sampler.scheduler.schedule.is_random
-        recounting = _Recounting(sampler.committer, denoiser, shares, counts_draws)
-        hooked = sampler.replace(denoiser=denoiser, scheduler=AnyOrderScheduler(), committer=recounting)
-
-    def callback(state: DecodeState) -> Tensor:  # while one looks on, no row leaves the batch
-        tokens = state.tokens
-        if tokens_hook is not None:
-            tokens = edit_tokens(tokens_hook, state.step - 1, tokens, denoiser.seen)
-        history.append(tokens.clone())
-        return tokens
-
-    return hooked, callback
+Hook: TypeAlias = Callable[[Any, Tensor, Any], Tensor]
+"""``(step, tokens (B, L), logits (B, L, V))`` -> such tokens or logits, whichever it is for; entry p of the logits predicts
+position p.  Step and logits are None before the first step."""
 
 
-def _shares(scheduler: BlockScheduler) -> list[float] | None:
-    """The share of the masked tokens that each step of Dream's schedules commits; None for other schedules."""
-    schedule, steps = scheduler.schedule, scheduler.steps
-    if steps is None or not isinstance(scheduler, AnyOrderScheduler):
-        return None
-    if not isinstance(schedule, DreamSchedule | AncestralSchedule):
-        return None
-    times = torch.linspace(1, schedule.eps, steps + 1)  # in float32 as there, because rounding decides
-    return [*(1 - times[1:] / times[:-1]).tolist()[:-1], 1.0]
+class HookedDenoiser(Denoiser):
+    """A Denoiser that asks for all logits and lets hooks change them, and after the step the tokens."""
+
+    def __init__(self, denoiser: Denoiser, shown: Padded, tokens_hook: Hook, logits_hook: Hook) -> None:
+        vars(self).update(vars(denoiser))  # one that is set up already: nothing is probed again
+        self.shown, self.tokens_hook, self.logits_hook = shown, tokens_hook, logits_hook
+        self.reuse = None  # a hook wants all logits, of this step
+        self.seen: Tensor | None = None
+        self.history: list[Tensor] = []  # the rows after every step
+
+    @override
+    def predict(self, rows: Rows, tokens: Tensor, wanted: Tensor, places: Tensor, **options: Any) -> Prediction:
+        if options.get("hidden") is not None or len(tokens) > len(rows.lengths):
+            raise NapDecodeError("a decoder that looks at other canvases besides its own cannot show logits to hooks")
+        every = torch.arange(tokens.numel(), device=tokens.device)
+        prediction = super().predict(rows, tokens, every.view_as(tokens) % rows.width, every)
+        logits = self.shown.padded(prediction.logits)  # (B, L, V)
+        changed = self.logits_hook(len(self.history), self.shown.padded(tokens), logits)
+        self.seen = _checked("generation_logits_hook_func must return logits", changed, logits)
+        column = self.shown.order.gather(1, wanted.clamp(min=0))
+        chosen = self.seen.take_along_dim(column[:, :, None], dim=1)  # (B, K, V)
+        return Prediction.of(chosen, banned=prediction.banned, places=places)
+
+    def after_step(self, state: DecodeState) -> Tensor:
+        """The callback to decode with; while one looks on, no row leaves the batch."""
+        tokens = edited(self.tokens_hook, len(self.history), self.shown.padded(state.tokens), self.seen)
+        self.history.append(tokens.clone())
+        return self.shown.to_canvas(tokens)
 
 
-def edit_tokens(hook: TokensHook, step: int | None, tokens: Tensor, logits: Tensor | None) -> Tensor:
+def edited(hook: Hook, step: int | None, tokens: Tensor, logits: Tensor | None) -> Tensor:
     """What a hook makes of the tokens."""
-    changed = hook(step, tokens, logits)
-    if not isinstance(changed, Tensor) or changed.shape != tokens.shape:
-        raise NapDecodeError(
-            f"generation_tokens_hook_func must return the tokens {tuple(tokens.shape)}, not {changed!r:.80}"
-        )
+    return _checked("generation_tokens_hook_func must return the tokens", hook(step, tokens, logits), tokens)
+
+
+def _checked(what: str, changed: Any, given: Tensor) -> Tensor:
+    if not isinstance(changed, Tensor) or changed.shape != given.shape:
+        raise NapDecodeError(f"{what} {tuple(given.shape)}, not {changed!r:.80}")
     return changed
 
 
-class _HookedDenoiser(Denoiser):
-    """Asks for all logits, and lets Dream's hook change them."""
-
-    def __init__(self, denoiser: Denoiser, hook: LogitsHook | None) -> None:
-        vars(self).update(vars(denoiser))  # one that is set up already: nothing is probed again
-        self.denoiser, self.hook, self.step = denoiser, hook, 0
-        self.reuse = None  # a hook wants all logits, of this step
-        self.canvas: Canvas | None = None
-        self.seen: Tensor | None = None
-
-    @override
-    def check(self, canvas: Canvas) -> None:
-        super().check(canvas)
-        self.canvas = canvas
-
-    @override
-    def predict(
-        self,
-        rows: Rows,
-        tokens: Tensor,
-        wanted: Tensor,
-        places: Tensor,
-        *,
-        hidden: Tensor | None = None,
-        alternatives: int | None = None,
-        kept: dict[str, Kept] | None = None,
-    ) -> Prediction:
-        canvas = self.canvas
-        if hidden is not None or alternatives is not None or canvas is None:
-            raise NapDecodeError(
-                "a sampler that looks at other canvases besides its own cannot show its logits to hooks"
-            )
-        whole = torch.where(canvas.attention_mask > 0, to_canvas(canvas, tokens, 0), canvas.tokens)
-        columns = torch.arange(whole.shape[1], device=whole.device).expand_as(whole)
-        logits = self.denoiser(whole, columns, canvas)  # (B, L, V)
-        if self.hook is not None:
-            changed = self.hook(self.step, whole.clone(), logits)
-            if not isinstance(changed, Tensor) or changed.shape != logits.shape:
-                raise NapDecodeError(
-                    f"generation_logits_hook_func must return logits {tuple(logits.shape)}, not {changed!r:.80}"
-                )
-            logits = changed
-        self.seen = logits
-        columns = (wanted.clamp(min=0) + canvas.padding).to(logits.device)
-        chosen = logits.take_along_dim(columns[:, :, None], dim=1)  # (B, K, V)
-        return Prediction.of(chosen, banned=self.banned(logits.shape[-1], tokens.device), places=places)
-
-
-class _StepTeller(Committer):
-    """A committer that tells a denoiser with hooks which step it is."""
-
-    def __init__(self, committer: Committer, denoiser: _HookedDenoiser) -> None:
-        self.committer, self.denoiser = committer, denoiser
-
-    @property
-    @override
-    def is_adaptive(self) -> bool:
-        return self.committer.is_adaptive
-
-    @property
-    @override
-    def is_random(self) -> bool:
-        return self.committer.is_random
-
-    @property
-    @override
-    def revises(self) -> bool:
-        return self.committer.revises
-
-    @property
-    @override
-    def leaves_one_out(self) -> bool:
-        return self.committer.leaves_one_out
-
-    @override
-    def __call__(self, slots: Slots, predict: Predict) -> Commit:
-        self.denoiser.step = int(slots.step.max())
-        return self.committer(slots, predict)
-
-
-class _Recounting(_StepTeller):
-    """A committer of Dream's algorithms that goes by the masks there are, as Dream does, and not by a plan.
+@dataclass(frozen=True)
+class Recounting(Committer):
+    """Goes by the masks there are, as in Dream, and not by a plan; under an AnyOrderScheduler without steps.
 
     Every step is taken, also if it commits nothing or nothing is masked: the hooks may change the canvas at each.
     """
 
-    is_adaptive = True
-    revises = True  # so that blocks without a mask may stay open
+    inner: Committer
+    shares: tuple[float, ...]  # of the masks that each step commits
+    draws: bool  # whether each mask has that chance
 
-    def __init__(
-        self, committer: Committer, denoiser: _HookedDenoiser, shares: list[float], counts_draws: bool
-    ) -> None:
-        super().__init__(committer, denoiser)
-        self.shares, self.counts_draws = shares, counts_draws
+    @staticmethod
+    def of(decoder: Decoder) -> Decoder:
+        """The same for Dream's schedules; other decoders as they are."""
+        scheduler, eps = decoder.scheduler, getattr(decoder.scheduler.schedule, "eps", None)
+        if eps is None or scheduler.steps is None or not isinstance(scheduler, AnyOrderScheduler):
+            return decoder
+        times = torch.linspace(1, eps, scheduler.steps + 1)  # in float32 as there, because rounding decides
+        shares = (*(1 - times[1:-1] / times[:-2]).tolist(), 1.0)
+        committer = Recounting(decoder.committer, shares, scheduler.needs.random)
+        return Decoder(AnyOrderScheduler(), committer, decoder.close_on)
 
     @property
     @override
-    def is_random(self) -> bool:
-        return self.committer.is_random or self.counts_draws
+    def needs(self) -> Needs:  # committed, so that blocks without a mask may stay open
+        return self.inner.needs | Needs(adaptive=True, committed=True, random=self.draws)
 
     @property
     @override
@@ -189,17 +102,15 @@ class _Recounting(_StepTeller):
         return len(self.shares)
 
     @override
-    def __call__(self, slots: Slots, predict: Predict) -> Commit:
-        step = int(slots.step.max())
-        if step >= len(self.shares):
+    def __call__(self, slots: Slots, predict: Predict) -> Decision:
+        step, last = int(slots.step.max()), len(self.shares) - 1
+        if step > last:
             raise NapDecodeError(
-                f"generation_tokens_hook_func left masks after step {step - 1}, the last of steps={len(self.shares)}; "
-                "mask slots earlier, or ask for more steps"
+                f"generation_tokens_hook_func left masks after step {last}, the last of steps={last + 1}; mask slots "
+                "earlier, or ask for more steps"
             )
         share = torch.tensor(self.shares[step])
-        if self.counts_draws:
-            quota = slots.count(slots.open & (slots.uniform(SCHEDULE_STREAM) < share))
-        else:
-            quota = (slots.count(slots.open).float() * share).long()
-        commit = super().__call__(replace(slots, quota=quota), predict)
-        return replace(commit, unsettled=torch.full_like(quota, step + 1 < len(self.shares), dtype=torch.bool))
+        counted = slots.open & (slots.uniform(SCHEDULE_STREAM) < share) if self.draws else slots.open
+        quota = slots.count(counted) if self.draws else (slots.count(counted).float() * share).long()
+        decision = self.inner(replace(slots, quota=quota), predict)
+        return replace(decision, unsettled=torch.full_like(quota, step < last, dtype=torch.bool))

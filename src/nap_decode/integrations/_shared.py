@@ -1,75 +1,125 @@
-"""What the integrations have in common."""
+"""What the integrations have in common: the ways in which they are told how to decode."""
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass
+from functools import cached_property, reduce
+from os import PathLike
 from typing import Any, TypeAlias
 
-from nap_decode.base.errors import NapDecodeError
-from nap_decode.model import foreign
+from torch import Tensor
+
+from nap_decode import decoders
+from nap_decode.base.errors import NapDecodeError, refuse
 from nap_decode.model.denoiser import Denoiser
-from nap_decode.parts.committer import MicroConfidenceCommitter
-from nap_decode.parts.selection import QuotaSelection
+from nap_decode.parts.decoder import Decoder
+from nap_decode.run.generate import check_same_model
 from nap_decode.run.sampler import Sampler
 
-AnySampler: TypeAlias = "Sampler | Callable[[Denoiser], Sampler]"
-"""A sampler of the model, or what makes one of a Denoiser: a preset, or a function of yours."""
+AnySampler: TypeAlias = "Sampler | Decoder | str | PathLike[str]"
+"""How to decode: a sampler of the model, a :class:`Decoder`, the name of one, or a file written by ``Sampler.save``."""
+PUBLISHED_PRECISION = {"model_precision": True, "ties": "topk"}
+"""Options of a decoder that computes as published code does, in the precision of the model's logits."""
 
 
-def bind(sampler: AnySampler, model: Any, denoiser: Callable[[], Denoiser]) -> Sampler:
+def find(given: Decoder | str | PathLike[str], options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """How to decode, checked without a model: a decoder, and what else a file says, see :meth:`Sampler.read`.
+
+    Args:
+        given: see :data:`AnySampler`.
+        options: of a decoder that is given by its name, see :func:`nap_decode.decoders.make`.
+
+    Raises:
+        NapDecodeError: none of these, or options that are not known or do not go together.
+    """
+    if isinstance(given, Decoder):
+        refuse(options or {}, {}, "the decoder is made already")
+        return {"decoder": given}
+    if not isinstance(given, str | PathLike):
+        raise NapDecodeError(
+            "sampler must be a Sampler, a Decoder, such as decoders.klass(threshold=0.8), the name of one, or a file "
+            f"written by Sampler.save, but is {given!r:.80}"
+        )
+    name = os.fspath(given)
+    if name not in decoders.DECODERS and (name.endswith(".json") or os.path.exists(name)):
+        refuse(options or {}, {}, f"{name} says how to decode")
+        return Sampler.read(name)
+    return {"decoder": decoders.make(name, **options or {})}
+
+
+def make(how: Mapping[str, Any], denoiser: Denoiser, **options: Any) -> Sampler:
+    """The sampler of a model.
+
+    Args:
+        how: what :func:`find` found.
+        denoiser: the model; a file's guidance and reuse go into it.
+        options: those of the sampler; a template is for what has none of its own.
+
+    Raises:
+        NapDecodeError: two templates, or a Denoiser with other guidance or reuse than the file.
+    """
+    own = {name: how[name] for name in ("cfg_scale", "reuse") if name in how}
+    for name, value in own.items():
+        if getattr(denoiser, name) not in (value, 0.0, None):
+            raise NapDecodeError(f"the file has {name} {value}, but {getattr(denoiser, name)} is asked for")
+    if how.get("template") is not None:
+        refuse({"template": options.get("template")}, {}, "the file has a template")
+        options["template"] = how["template"]
+    return Sampler(denoiser.replace(**own) if own else denoiser, decoder=how["decoder"], **options)
+
+
+def bind(given: AnySampler, model: Any, denoiser: Callable[[], Denoiser]) -> Sampler:
     """The sampler to run for a model.
 
     Args:
-        sampler: see :data:`AnySampler`.
+        given: see :data:`AnySampler`.
         model: the model that shall be decoded.
-        denoiser: makes the Denoiser for a preset.
+        denoiser: makes the Denoiser of what is no sampler.
 
     Raises:
-        NapDecodeError: neither of the two, or a sampler of another model.
+        NapDecodeError: see :func:`find`; a sampler of another model.
     """
-    bound = sampler if isinstance(sampler, Sampler) or not callable(sampler) else sampler(denoiser())
-    if not isinstance(bound, Sampler):
-        raise NapDecodeError(
-            "sampler must be a Sampler, or a function from a Denoiser to one, such as presets.klass or "
-            f"functools.partial(presets.klass, threshold=0.8), but gives {bound!r:.80}"
-        )
-    own, given = bound.denoiser.model, model
-    if (
-        foreign.innermost(own) is not foreign.innermost(given)
-        or foreign.virtual_tokens(foreign.unwrapped(own)) != foreign.virtual_tokens(foreign.unwrapped(given))
-        or list(map(id, foreign.wrappers_of_others(own))) != list(map(id, foreign.wrappers_of_others(given)))
-    ):
-        raise NapDecodeError(
-            f"the sampler is for another model ({type(bound.denoiser.model).__name__}) than it is run with "
-            f"({type(model).__name__}); make it with this model, or pass a preset instead, such as presets.klass"
-        )
-    return bound
+    if not isinstance(given, Sampler):
+        return make(find(given), denoiser())
+    check_same_model(given, model)
+    return given
+
+
+def option(decoder: Decoder, name: str) -> Any:
+    """What a decoder has under the name of an option; None if it has no such option."""
+    path, *others = decoder.options().get(name, [("",)])
+    return None if path == ("",) or others else getattr(reduce(getattr, path, decoder), name)
+
+
+@dataclass(frozen=True, eq=False)
+class Padded:
+    """Rows with padding wherever it was given, ``(B, L)``; those of a canvas begin in column 0, ``(B, W)``."""
+
+    tokens: Tensor  # (B, L) int64, at the start
+    there: Tensor  # (B, L) bool, false for padding
+
+    @cached_property
+    def order(self) -> Tensor:
+        """``(B, W)`` int64: where each column of the canvas comes from."""
+        order = self.there.long().argsort(dim=1, descending=True, stable=True)
+        return order[:, : int(self.there.sum(1).max())]
+
+    def to_canvas(self, values: Tensor) -> Tensor:
+        """``(B, L) -> (B, W)``."""
+        return values.gather(1, self.order.to(values.device))
+
+    def padded(self, values: Tensor) -> Tensor:
+        """Tokens ``(B, W) -> (B, L)`` with padding as it was given, or logits ``(B, W, V) -> (B, L, V)``."""
+        there = self.there.to(values.device)
+        column = (there.cumsum(1) - 1).clamp(min=0)
+        if values.ndim == 3:
+            return values.take_along_dim(column[:, :, None], dim=1)
+        return values.gather(1, column).where(there, self.tokens.to(values.device))
 
 
 def given(args: Namespace, names: Iterable[str]) -> dict[str, Any]:
     """Those of a command's options that were given, by name: None stands for nothing, and nothing else does."""
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-
-
-def refuse(options: Mapping[str, Any], defaults: Mapping[str, Any], why: str) -> None:
-    """Raise if any of the options was given, which would have no effect.
-
-    Args:
-        options: names and values.
-        defaults: values that count as not given.
-        why: they have no effect.
-    """
-    given = [f"{name}={value!r:.80}" for name, value in options.items() if value != defaults.get(name)]
-    if given:
-        raise NapDecodeError(f"{', '.join(given)} would have no effect: {why}. Leave it out")
-
-
-def in_model_precision(sampler: Sampler) -> Sampler:
-    """The sampler with the arithmetic of published code, in the precision of the model's logits."""
-    committer = sampler.committer
-    assert isinstance(committer, MicroConfidenceCommitter)
-    assert isinstance(committer.selection, QuotaSelection)
-    selection = replace(committer.selection, ties="topk")
-    return sampler.replace(committer=replace(committer, model_precision=True, selection=selection))

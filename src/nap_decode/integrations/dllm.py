@@ -8,62 +8,37 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, replace
+from os import PathLike
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from nap_decode.base.errors import NapDecodeError, check_integer, check_name
+from nap_decode import decoders
+from nap_decode.base.errors import NapDecodeError, check_integer, check_name, refuse
 from nap_decode.canvas import Canvas, CanvasTemplate
-from nap_decode.decoders import presets
 from nap_decode.decoders.dream import AncestralSchedule
-from nap_decode.integrations._shared import bind, in_model_precision, refuse
+from nap_decode.decoders.llada import ProbabilityWithout
+from nap_decode.integrations._shared import PUBLISHED_PRECISION, Padded, find, make
 from nap_decode.model.denoiser import Denoiser, LogitsProcessor
 from nap_decode.model.families import find_family
 from nap_decode.model.foreign import innermost
-from nap_decode.parts.confidence import ProbabilityWithout
+from nap_decode.parts.decoder import Decoder
 from nap_decode.parts.schedule import Schedule
 from nap_decode.parts.scheduler import AnyOrderScheduler, SemiAutoregressiveScheduler
-from nap_decode.results.output import SamplerOutput
 from nap_decode.run import sampler
 
-_DEFAULTS: dict[str, Any] = {  # MDLMSamplerConfig's
-    "max_new_tokens": 128,
-    "max_length": None,
-    "block_size": 128,
-    "steps": 128,
-    "temperature": 0.0,
-    "remasking": "low_confidence",
-    "stochastic_transfer": False,
-    "cfg_scale": 0.0,
-    "cfg_keep_tokens": None,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
-    "right_shift_logits": False,
-    "return_dict": False,
+_BOTH: dict[str, Any] = {"max_length": None, "cfg_scale": 0.0, "stochastic_transfer": False, "return_dict": False}
+_MDLM = _BOTH | {  # MDLMSamplerConfig's fields and their defaults
+    **{"max_new_tokens": 128, "block_size": 128, "steps": 128, "temperature": 0.0, "remasking": "low_confidence"},
+    **{"cfg_keep_tokens": None, "suppress_tokens": None, "begin_suppress_tokens": None, "right_shift_logits": False},
 }
-_DREAM: dict[str, Any] = {  # DreamSamplerConfig's
-    "max_new_tokens": 20,
-    "max_length": None,
-    "steps": 512,
-    "eps": 1e-3,
-    "alg": "origin",
-    "alg_temp": 0.0,
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "top_k": 50,
-    "stochastic_transfer": False,
-    "right_shift_logits": True,
-    "cfg_scale": 0.0,
-    "return_dict": False,
-}
-_ALGORITHMS: dict[str, Callable[..., sampler.Sampler]] = {  # dLLM's DreamSampler has no other
-    "maskgit_plus": presets.dream_maskgit_plus,
-    "topk_margin": presets.dream_topk_margin,
-    "entropy": presets.dream_entropy,
+_DREAM = _BOTH | {  # DreamSamplerConfig's
+    **{"max_new_tokens": 20, "steps": 512, "eps": 1e-3, "alg": "origin", "alg_temp": 0.0},
+    **{"temperature": 1.0, "top_p": 1.0, "top_k": 50, "right_shift_logits": True},
 }
 _RULE = (
     *("steps", "block_size", "temperature", "remasking", "stochastic_transfer", "begin_suppress_tokens"),
@@ -87,10 +62,7 @@ class AlphaSchedule(Schedule):
 
     alpha: Any = None
 
-    @property
-    @override
-    def may_skip(self) -> bool:
-        return True
+    may_skip = True
 
     @override
     def __call__(self, tokens: Tensor, steps: Tensor, draws: Tensor) -> Tensor:
@@ -115,7 +87,7 @@ class SampledSequences:
     """What is returned if a dict is asked for.
 
     Args:
-        sequences: ``(B, L)`` int64, rows padded on the right with the end token.
+        sequences: ``(B, L)`` int64, padded with the end token.
         histories: ``(B, L)`` before the first step, and after every step that committed something.
     """
 
@@ -125,7 +97,7 @@ class SampledSequences:
 
 @dataclass
 class Sampler:
-    """Takes the place of ``MDLMSampler``: ``sampler_cls=Sampler`` or ``sampler_cls=Sampler.using(presets.klass)``.
+    """Takes the place of ``MDLMSampler``: ``sampler_cls=Sampler`` or ``sampler_cls=Sampler.using("klass")``.
 
     Config attributes and keywords are those of ``MDLMSamplerConfig``; what is not known is refused.  With an ``alg``
     they are those of ``DreamSamplerConfig``, and it takes the place of ``DreamSampler``.  At temperature 0 it makes
@@ -140,7 +112,7 @@ class Sampler:
 
     Example:
         >>> from nap_decode import demo
-        >>> cls = Sampler.using(presets.klass, threshold=0.8)
+        >>> cls = Sampler.using("klass", threshold=0.8)
         >>> cls(*demo.load()).sample([[8, 9, 10], [8]], max_new_tokens=4).shape
         torch.Size([2, 7])
     """
@@ -150,52 +122,45 @@ class Sampler:
     scheduler: Any = None
     model_precision: bool = False
 
-    preset: ClassVar[Callable[..., sampler.Sampler] | None] = None
-    preset_options: ClassVar[Mapping[str, Any]] = {}
+    decoder: ClassVar[Decoder | str | PathLike[str] | None] = None
+    decoder_options: ClassVar[Mapping[str, Any]] = {}
+    template: ClassVar[CanvasTemplate | None] = None
 
     def __post_init__(self) -> None:
-        if self.preset is not None:
-            refuse({"scheduler": self.scheduler}, {}, "the preset has a scheduler of its own")
+        if self.decoder is not None:
+            refuse({"scheduler": self.scheduler}, {}, "the decoder has a scheduler of its own")
             own = {"model_precision": self.model_precision}
-            refuse(own, {"model_precision": False}, "the preset's committer decides that")
+            refuse(own, {"model_precision": False}, "the decoder's committer decides that")
 
     @classmethod
-    def using(cls, preset: Callable[..., sampler.Sampler], **options: Any) -> type[Sampler]:
-        """A class that decodes with one of our presets.
+    def using(
+        cls, decoder: Decoder | str | PathLike[str], *, template: CanvasTemplate | None = None, **options: Any
+    ) -> type[Sampler]:
+        """A class that decodes with one of our decoders.
 
-        What belongs to the model, the canvas or the output still comes from dLLM's config.  Of the others, those that
-        the preset has too (``block_size`` is its ``block_length``) go to it if they are not what the config's class has
-        by default.
+        What belongs to the model, the canvas or the output still comes from dLLM's config.  Its other options have a
+        say only if they are not what the config's class has by default: those that a decoder given by its name has too
+        (``block_size`` is its ``block_length``) go to it, all others are refused.
 
         Args:
-            preset: a function from a :class:`Denoiser` to a sampler.
-            options: its options, a template among them.
+            decoder: a :class:`Decoder`, the name of one, or a file written by ``Sampler.save``.
+            template: what follows each prompt, instead of ``max_new_tokens`` slots.
+            options: of a decoder that is given by its name, see :func:`nap_decode.decoders.make`.
 
         Raises:
-            NapDecodeError: something else than a preset; an option that it does not have.
+            NapDecodeError: no decoder, or an option that it does not have.
         """
-        if not callable(preset):
-            raise NapDecodeError(f"using(...) takes a preset, such as presets.klass, not {preset!r:.80}")
-        name = getattr(preset, "__name__", type(preset).__name__)
-        parameters = inspect.signature(preset).parameters
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-            for option in options:
-                check_name(f"option of {name}", option, parameters)
-        return type(f"{cls.__name__}[{name}]", (cls,), {"preset": staticmethod(preset), "preset_options": options})
+        find(decoder, options)
+        name = decoder if isinstance(decoder, str) else type(decoder).__name__
+        members = {"decoder": decoder, "decoder_options": options, "template": template}
+        return type(f"{cls.__name__}[{name}]", (cls,), members)
 
     def check(self, config: Any = None, **kwargs: Any) -> None:
         """Raise what :meth:`sample` would raise about its options, without a prompt.
 
         A harness makes its sampler first and samples last, after all likelihoods, so have it call this when it is made.
-
-        Args:
-            config: see :meth:`sample`.
-            kwargs: see :meth:`sample`.
-
-        Raises:
-            NapDecodeError: see :meth:`sample`.
         """
-        options, given = _options(config, kwargs, self.preset)
+        options, given = self._options(config, kwargs)
         self._to_sample(options, given, longest=0)
 
     def sample(self, inputs: Sequence[Tensor | Sequence[int]], config: Any = None, **kwargs: Any) -> Any:
@@ -213,23 +178,10 @@ class Sampler:
         Raises:
             NapDecodeError: an option that is not known, or would have no effect.
         """
-        options, given = _options(config, kwargs, self.preset)
+        options, given = self._options(config, kwargs)
         rows, limit = self._rows(inputs, options), options["max_length"]
         bound, length = self._to_sample(options, given, longest=max(map(len, rows), default=0))
-        mask_token_id = bound.denoiser.mask_token_id
-        for index, row in enumerate(rows):
-            if mask_token_id in row:
-                raise NapDecodeError(
-                    f"there is a mask token in prompt {index}; infill(...) decodes masks inside a text"
-                )
-        canvas = Canvas.from_prompts(
-            rows,
-            bound.template or CanvasTemplate.plain(length),
-            mask_token_id=mask_token_id,
-            pad_token_id=bound.denoiser.pad_token_id,
-            tokenizer=self.tokenizer,
-            device=bound.denoiser.device,
-        )
+        canvas = bound.canvas(rows, max_new_tokens=None if bound.template is not None else length)
         if limit is not None and canvas.tokens.shape[1] > limit:
             raise NapDecodeError(
                 f"the longest prompt and what shall be decoded take {canvas.tokens.shape[1]} tokens, more than "
@@ -246,27 +198,34 @@ class Sampler:
             inputs: token ids of each text.
             config: see :meth:`sample`.
             kwargs: see :meth:`sample`; without ``max_new_tokens`` and ``max_length``.
-
-        Returns:
-            See :meth:`sample`.
-
-        Raises:
-            NapDecodeError: see :meth:`sample`.
         """
         lengths: dict[str, Any] = {name: kwargs[name] for name in ("max_new_tokens", "max_length") if name in kwargs}
         refuse(lengths, {}, "infill decodes the masks in the text")
-        options, given = _options(config, kwargs, self.preset)
-        if self.preset is None and "alg" in options:
+        options, given = self._options(config, kwargs)
+        if self.decoder is None and "alg" in options:
             refuse({"cfg_scale": options["cfg_scale"] or None}, {}, "DreamSampler's infill has no guidance")
         rows = self._rows(inputs, options)
         bound = self._bind(options, given, max(map(len, rows), default=1), on_grid=True)
-        canvas = Canvas.from_infill(
-            rows,
-            mask_token_id=bound.denoiser.mask_token_id,
-            pad_token_id=bound.denoiser.pad_token_id,
-            device=bound.denoiser.device,
-        )
-        return self._decode(bound, canvas, options)
+        denoiser = bound.denoiser
+        ids = {"mask_token_id": denoiser.mask_token_id, "pad_token_id": denoiser.pad_token_id}
+        return self._decode(bound, Canvas.from_infill(rows, **ids, device=denoiser.device), options)
+
+    def _options(self, config: Any, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """All options, and the names of those that are not what the config's class has by default."""
+        is_dream = "alg" in kwargs or hasattr(config, "alg")
+        defaults, whose = (_DREAM, "DreamSamplerConfig") if is_dream else (_MDLM, "MDLMSamplerConfig")
+        for name in kwargs:
+            check_name(f"option of {whose}", name, defaults)
+        fields = dataclasses.fields(config) if dataclasses.is_dataclass(config) else ()
+        declared = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields}
+        own = {name: getattr(config, name) for name in declared if name not in defaults}
+        # The config of another sampler means another rule, with its defaults too; a decoder of ours has its own rule.
+        usual = {} if self.decoder is None else declared
+        refuse(own, usual, f"{type(config).__name__} has it, but {whose} does not")
+        found = {name: getattr(config, name, default) for name, default in defaults.items()} | dict(kwargs)
+        # dLLM's harness writes an empty list for None.
+        given = [n for n in defaults if n in kwargs or (found[n] or None) != (declared.get(n, defaults[n]) or None)]
+        return found, given
 
     def _to_sample(self, options: dict[str, Any], given: Sequence[str], longest: int) -> tuple[sampler.Sampler, int]:
         """What decodes behind prompts of at most so many tokens, and how many slots."""
@@ -277,7 +236,7 @@ class Sampler:
         check_integer("max_new_tokens", length, 1)
         bound = self._bind(options, given, int(length), on_grid=False)
         if bound.template is not None:
-            refuse({"max_new_tokens": length} if "max_new_tokens" in given else {}, {}, "the preset has a template")
+            refuse({"max_new_tokens": length} if "max_new_tokens" in given else {}, {}, "the decoder has a template")
         return bound, int(length)
 
     def _rows(self, inputs: Sequence[Tensor | Sequence[int]], options: dict[str, Any]) -> list[list[int]]:
@@ -287,45 +246,66 @@ class Sampler:
         return [row or [self.tokenizer.bos_token_id] for row in rows] if starts else rows
 
     def _bind(self, options: dict[str, Any], given: Sequence[str], length: int, *, on_grid: bool) -> sampler.Sampler:
+        how: dict[str, Any]
+        if self.decoder is None:
+            decoder = self._dream(options) if "alg" in options else self._mdlm(options, length, on_grid)
+            how = {"decoder": decoder.set(**PUBLISHED_PRECISION) if self.model_precision else decoder}
+        else:
+            how = find(self.decoder, self.decoder_options)
+            known = set[str]()
+            if isinstance(self.decoder, str) and self.decoder in decoders.DECODERS:
+                known = {*inspect.signature(decoders.DECODERS[self.decoder]).parameters, *how["decoder"].options()}
+            names = {name: "block_length" if name == "block_size" else name for name in _RULE if name in given}
+            decided = [n for n, own in names.items() if own not in known or own in self.decoder_options]
+            refuse({n: options[n] for n in decided}, {}, "the decoder, or its options in using(...), decide that")
+            how = find(self.decoder, {own: options[name] for name, own in names.items()} | dict(self.decoder_options))
         processors: list[LogitsProcessor] = []
         if options.get("suppress_tokens"):
             from transformers import SuppressTokensLogitsProcessor
 
             processors.append(SuppressTokensLogitsProcessor(options["suppress_tokens"]))
         family = find_family(getattr(innermost(self.model), "config", None))
-        if options["right_shift_logits"]:
-            family = replace(family, shift=True)
+        denoiser = Denoiser(
+            self.model,
+            self.tokenizer,
+            mask_token_id=self.tokenizer.mask_token_id,
+            family=replace(family, shift=True) if options["right_shift_logits"] else family,
+            cfg_scale=options["cfg_scale"],
+            logits_processor=processors,
+        )
+        return make(how, denoiser, template=self.template)
 
-        def denoiser() -> Denoiser:
-            return Denoiser(
-                self.model,
-                self.tokenizer,
-                mask_token_id=self.tokenizer.mask_token_id,
-                family=family,
-                cfg_scale=options["cfg_scale"],
-                logits_processor=processors,
-            )
-
-        if self.preset is None:
-            published = self._dream if "alg" in options else self._mdlm
-            made = published(denoiser(), options, length, on_grid)
-            return in_model_precision(made) if self.model_precision else made
-        accepted = inspect.signature(self.preset).parameters
-        names = {name: "block_length" if name == "block_size" else name for name in _RULE if name in given}
-        decided = [n for n, own in names.items() if own not in accepted or own in self.preset_options]
-        refuse({n: options[n] for n in decided}, {}, "the preset, or its options in using(...), decide that")
-        named = {own: options[name] for name, own in names.items()}
-        preset = self.preset
-        return bind(lambda made: preset(made, **named, **self.preset_options), self.model, denoiser)
-
-    def _dream(self, denoiser: Denoiser, options: dict[str, Any], length: int, on_grid: bool) -> sampler.Sampler:
+    def _dream(self, options: dict[str, Any]) -> Decoder:
         """What ``DreamSampler`` does."""
-        check_name("alg", options["alg"], _ALGORITHMS)
+        check_name("alg", options["alg"], ("maskgit_plus", "topk_margin", "entropy"))  # it has no other
         refuse({"eps": options["eps"]}, {"eps": _DREAM["eps"]}, "DreamSampler does not use it")
-        rule = {name: options[name] for name in ("steps", "temperature", "top_p", "top_k", "alg_temp")}
+        rule = {name: options[name] for name in ("temperature", "top_p", "top_k", "alg_temp")}
         rule["top_p"] = None if rule["top_p"] is not None and rule["top_p"] >= 1 else rule["top_p"]
-        made = _ALGORITHMS[options["alg"]](denoiser, **rule)
-        return made.replace(scheduler=AnyOrderScheduler(steps=options["steps"], schedule=self._schedule(options)))
+        scheduler = AnyOrderScheduler(steps=options["steps"], schedule=self._schedule(options))
+        return decoders.make(f"dream_{options['alg']}", **rule).set(scheduler=scheduler)
+
+    def _mdlm(self, options: dict[str, Any], length: int, on_grid: bool) -> Decoder:
+        """What ``MDLMSampler`` does."""
+        check_name("remasking", options["remasking"], ("low_confidence", "random"))
+        check_integer("steps", options["steps"], 1)
+        without = tuple(options["begin_suppress_tokens"] or ())
+        if options["remasking"] == "random":
+            refuse({"begin_suppress_tokens": without}, {"begin_suppress_tokens": ()}, "remasking is random")
+            decoder = decoders.llada_random()
+        else:
+            decoder = decoders.llada_low_confidence(
+                confidence=ProbabilityWithout(without) if without else "probability"
+            )
+        block_size = options["block_size"] or length
+        check_integer("block_size", block_size, 1)
+        num_blocks = math.ceil(length / block_size)
+        scheduler = SemiAutoregressiveScheduler(
+            steps=math.ceil(options["steps"] / num_blocks) * num_blocks,
+            block_length=block_size,
+            schedule=self._schedule(options),
+            on_grid=on_grid,
+        )
+        return decoder.set(scheduler=scheduler, temperature=options["temperature"])
 
     def _schedule(self, options: dict[str, Any]) -> Schedule:
         if not options["stochastic_transfer"]:
@@ -333,66 +313,18 @@ class Sampler:
         refuse({"scheduler": self.scheduler}, {}, "stochastic_transfer is done for the linear scheduler only")
         return AncestralSchedule(eps=0.0)
 
-    def _mdlm(self, denoiser: Denoiser, options: dict[str, Any], length: int, on_grid: bool) -> sampler.Sampler:
-        """What ``MDLMSampler`` does."""
-        check_name("remasking", options["remasking"], ("low_confidence", "random"))
-        check_integer("steps", options["steps"], 1)
-        without = tuple(options["begin_suppress_tokens"] or ())
-        if options["remasking"] == "random":
-            refuse({"begin_suppress_tokens": without}, {"begin_suppress_tokens": ()}, "remasking is random")
-            made = presets.llada_random(denoiser, temperature=options["temperature"])
-        else:
-            confidence = ProbabilityWithout(without) if without else "probability"
-            made = presets.llada_low_confidence(denoiser, temperature=options["temperature"], confidence=confidence)
-        block_size = options["block_size"] or length
-        check_integer("block_size", block_size, 1)
-        num_blocks = math.ceil(length / block_size)
-        steps = math.ceil(options["steps"] / num_blocks) * num_blocks
-        return made.replace(
-            scheduler=SemiAutoregressiveScheduler(
-                steps=steps, block_length=block_size, schedule=self._schedule(options), on_grid=on_grid
-            )
-        )
-
     def _decode(self, bound: sampler.Sampler, canvas: Canvas, options: dict[str, Any]) -> Any:
         if options.get("cfg_keep_tokens"):
             refuse(
-                {"cfg_keep_tokens": options["cfg_keep_tokens"]} if not options["cfg_scale"] else {},
-                {},
-                "cfg_scale is 0",
+                {} if options["cfg_scale"] else {"cfg_keep_tokens": options["cfg_keep_tokens"]}, {}, "cfg_scale is 0"
             )
             keep = torch.tensor(options["cfg_keep_tokens"], device=canvas.tokens.device)
             canvas = replace(canvas, prompt=canvas.prompt & ~torch.isin(canvas.tokens, keep))
-        output, pad = bound.decode(canvas), self._pad_left if "alg" in options else self._pad_right
-        sequences = pad(output, output.sequences)
+        trace, there = bound.decode(canvas).trace, canvas.attention_mask.bool()
+        ends = torch.full_like(canvas.tokens, self.tokenizer.eos_token_id)
+        shown = Padded(ends, there.flip(1) if "alg" in options else there)  # as theirs, on the left or on the right
+        sequences = shown.padded(trace.tokens.to(ends))
         if not options["return_dict"]:
             return sequences
-        done = [0, *(step + 1 for step in sorted(set(output.trace.step.flatten().tolist())) if step >= 0)]
-        return SampledSequences(sequences, [pad(output, output.trace.canvas_at(step)) for step in done])
-
-    def _pad_left(self, output: SamplerOutput, tokens: Tensor) -> Tensor:
-        return tokens.where(output.canvas.attention_mask.to(tokens.device) > 0, self.tokenizer.eos_token_id)
-
-    def _pad_right(self, output: SamplerOutput, tokens: Tensor) -> Tensor:
-        present = output.canvas.attention_mask
-        order = present.argsort(dim=1, descending=True, stable=True)
-        return (
-            tokens.to(order.device).gather(1, order).where(present.gather(1, order).bool(), self.tokenizer.eos_token_id)
-        )
-
-
-def _options(config: Any, kwargs: Mapping[str, Any], preset: Any) -> tuple[dict[str, Any], list[str]]:
-    """All options, and the names of those that are not what the config's class has by default."""
-    is_dream = "alg" in kwargs or hasattr(config, "alg")
-    defaults, whose = (_DREAM, "DreamSamplerConfig") if is_dream else (_DEFAULTS, "MDLMSamplerConfig")
-    for name in kwargs:
-        check_name(f"option of {whose}", name, defaults)
-    fields = dataclasses.fields(config) if dataclasses.is_dataclass(config) else ()
-    declared = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields}
-    own = {name: getattr(config, name) for name in declared if name not in defaults}
-    # The config of another sampler means another rule, with its defaults too; a preset has a rule of its own.
-    refuse(own, {} if preset is None else declared, f"{type(config).__name__} has it, but {whose} does not")
-    found = {name: getattr(config, name, default) for name, default in defaults.items()} | dict(kwargs)
-    # dLLM's harness writes an empty list for None.
-    given = [n for n in defaults if n in kwargs or (found[n] or None) != (declared.get(n, defaults[n]) or None)]
-    return found, given
+        done = [0, *(step + 1 for step in sorted(set(trace.step.flatten().tolist())) if step >= 0)]
+        return SampledSequences(sequences, [shown.padded(trace.canvas_at(step).to(ends)) for step in done])

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nap_decode.base.errors import NapDecodeError, check_integer, check_name
+from nap_decode import decoders
+from nap_decode.base.errors import NapDecodeError, check_integer, check_name, refuse
 from nap_decode.canvas import Canvas, CanvasTemplate
-from nap_decode.decoders import presets
-from nap_decode.integrations._hooks import TokensHook, edit_tokens, with_hooks
-from nap_decode.integrations._shared import AnySampler, bind, in_model_precision, refuse
+from nap_decode.integrations._hooks import Hook, HookedDenoiser, Recounting, edited
+from nap_decode.integrations._shared import PUBLISHED_PRECISION, AnySampler, Padded, bind, find
 from nap_decode.model.denoiser import Denoiser
 from nap_decode.model.families import find_family
 from nap_decode.model.foreign import innermost
+from nap_decode.run.generate import check_same_model
 from nap_decode.run.sampler import Sampler
 
-_ALGORITHMS: dict[str, Callable[..., Sampler]] = {
-    "origin": presets.dream_origin,
-    "maskgit_plus": presets.dream_maskgit_plus,
-    "topk_margin": presets.dream_topk_margin,
-    "entropy": presets.dream_entropy,
-}
+ALGORITHMS = ("origin", "maskgit_plus", "topk_margin", "entropy")
 _RULE = {"alg": "origin", "steps": 512, "eps": 1e-3, "temperature": 0.0, "top_p": None, "top_k": None, "alg_temp": None}
 _LENGTH = {"max_length": 20, "max_new_tokens": None}
 _TOKENS = {"mask_token_id": None, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
@@ -55,13 +50,14 @@ def install(model: Any, sampler: AnySampler | None = None, *, model_precision: b
 
     Args:
         model: a model of Dream's kind: the logits at p - 1 predict position p.
-        sampler: decodes instead of Dream's algorithms.  A preset, or another function from a :class:`Denoiser` to a
-            sampler, or a sampler of this model.  It decodes its template, or ``max_new_tokens`` if it has none.
+        sampler: decodes instead of Dream's algorithms: a :class:`Decoder`, the name of one, a file written by
+            ``Sampler.save``, or a sampler of this model.  It decodes its template, or ``max_new_tokens`` if it has
+            none.
         model_precision: compute and compare confidences in the precision of the model's logits, as Dream does, instead
             of float32, to reproduce published scores.
 
     Raises:
-        NapDecodeError: a sampler of another model; one that would ignore ``model_precision``.
+        NapDecodeError: no sampler, or one of another model; one that would ignore ``model_precision``.
 
     Example:
         >>> from nap_decode import demo
@@ -73,11 +69,13 @@ def install(model: Any, sampler: AnySampler | None = None, *, model_precision: b
         nap_decode.base.errors.NapDecodeError: there is no argument of diffusion_generate 'step'. Did ...
         >>> uninstall(model)
     """
-    if isinstance(sampler, Sampler):
-        bind(sampler, model, lambda: sampler.denoiser)
     if sampler is not None:
         refuse({"model_precision": model_precision}, {"model_precision": False}, "the sampler decides that")
-    owner = getattr(model, "_orig_mod", model)
+        if isinstance(sampler, Sampler):
+            check_same_model(sampler, model)
+        else:
+            find(sampler)
+    owner = getattr(model, "_orig_mod", model)  # torch.compile's wrapper hands on what is set
     before = vars(owner).get("diffusion_generate")
     if isinstance(before, _DiffusionGenerate):
         before = before.before
@@ -114,28 +112,38 @@ class _DiffusionGenerate:
         if not isinstance(inputs, Tensor) or inputs.ndim != 2:
             raise NapDecodeError(f"inputs must be a tensor (B, P) of token ids, but are {inputs!r:.80}")
         options = self._options(generation_config, kwargs)
-        tokens_hook, logits_hook = (kwargs.get(name) for name in _HOOKS)
+        is_dict = options["return_dict"] or options["return_dict_in_generate"]
+        if not is_dict:
+            refuse(options, options | {"output_history": False}, "return_dict_in_generate is not set")
+        hooks = [kwargs.get(name) for name in _HOOKS]
+        tokens_hook: Hook = hooks[0] or (lambda step, tokens, logits: tokens)
+        logits_hook: Hook = hooks[1] or (lambda step, tokens, logits: logits)
         sampler = self._bind(options, generation_config, kwargs)
         ids, attention_mask = self._expand(inputs, kwargs.get("attention_mask"), options)
-        history = list[Tensor]()
-        sampler, callback = with_hooks(sampler, tokens_hook, logits_hook, history)
         template = sampler.template or CanvasTemplate.plain(self._length(ids.shape[1], options))
-        canvas = _canvas(ids, attention_mask, template, sampler.denoiser, tokens_hook)
-        output = sampler.decode(canvas, callback=callback)
-        sequences = output.sequences.to(inputs.device)
-        if not (options["return_dict"] or options["return_dict_in_generate"]):
-            refuse(options, options | {"output_history": False}, "return_dict_in_generate is not set")
-            return sequences
-        if not options["output_history"]:
-            return DiffusionOutput(sequences)
-        if callback is None:
+        canvas, rows = _canvas(ids, attention_mask, template, sampler.denoiser, tokens_hook)
+        if hooks == [None, None]:
+            output = sampler.decode(canvas)
             steps = options["steps"] if self.sampler is None else int(output.trace.step.max()) + 1
-            history = [output.trace.canvas_at(step + 1) for step in range(steps)]
-        return DiffusionOutput(sequences, [canvas.to(inputs.device) for canvas in history])
+            history = [output.trace.canvas_at(step + 1) for step in range(steps if options["output_history"] else 0)]
+            history = [rows.padded(tokens) for tokens in history]
+        else:
+            hooked = HookedDenoiser(sampler.denoiser, rows, tokens_hook, logits_hook)
+            output = Sampler(hooked, decoder=Recounting.of(sampler.decoder)).decode(canvas, callback=hooked.after_step)
+            history = hooked.history
+        sequences = rows.padded(output.sequences).to(inputs.device)
+        if not is_dict:
+            return sequences
+        kept = [tokens.to(inputs.device) for tokens in history] if options["output_history"] else None
+        return DiffusionOutput(sequences, kept)
+
+    @property
+    def _model_config(self) -> Any:
+        return getattr(innermost(self.model), "config", None)
 
     def _options(self, generation_config: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Keywords go before the generation config, or, as in Dream, what the model's config has under these names."""
-        source = getattr(innermost(self.model), "config", None) if generation_config is None else generation_config
+        source = self._model_config if generation_config is None else generation_config
         found = {name: getattr(source, name, None) for name in _CONFIG}
         if generation_config is None:
             found["return_dict"] = None  # in a model's config it is about forward
@@ -148,8 +156,7 @@ class _DiffusionGenerate:
 
     def _bind(self, options: dict[str, Any], generation_config: Any, kwargs: dict[str, Any]) -> Sampler:
         def denoiser() -> Denoiser:
-            # As Dream, whatever the model.
-            family = replace(find_family(getattr(innermost(self.model), "config", None)), shift=True)
+            family = replace(find_family(self._model_config), shift=True)  # as Dream, whatever the model
             return Denoiser(self.model, mask_token_id=options["mask_token_id"], family=family)
 
         if self.sampler is not None:
@@ -161,15 +168,13 @@ class _DiffusionGenerate:
                 lengths = {name: kwargs[name] for name in _LENGTH if name in kwargs}
                 refuse(lengths, dict.fromkeys(lengths), "the sampler that was installed has a template")
             return sampler
-        rule = {name: options[name] for name in _RULE if name not in ("alg", "alg_temp")}
+        rule = {name: options[name] for name in _RULE if name != "alg"}
         rule["top_p"] = None if rule["top_p"] is not None and rule["top_p"] >= 1 else rule["top_p"]
-        check_name("alg", options["alg"], _ALGORITHMS)
-        if options["alg"] != "origin":
-            rule["alg_temp"] = options["alg_temp"]
-        elif options["alg_temp"]:
-            refuse({"alg_temp": options["alg_temp"]}, {}, "alg='origin' chooses positions at random")
-        sampler = _ALGORITHMS[options["alg"]](denoiser(), **rule)
-        return in_model_precision(sampler) if self.model_precision else sampler
+        check_name("alg", options["alg"], ALGORITHMS)
+        if options["alg"] == "origin":
+            refuse({"alg_temp": rule.pop("alg_temp") or None}, {}, "alg='origin' chooses positions at random")
+        decoder = decoders.make(f"dream_{options['alg']}", **rule)
+        return Sampler(denoiser(), decoder=decoder.set(**PUBLISHED_PRECISION) if self.model_precision else decoder)
 
     def _expand(self, ids: Tensor, attention_mask: Tensor | None, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
         if attention_mask is None:
@@ -192,31 +197,31 @@ class _DiffusionGenerate:
         length, longest = options["max_new_tokens"], options["max_length"]
         if length is None:
             length = longest - prompt
-            config = getattr(innermost(self.model), "config", None)
             if longest == _LENGTH["max_length"]:  # as in Dream, the default does not count the prompt
-                length = min(longest, (getattr(config, "max_position_embeddings", None) or 2**31) - prompt)
+                limit = getattr(self._model_config, "max_position_embeddings", None) or 2**31
+                length = min(longest, limit - prompt)
         check_integer(f"the number of new tokens (max_length={longest}, less a prompt of {prompt})", length, 1)
         return int(length)
 
 
 def _canvas(
-    ids: Tensor, attention_mask: Tensor, template: CanvasTemplate, denoiser: Denoiser, hook: TokensHook | None
-) -> Canvas:
+    ids: Tensor, attention_mask: Tensor, template: CanvasTemplate, denoiser: Denoiser, hook: Hook
+) -> tuple[Canvas, Padded]:
     """The template behind the prompts; as in Dream, masks in a prompt are decoded too."""
     layout, blocks = (torch.tensor(row) for row in template.encode(denoiser.tokenizer, denoiser.mask_token_id))
-    ids, attention_mask = ids.to(denoiser.device), attention_mask.to(denoiser.device).long()
-    tokens = torch.cat([ids, layout.to(ids).expand(len(ids), -1)], dim=1)
-    if hook is not None:
-        tokens = edit_tokens(hook, None, tokens, None)
+    ids, attention_mask = ids.to(denoiser.device), attention_mask.to(denoiser.device)
+    tokens = edited(hook, None, torch.cat([ids, layout.to(ids).expand(len(ids), -1)], dim=1), None)
+    there = torch.nn.functional.pad(attention_mask, (0, len(layout)), value=1).bool()
+    rows = Padded(tokens, there)
     block = torch.cat([torch.zeros_like(ids), blocks.to(ids).clamp(min=0).expand(len(ids), -1)], dim=1)
-    there = torch.nn.functional.pad(attention_mask, (0, len(layout)), value=1)
-    open_slots = (tokens == denoiser.mask_token_id) & there.bool()
+    is_open = (tokens == denoiser.mask_token_id) & there
     is_prompt = torch.arange(tokens.shape[1], device=tokens.device) < ids.shape[1]
-    return Canvas(
-        tokens=tokens,
-        block=block.where(open_slots, -1),
-        attention_mask=there,
-        prompt=there.bool() & is_prompt & ~open_slots,
+    canvas = Canvas(
+        tokens=rows.to_canvas(tokens.where(there, denoiser.pad_token_id)),
+        block=rows.to_canvas(block.where(is_open, -1)),
+        attention_mask=rows.to_canvas(there.long()),
+        prompt=rows.to_canvas(there & is_prompt & ~is_open),
         block_names=tuple(b.name for b in template.blocks),
         held=tuple(b.held for b in template.blocks),
     )
+    return canvas, rows

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nap_decode.base.errors import check_name
-from nap_decode.decoders import presets
-from nap_decode.integrations._shared import AnySampler, bind, in_model_precision, refuse
+from nap_decode import decoders
+from nap_decode.base.errors import check_name, refuse
+from nap_decode.decoders.llada import ProbabilityWithout
+from nap_decode.integrations._shared import PUBLISHED_PRECISION, AnySampler, bind
 from nap_decode.model.denoiser import Denoiser, LogitsProcessor
-from nap_decode.parts.confidence import ProbabilityWithout
+from nap_decode.parts.decoder import Decoder
 from nap_decode.run.sampler import Sampler
 
 EOS_TOKEN_ID, EOT_TOKEN_ID = 126081, 126348
@@ -52,9 +53,9 @@ def generate(
         mask_id: the mask id.
         logits_eos_inf: never emit the id 126081.
         confidence_eos_eot_inf: commit the ids 126081 and 126348 last.
-        sampler: decode with this instead.  A preset, or another function from a :class:`Denoiser` to a sampler, is
-            called with a Denoiser that has ``mask_id``, ``cfg_scale`` and ``logits_eos_inf``; a sampler of this
-            model has its own.  It decodes its template, or ``gen_length`` slots if it has none.
+        sampler: decode with this instead: a :class:`Decoder`, the name of one, or a file written by ``Sampler.save``,
+            with a Denoiser that has ``mask_id``, ``cfg_scale`` and ``logits_eos_inf``; or a sampler of this model,
+            which has its own.  It decodes its template, or ``gen_length`` slots if it has none.
         model_precision: compute and compare confidences in the precision of the model's logits, as LLaDA does, instead
             of float32, to reproduce published scores.
 
@@ -79,10 +80,9 @@ def generate(
         return Denoiser(model, mask_token_id=mask_id, cfg_scale=cfg_scale, logits_processor=processors)
 
     if sampler is None:
-        bound = _published(
-            denoiser(), min(steps, gen_length), block_length, temperature, remasking, confidence_eos_eot_inf
-        )
-        bound = in_model_precision(bound) if model_precision else bound
+        decoder = _published(block_length, remasking, confidence_eos_eot_inf)
+        decoder = decoder.set(steps=min(steps, gen_length), temperature=temperature)
+        bound = Sampler(denoiser(), decoder=decoder.set(**PUBLISHED_PRECISION) if model_precision else decoder)
     else:
         own = ("steps", "block_length", "temperature", "remasking", "confidence_eos_eot_inf", "model_precision")
         check(own, "the sampler decides that")
@@ -97,17 +97,10 @@ def generate(
     return torch.cat([prompt, output[:, prompt.shape[1] :]], dim=1).to(bound.denoiser.device)
 
 
-def _published(
-    denoiser: Denoiser, steps: int, block_length: int, temperature: float, remasking: str, ends_last: bool
-) -> Sampler:
+def _published(block_length: int, remasking: str, ends_last: bool) -> Decoder:
     check_name("remasking", remasking, ("low_confidence", "random"))
     if remasking == "random":
         refuse({"confidence_eos_eot_inf": ends_last}, {"confidence_eos_eot_inf": False}, "remasking is random")
-        return presets.llada_random(denoiser, steps=steps, block_length=block_length, temperature=temperature)
-    return presets.llada_low_confidence(
-        denoiser,
-        steps=steps,
-        block_length=block_length,
-        temperature=temperature,
-        confidence=ProbabilityWithout((EOS_TOKEN_ID, EOT_TOKEN_ID)) if ends_last else "probability",
-    )
+        return decoders.llada_random(block_length=block_length)
+    confidence = ProbabilityWithout((EOS_TOKEN_ID, EOT_TOKEN_ID)) if ends_last else "probability"
+    return decoders.llada_low_confidence(block_length=block_length, confidence=confidence)

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from einops import rearrange
@@ -24,8 +24,6 @@ from nap_decode.parts.needs import Needs
 from nap_decode.parts.reviser import Reviser
 from nap_decode.parts.selection import QuotaSelection, Selection
 from nap_decode.parts.slots import Decision, Proposal, Slots
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Predict(Protocol):
@@ -68,7 +66,7 @@ class Committer(ABC):
         """Steps in a row without progress after which decoding is given up."""
         return 1000
 
-    def compiled(self, compile: Callable[[Function], Function]) -> Self:
+    def compiled(self, compile: Callable[[Any], Any]) -> Self:
         """The same with what it does to logits compiled; itself if there is nothing to compile."""
         return self
 
@@ -203,7 +201,7 @@ class MicroConfidenceCommitter(Committer):
         return looked_at(self._asked.values())
 
     @override
-    def compiled(self, compile: Callable[[Function], Function]) -> MicroConfidenceCommitter:
+    def compiled(self, compile: Callable[[Any], Any]) -> MicroConfidenceCommitter:
         other = replace(self)
         # Whatever the number of rows, of which chunks have few.
         object.__setattr__(other, "_reduce", compile(reduce))

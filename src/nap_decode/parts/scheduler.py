@@ -21,8 +21,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,8 +37,7 @@ from nap_decode.parts.schedule import EvenSchedule, Schedule
 _NEVER = 2**62
 
 
-@dataclass(frozen=True, eq=False)
-class Partition:
+class Partition(NamedTuple):
     """The blocks that a scheduler distributes its budget over.
 
     Args:
@@ -51,15 +49,6 @@ class Partition:
     block: Tensor
     lengths: Tensor
     held: tuple[bool, ...]
-
-    @cached_property
-    def offsets(self) -> Tensor:
-        """``(B, W)`` columns from the first slot of a slot's block to the slot."""
-        inside, blocks = self.block >= 0, self.block.clamp(min=0)
-        columns = torch.arange(self.block.shape[1], device=self.block.device).expand_as(blocks)
-        first = torch.full((len(blocks), self.lengths.shape[1]), self.block.shape[1], device=self.block.device)
-        first = first.scatter_reduce(1, blocks, columns.where(inside, self.block.shape[1]), "amin")
-        return columns - first.gather(1, blocks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,12 +193,12 @@ class Scheduler(ABC):
             NapDecodeError: more steps than tokens, or fewer steps than phases.
         """
         is_held = torch.tensor(held or (False,) * lengths.shape[1], device=lengths.device).expand_as(lengths)
-        total = lengths.sum(1)
+        total, phases = lengths.sum(1), self._phases(lengths, is_held)  # (B,), (B, P) tokens
         if adaptive:
             return Plan(lengths, is_held, total.new_zeros(len(total), 0), torch.zeros_like(total))
         per_step = 1 if self.tokens_per_step is None else int(self.tokens_per_step)
         steps = -(-total // per_step) if self.steps is None else torch.where(total > 0, int(self.steps), 0)
-        phases = total[:, None] if self.shares_steps() else self._phases(lengths, is_held)  # (B, P) tokens
+        phases = total[:, None] if self.shares_steps() else phases
         self._check_steps(total, steps, (phases > 0).sum(1))
         return Plan(lengths, is_held, self._targets(phases, divide_steps(phases, steps), seeds), steps)
 
@@ -217,19 +206,15 @@ class Scheduler(ABC):
         """``(B, P)`` tokens of each phase: what is open, if whatever is open is decoded at once."""
         left, phases = lengths, list[Tensor]()
         while not phases or bool((left > 0).any()):
-            opened = self._opened(left, lengths, held)
+            opened = self.open(left, lengths, held)
+            if bool((opened < 0).any() | (opened > left).any() | ((opened.sum(1) == 0) & (left.sum(1) > 0)).any()):
+                raise NapDecodeError(
+                    f"of {left.tolist()} slots left, {type(self).__name__}.open must open at least one in each row, "
+                    f"and no more than there are in a block, but opens {opened.tolist()}"
+                )
             phases.append(opened.sum(1))
             left = left - opened
         return torch.stack(phases, dim=1)
-
-    def _opened(self, left: Tensor, lengths: Tensor, held: Tensor) -> Tensor:
-        opened = self.open(left, lengths, held)
-        if bool((opened < 0).any() | (opened > left).any() | ((opened.sum(1) == 0) & (left.sum(1) > 0)).any()):
-            raise NapDecodeError(
-                f"of {left.tolist()} slots left, {type(self).__name__}.open must open at least one in each row, and no "
-                f"more than there are in a block, but opens {opened.tolist()}"
-            )
-        return opened
 
     def next(self, plan: Plan, left: Left) -> tuple[Tensor, Left]:
         """Tokens that each block commits at the next step of a fixed schedule at which its row has anything to do.
@@ -249,7 +234,7 @@ class Scheduler(ABC):
         budget = (plan.due(step) - decoded).clamp(min=0)
         quota, masked = torch.zeros_like(left.masked), left.masked
         while True:
-            opened = self._opened(masked, plan.lengths, plan.held)
+            opened = self.open(masked, plan.lengths, plan.held)
             is_new = (opened != left.weights - left.given).any(1, keepdim=True)
             weights, given = torch.where(is_new, opened, left.weights), left.given.masked_fill(is_new, 0)
             now = torch.minimum(budget - quota.sum(1), opened.sum(1))
@@ -264,13 +249,13 @@ class Scheduler(ABC):
 
         ``tokens_per_step`` for each row, or what is open, shared by what each block still has.
         """
-        opened = self._opened(left, plan.lengths, plan.held)
+        opened = self.open(left, plan.lengths, plan.held)
         target = opened.sum(1).clamp(max=1 if self.tokens_per_step is None else int(self.tokens_per_step))
         return fair_share(opened, torch.zeros_like(opened), target)
 
     def may_commit(self, plan: Plan, left: Tensor) -> Tensor:
         """``(B, M)`` bool: blocks in which an adaptive decoder may commit; one that has begun may go on."""
-        return ((self._opened(left, plan.lengths, plan.held) > 0) | (left < plan.lengths)) & (left > 0)
+        return ((self.open(left, plan.lengths, plan.held) > 0) | (left < plan.lengths)) & (left > 0)
 
     def _targets(self, phases: Tensor, step_ends: Tensor, seeds: Tensor | None) -> Tensor:
         """``(B, S)`` tokens committed after each step, for phases ``(B, P)`` of tokens that end at ``step_ends``."""
@@ -322,9 +307,6 @@ class MacroParallelScheduler(Scheduler):
       divided between the two phases in proportion to their tokens, at least one each.
 
     Args:
-        steps: see :class:`Scheduler`.
-        tokens_per_step: see :class:`Scheduler`.
-        schedule: see :class:`Scheduler`.
         hold_until: share of the path tokens, 0 to 1, that are committed before the summary opens.  1 decodes it last,
             0 along with the paths.
         share_last_step: let the summary use what is left of the step that completes the first phase, instead of having
@@ -373,9 +355,6 @@ class SemiAutoregressiveScheduler(Scheduler):
     """One block after the other, each with steps in proportion to its tokens (LLaDA, arXiv 2502.09992).
 
     Args:
-        steps: see :class:`Scheduler`.
-        tokens_per_step: see :class:`Scheduler`.
-        schedule: see :class:`Scheduler`.
         block_length: cut each row's slots into blocks of this length, whatever the blocks of the canvas (the last one
             may be shorter); None to decode the blocks of the canvas in order.  For strict left to right use
             :class:`AnyOrderScheduler` with the confidence ``"leftmost"``, which costs less than blocks of one slot.
@@ -425,11 +404,6 @@ class SemiAutoregressiveScheduler(Scheduler):
 class AnyOrderScheduler(Scheduler):
     """No blocks: the budget of a step goes to any slots of the canvas ("AO" in the paper).
 
-    Args:
-        steps: see :class:`Scheduler`.
-        tokens_per_step: see :class:`Scheduler`.
-        schedule: see :class:`Scheduler`.
-
     Example:
         >>> scheduler = AnyOrderScheduler(tokens_per_step=4)
         >>> plan = scheduler.plan(torch.tensor([[10]]))
@@ -450,8 +424,9 @@ class AnyOrderScheduler(Scheduler):
 
 def in_blocks(block_length: int | None, *, on_grid: bool = False) -> Scheduler:
     """Semi-autoregressive blocks of this length; None decodes anywhere."""
-    if block_length is None:
+    if block_length is None and not on_grid:
         return AnyOrderScheduler()
+    check_integer("block_length", block_length, 1)
     return SemiAutoregressiveScheduler(block_length=block_length, on_grid=on_grid)
 
 

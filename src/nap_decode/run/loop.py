@@ -157,6 +157,8 @@ class Turn:
 
 Arrivals: TypeAlias = "Callable[[Batch | None], Batch | None]"
 """The rows that join a batch now, made by :meth:`Loop.start`; None for none.  Without a batch, None is the end."""
+Captured: TypeAlias = "Callable[..., tuple[State, Tensor | None, int]]"
+"""Takes turns from graphs, see :class:`~nap_decode.speed.graphs.Graphs`."""
 Watch: TypeAlias = Callable[[State, int], State]
 """Sees the state after every turn, and the steps that the furthest row has taken; returns the state to go on from."""
 
@@ -190,7 +192,7 @@ class Loop:
         decoder: Decoder,
         *,
         ends: Sequence[int] = (),
-        graphs: Any = None,
+        graphs: Captured | None = None,
         watch: Watch | None = None,
     ) -> None:
         self.denoiser, self.scheduler, self.committer = denoiser, decoder.scheduler, decoder.committer
@@ -217,10 +219,8 @@ class Loop:
             # 2. Rows leave that have no turn left: each at once, or together while somebody watches.
             ends, taken, is_stopped = batch.agenda.ends, len(batch.passes), stop()
             if is_stopped or taken >= (min(ends) if self.watch is None else max(ends)):
-                batch, busy = (
-                    batch.settled(),
-                    torch.tensor([end > taken and not is_stopped for end in ends], device="cpu"),
-                )
+                busy = torch.tensor([end > taken and not is_stopped for end in ends], device="cpu")
+                batch = batch.settled()
                 yield batch.some(~busy)
                 batch = batch.some(busy) if bool(busy.any()) else None
                 continue
@@ -247,7 +247,7 @@ class Loop:
         given = Given(
             block=partition.block,
             canvas_block=canvas.block,
-            offsets=partition.offsets,
+            offsets=_offsets(partition.block),
             prompt=canvas.prompt,
             present=canvas.attention_mask.bool(),
             seeds=to_device(none if seeds is None else seeds, device),
@@ -289,6 +289,10 @@ class Loop:
             steps.append(left.step)
             if not self.is_fixed or not bool((left.masked > 0).any()):
                 break
+            if len(counts) > plan.targets.shape[1]:
+                raise NapDecodeError(
+                    f"{type(scheduler).__name__}.open opens nothing of {left.masked.tolist()} slots left"
+                )
             left = replace(left, step=left.step + 1)
         slots, index = torch.stack(counts, dim=1), torch.stack(steps, dim=1)  # (B, S, M), (B, S)
         on_device = (to_device(tensor, device) for tensor in (index, slots > 0, torch.stack(quotas, dim=1)))
@@ -394,6 +398,15 @@ class Loop:
             state = state.close(self.ends, self.fill, *given.by_block, turn.step)
         self.vocab_size = predict.vocab_size or self.vocab_size
         return state, decision.unsettled, predict.calls
+
+
+def _offsets(block: Tensor) -> Tensor:
+    """``(B, W)`` columns from the first slot of each slot's block, whatever stands between."""
+    columns = torch.arange(block.shape[1], device=block.device).expand_as(block)
+    own = block.clamp(min=0)
+    first = torch.full_like(block, block.shape[1])  # there are no more blocks than columns
+    first = first.scatter_reduce(1, own, columns.where(block >= 0, block.shape[1]), "amin")
+    return columns - first.gather(1, own)
 
 
 class _Predict:

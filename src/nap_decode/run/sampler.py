@@ -29,6 +29,7 @@ from nap_decode.parts.save import Part, describe, from_plain, to_plain
 from nap_decode.prompts import Prompt, Prompts, encode_prompts, is_part
 from nap_decode.results.output import SamplerOutput
 from nap_decode.results.trace import DecodeTrace
+from nap_decode.run.generate import for_generate
 from nap_decode.run.loop import Batch, Loop, Watch
 from nap_decode.run.state import Callback, DecodeState, State
 from nap_decode.run.watch import Streams, interrupts
@@ -350,13 +351,11 @@ class Sampler:
     def custom_generate(self) -> Callable[..., Tensor | SamplerOutput]:
         """For ``model.generate(**inputs, custom_generate=sampler.custom_generate)`` of transformers 4.57 or later.
 
-        See :func:`~nap_decode.integrations.huggingface.custom_generate`.
+        See :func:`~nap_decode.run.generate.custom_generate`.
 
         Raises:
             NapDecodeError: this release of transformers would not call it.
         """
-        from nap_decode.integrations.huggingface import for_generate
-
         return for_generate(self)
 
     # ---------------------------------------------------------------------------------------- as data
@@ -371,6 +370,10 @@ class Sampler:
             1.0
         """
         return Sampler(self.denoiser, decoder=self.decoder.set(**options), template=self.template, compile=self.compile)
+
+    def over(self, denoiser: Denoiser) -> Sampler:
+        """The same of another Denoiser."""
+        return Sampler(denoiser, decoder=self.decoder, template=self.template, compile=self.compile)
 
     def describe(self) -> str:
         """What this sampler does, in words.
@@ -435,8 +438,23 @@ class Sampler:
             mask_token_id: see :class:`Denoiser`.
 
         Raises:
-            NapDecodeError: not such a file, a part that is not known, or a :class:`Denoiser` with other guidance or
-                reuse.
+            NapDecodeError: see :meth:`read`; a :class:`Denoiser` with other guidance or reuse.
+        """
+        whole = Sampler.read(path, parts=parts)
+        own = {name: whole.pop(name) for name in ("cfg_scale", "reuse")}
+        if not isinstance(model, Denoiser):
+            model = Denoiser(model, tokenizer, mask_token_id=mask_token_id, **own)
+        for name, value in own.items():
+            if getattr(model, name) != value:
+                raise NapDecodeError(f"the file has {name} {value}, but the Denoiser has {getattr(model, name)}")
+        return Sampler(model, **whole)
+
+    @staticmethod
+    def read(path: str | PathLike[str], *, parts: Iterable[Part] = ()) -> dict[str, Any]:
+        """What :meth:`save` wrote, without a model: decoder, template, and the Denoiser's cfg_scale and reuse.
+
+        Raises:
+            NapDecodeError: not such a file, or a part that is not known.
         """
         try:
             content = json.loads(Path(path).read_text())
@@ -451,14 +469,7 @@ class Sampler:
             raise
         except (ValueError, KeyError, TypeError) as error:
             raise NapDecodeError(f"{path} is not a file written by Sampler.save ({error})") from error
-        whole = {name: from_plain(data, tuple(parts)) for name, data in plain.items()}
-        own = {"cfg_scale": cfg_scale, "reuse": whole.pop("reuse")}
-        if not isinstance(model, Denoiser):
-            model = Denoiser(model, tokenizer, mask_token_id=mask_token_id, **own)
-        for name, value in own.items():
-            if getattr(model, name) != value:
-                raise NapDecodeError(f"the file has {name} {value}, but the Denoiser has {getattr(model, name)}")
-        return Sampler(model, **whole)
+        return {name: from_plain(data, tuple(parts)) for name, data in plain.items()} | {"cfg_scale": cfg_scale}
 
     # ---------------------------------------------------------------------------------------- behind the doors
 

@@ -1,8 +1,8 @@
-"""Decode held-out problems with every preset, under its own scheduler and under NAP's, and tabulate.
+"""Decode held-out problems with every decoder, under its own scheduler and under NAP's, and tabulate.
 
-    python examples/compare_presets.py            # writes docs/presets.json and the tables in docs/presets.md
+    python examples/compare_decoders.py            # writes docs/decoders.json and the tables in docs/decoders.md
 
-Takes about ten minutes on one core.  Presets with a fixed number of steps commit six tokens at each;
+Takes about ten minutes on one core.  Decoders with a fixed number of steps commit six tokens at each;
 the others decide by themselves, with the options of their papers, and commit at least one.
 """
 
@@ -17,10 +17,9 @@ from typing import Any
 import torch
 import transformers
 
-from nap_decode import ARnessMeter, CanvasTemplate, Denoiser, MacroParallelScheduler, Sampler, demo
-from nap_decode.decoders import presets
+from nap_decode import ARnessMeter, CanvasTemplate, Denoiser, MacroParallelScheduler, Sampler, decoders, demo
+from nap_decode.decoders.calibration import background_frequencies
 from nap_decode.demo.problems import NUM_PATHS, PATH_LENGTH, SUMMARY_LENGTH, NimSum, sample_problems
-from nap_decode.parts.confidence import background_frequencies
 
 DOCS = Path(__file__).parents[1] / "docs"
 TOKENS_PER_STEP = 6
@@ -35,20 +34,19 @@ COLUMNS = {
 
 
 def make_sampler(name: str, denoiser: Denoiser, template: CanvasTemplate, arrangement: str) -> Sampler:
-    """One preset, by its own scheduler or by NAP's with the same budget."""
+    """One decoder, by its own scheduler or by NAP's with the same budget."""
     options: dict[str, Any] = {}
     if name == "pc_sampler":
         texts = [denoiser.tokenizer(p.prompt)["input_ids"] for p in sample_problems(2000, seed=0)]  # type: ignore[misc]
         options["frequencies"] = background_frequencies(texts, vocab_size=denoiser.config.vocab_size)
-    sampler = presets.PRESETS[name](denoiser, template=template, **options)
-    if not sampler.committer.is_adaptive and name != "mdlm_first_hitting":
-        sampler = presets.PRESETS[name](denoiser, template=template, tokens_per_step=TOKENS_PER_STEP, **options)
+    decoder = decoders.make(name, **options)
+    if not decoder.needs.adaptive and name != "mdlm_first_hitting":
+        decoder = decoder.set(tokens_per_step=TOKENS_PER_STEP)
     if arrangement == "macro-parallel":
-        own = sampler.scheduler
-        return sampler.replace(
-            scheduler=MacroParallelScheduler(tokens_per_step=own.tokens_per_step, schedule=own.schedule)
-        )
-    return sampler
+        own = decoder.scheduler
+        scheduler = MacroParallelScheduler(tokens_per_step=own.tokens_per_step, schedule=own.schedule)
+        decoder = decoder.set(scheduler=scheduler)
+    return Sampler(denoiser, decoder=decoder, template=template)
 
 
 def measure(sampler: Sampler, problems: list[NimSum]) -> dict[str, float]:
@@ -66,7 +64,7 @@ def measure(sampler: Sampler, problems: list[NimSum]) -> dict[str, float]:
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
-    """A Markdown table with a line for every preset."""
+    """A Markdown table with a line for every decoder."""
     lines = ["| preset | " + " | ".join(COLUMNS.values()) + " |", "|---" * (1 + len(COLUMNS)) + "|"]
     for name, measured in results.items():
         lines.append(f"| `{name}` | " + " | ".join(f"{measured[column]}" for column in COLUMNS) + " |")
@@ -85,14 +83,14 @@ def fill_in(page: str, record: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--problems", type=int, default=500)
-    parser.add_argument("--output", type=Path, default=DOCS, help="directory of presets.json and presets.md")
+    parser.add_argument("--output", type=Path, default=DOCS, help="directory of decoders.json and decoders.md")
     args = parser.parse_args()
 
     denoiser = Denoiser(*demo.load())
     template = CanvasTemplate.nap(NUM_PATHS, path_length=PATH_LENGTH, summary_length=SUMMARY_LENGTH)
     problems = sample_problems(args.problems, SEED)
     record: dict[str, Any] = {
-        "script": "examples/compare_presets.py",
+        "script": "examples/compare_decoders.py",
         "problems": args.problems,
         "seed": SEED,
         "tokens_per_step": TOKENS_PER_STEP,
@@ -102,12 +100,12 @@ def main() -> None:
     }
     for arrangement in ARRANGEMENTS:
         record[arrangement] = {}
-        for name in presets.PRESETS:
+        for name in decoders.DECODERS:
             sampler = make_sampler(name, denoiser, template, arrangement)
             record[arrangement][name] = measure(sampler, problems)
             print(f"{arrangement:14} {name:22} {record[arrangement][name]}", flush=True)
-    (args.output / "presets.json").write_text(json.dumps(record, indent=1) + "\n")
-    page = args.output / "presets.md"
+    (args.output / "decoders.json").write_text(json.dumps(record, indent=1) + "\n")
+    page = args.output / "decoders.md"
     page.write_text(fill_in(page.read_text(), record))
 
 

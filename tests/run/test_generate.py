@@ -10,14 +10,16 @@ import torch
 import transformers
 from models import MASK, PAD, tiny_model
 
-from nap_decode import Block, CanvasTemplate, Denoiser, NapDecodeError, SamplerOutput
-from nap_decode.decoders import presets
+from nap_decode import Block, CanvasTemplate, Denoiser, NapDecodeError, Sampler, SamplerOutput, decoders
 
 if tuple(map(int, transformers.__version__.split(".")[:2])) < (4, 57):
     pytest.skip("generate takes a custom_generate since transformers 4.57", allow_module_level=True)
 
 PROMPTS = torch.tensor([[5, 6, 7, 8], [0, 0, 9, 5], [0, 7, 7, 3]])
 PRESENT = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1], [0, 1, 1, 1]])
+
+IN_BLOCKS = decoders.llada_low_confidence(block_length=3).set(tokens_per_step=2)
+DRAWING = decoders.llada_low_confidence().set(tokens_per_step=2, temperature=0.8)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,7 @@ def model(tiny):
 
 @pytest.fixture
 def sampler(model):
-    return presets.llada_low_confidence(model, mask_token_id=MASK, tokens_per_step=2, block_length=3)
+    return Sampler(model, decoder=IN_BLOCKS, mask_token_id=MASK)
 
 
 @pytest.fixture
@@ -64,7 +66,8 @@ def test_what_follows_an_end_token_is_padding(generate):
 @pytest.mark.filterwarnings("ignore:Using the model-agnostic default")  # transformers does not know the template
 def test_a_template_is_cut_block_by_block(model):
     template = CanvasTemplate(((11,), Block("a", 4), (12,), Block("b", 4)))
-    sampler = presets.parallel_forced(model, template=template, tokens_per_step=2, mask_token_id=MASK)
+    decoder = decoders.parallel_forced(tokens_per_step=2)
+    sampler = Sampler(model, decoder=decoder, template=template, mask_token_id=MASK)
     run = partial(model.generate, PROMPTS, attention_mask=PRESENT, custom_generate=sampler.custom_generate)
     plain = run(eos_token_id=None)
     assert torch.equal(plain, sampler.generate(PROMPTS, PRESENT))
@@ -73,7 +76,7 @@ def test_a_template_is_cut_block_by_block(model):
     assert got[0, 4:10].tolist() == [11, end, 17, 17, 17, 12]
     assert run(eos_token_id=None, max_new_tokens=3).shape == (3, 7)
     assert run(eos_token_id=None, max_length=14).shape == (3, 14)
-    longer = presets.parallel_forced(model, template=CanvasTemplate.plain(25), mask_token_id=MASK)
+    longer = Sampler(model, decoder=decoder, template=CanvasTemplate.plain(25), mask_token_id=MASK)
     got = model.generate(PROMPTS, custom_generate=longer.custom_generate, eos_token_id=None)
     assert got.shape == (3, 29)  # transformers' default length, 20, is not meant
     with pytest.raises(NapDecodeError, match="template take 14 tokens, more than max_length=13"):
@@ -83,15 +86,12 @@ def test_a_template_is_cut_block_by_block(model):
 def test_logits_processors(model, generate):
     plain = generate()
     unwanted = sorted(set(plain[:, 4:].flatten().tolist()))[:4]
-    want = presets.llada_low_confidence(
-        Denoiser(
-            model,
-            mask_token_id=MASK,
-            logits_processor=[lambda ids, scores: scores.index_fill(1, torch.tensor(unwanted), -torch.inf)],
-        ),
-        tokens_per_step=2,
-        block_length=3,
-    ).generate(PROMPTS, PRESENT, max_new_tokens=6)
+    denoiser = Denoiser(
+        model,
+        mask_token_id=MASK,
+        logits_processor=[lambda ids, scores: scores.index_fill(1, torch.tensor(unwanted), -torch.inf)],
+    )
+    want = Sampler(denoiser, decoder=IN_BLOCKS).generate(PROMPTS, PRESENT, max_new_tokens=6)
     assert not torch.equal(want, plain)
     assert torch.equal(generate(suppress_tokens=unwanted), want)
     assert torch.equal(generate(bad_words_ids=[[i] for i in unwanted]), want)
@@ -101,7 +101,7 @@ def test_logits_processors(model, generate):
 
 
 def test_sampling(model):
-    sampler = presets.llada_low_confidence(model, mask_token_id=MASK, tokens_per_step=2, temperature=0.8)
+    sampler = Sampler(model, decoder=DRAWING, mask_token_id=MASK)
     run = partial(
         model.generate, PROMPTS[:1], custom_generate=sampler.custom_generate, max_new_tokens=6, eos_token_id=None
     )
@@ -156,7 +156,8 @@ class TestStream:
         assert shown == got[: 4 + got[4:].index(plain[6]) + 1]
 
     def test_revisers_have_the_last_word(self, model):
-        sampler = presets.llada21_editing(model, mask_token_id=MASK, threshold=0.2, edit_threshold=0.2, block_length=4)
+        decoder = decoders.llada21_editing(threshold=0.2, edit_threshold=0.2, block_length=4)
+        sampler = Sampler(model, decoder=decoder, mask_token_id=MASK)
         streamer = Recorder(drafts=True)
         options = {"max_new_tokens": 6, "eos_token_id": None, "stream_to": streamer}
         got = model.generate(self.IDS, custom_generate=sampler.custom_generate, **options)[0].tolist()
@@ -180,7 +181,7 @@ class TestStream:
         got = generate(stream_to=streamers)
         for row in (0, 2):
             puts = [tokens for kind, tokens in streamers[row].calls if kind == "put"]
-            assert list(itertools.chain(*puts)) == got[row].tolist()
+            assert list(itertools.chain(*puts)) == got[row][int(PRESENT[row].argmax()) :].tolist()  # without padding
             assert streamers[row].calls[-1] == ("end", None)
 
     def test_refusals(self, generate):
@@ -345,7 +346,7 @@ class TestOptions:
 
     @pytest.fixture
     def drawing(self, model):
-        return presets.llada_low_confidence(model, mask_token_id=MASK, tokens_per_step=2, temperature=0.8)
+        return Sampler(model, decoder=DRAWING, mask_token_id=MASK)
 
     @pytest.fixture
     def checkpoint(self, model, monkeypatch):
@@ -423,7 +424,7 @@ class TestProcessors:
 
     def test_warpers_that_are_not_generates(self, model, generate):
         """Like its default, but the caller's own; and other than its default, slipped in on the way."""
-        sampler = presets.llada_low_confidence(model, mask_token_id=MASK, tokens_per_step=2, temperature=0.8)
+        sampler = Sampler(model, decoder=DRAWING, mask_token_id=MASK)
         own, other = transformers.TopKLogitsWarper(50), transformers.TopKLogitsWarper(3)
 
         def slipped_in(model, ids, logits_processor, **passed):
