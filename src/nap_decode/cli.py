@@ -21,12 +21,12 @@ from nap_decode.measure.arness import ARnessMeter
 from nap_decode.model.denoiser import Denoiser
 from nap_decode.model.load import add_model_arguments, check_device, load_named
 from nap_decode.parts.decoder import Decoder
-from nap_decode.parts.scheduler import AnyOrderScheduler
+from nap_decode.parts.scheduler import AnyOrderScheduler, Scheduler
 from nap_decode.results.trace import DecodeTrace
 from nap_decode.run.sampler import Sampler
 from nap_decode.speed.reuse import REUSES
 
-_SCHEDULERS = {**SCHEDULERS, "any-order": AnyOrderScheduler}
+_SCHEDULERS: dict[str, type[Scheduler]] = {**SCHEDULERS, "any-order": AnyOrderScheduler}
 _SHORTHANDS = ("tokens_per_step", "steps", "temperature")  # for --set
 _MAY_BE_EMPTY = ("model_args", "sampler_args", "gen_kwargs")  # lists of options
 
@@ -205,8 +205,8 @@ def _decoder(args: argparse.Namespace) -> dict[str, Any]:
     name = args.decoder or "parallel_forced"
     scheduler = {} if args.scheduler is None else {"scheduler": _SCHEDULERS[args.scheduler]()}
     if name in decoders.DECODERS:
-        if args.scheduler is not None and name == "parallel_forced" and not {"tokens_per_step", "steps"} & {*options}:
-            options["tokens_per_step"] = 4  # its own
+        if name == "parallel_forced" and not {"tokens_per_step", "steps"} & {*options}:
+            options["tokens_per_step"] = 4  # its own, also for another scheduler
         return {"decoder": decoders.make(name, **scheduler, **options)}
     found = find(name)
     decoder: Decoder = found["decoder"]

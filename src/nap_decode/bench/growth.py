@@ -179,7 +179,7 @@ def ladder(
             if denoiser is None or dimension == "vocabulary":
                 own = dataclasses.replace(shape, vocab=size) if dimension == "vocabulary" else shape
                 denoiser = Denoiser(own.build(dtype=dtype, device=device, seed=seed))
-            changed = {
+            changed: dict[str, dict[str, Any]] = {
                 "canvas": {"new_tokens": size - _PROMPT},
                 "batch": {"batch_size": size},
                 "blocks": {"blocks": size},

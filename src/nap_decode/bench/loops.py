@@ -167,10 +167,12 @@ def make_loops(
         for _ in widths:
             parts.full(canvas.tokens)
 
-    options = {"mask_token_id": denoiser.mask_token_id, "banned": banned, "temperature": workload.temperature}
+    textbook = partial(
+        textbook_loop, mask_token_id=denoiser.mask_token_id, banned=banned, temperature=workload.temperature
+    )
     loops: dict[str, Callable[[], Any]] = {
         "full": full,
-        "textbook": partial(textbook_loop, parts.full, canvas.tokens, canvas.block, quotas, **options),
+        "textbook": partial(textbook, parts.full, canvas.tokens, canvas.block, quotas),
         "ours": partial(sampler.decode, canvas, seed=workload.seed, progress=False),
     }
     return {"bare": bare} | loops if parts.is_split else loops

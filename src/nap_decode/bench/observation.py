@@ -108,7 +108,7 @@ class SyncCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._stack.callback(torch.cuda.set_sync_debug_mode, torch.cuda.get_sync_debug_mode())
             torch.cuda.set_sync_debug_mode("warn")
         else:
-            super().__enter__()
+            super().__enter__()  # type: ignore[no-untyped-call]
             self._stack.push(super().__exit__)
         return self
 

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, TextIO
 
-from nap_decode import decoders
 from nap_decode.canvas import CanvasTemplate
+from nap_decode.decoders.llada import left_to_right, llada_low_confidence
+from nap_decode.decoders.nap import parallel_forced
 from nap_decode.demo import NUM_PATHS, PATH_LENGTH, SUMMARY_LENGTH, load, sample_problems
 from nap_decode.measure.arness import ARnessMeter
 from nap_decode.model.denoiser import Denoiser
@@ -74,10 +75,10 @@ class LiveCanvas:
 
 
 _COLUMNS = (  # of the table: what the model was trained on, a name, and the decoder
-    ("paths", "parallel-forced", decoders.parallel_forced()),
-    ("paths", "any-order", decoders.llada_low_confidence()),
-    ("chain", "any-order", decoders.llada_low_confidence()),
-    ("chain", "left to right", decoders.left_to_right()),
+    ("paths", "parallel-forced", parallel_forced()),
+    ("paths", "any-order", llada_low_confidence()),
+    ("chain", "any-order", llada_low_confidence()),
+    ("chain", "left to right", left_to_right()),
 )
 
 
@@ -99,7 +100,7 @@ def run_demo(
     first = held_out[0]
     say("The nim-sum (exclusive or) of twelve digits, by three paths and a summary.")
     say("Parallel-forced decoding, 4 tokens per step:\n")
-    sampler = Sampler(denoisers["paths"], decoder=decoders.parallel_forced(), template=_TEMPLATES["paths"])
+    sampler = Sampler(denoisers["paths"], decoder=parallel_forced(), template=_TEMPLATES["paths"])
     output = sampler(first.prompt, callback=LiveCanvas(sampler.tokenizer, file), progress=False)
     verdict = "correct" if first.is_correct(str(output.summary)) else f"wrong, it is {first.answer}"
     say(
@@ -118,8 +119,8 @@ def run_demo(
     for k in tokens_per_step:
         cells, passes = [], 0
         for trained_on, _, decoder in _COLUMNS:
-            how = {"decoder": decoder.set(tokens_per_step=k), "template": _TEMPLATES[trained_on]}
-            output = Sampler(denoisers[trained_on], **how)(prompts, progress=False)
+            decoder, template = decoder.set(tokens_per_step=k), _TEMPLATES[trained_on]
+            output = Sampler(denoisers[trained_on], decoder=decoder, template=template)(prompts, progress=False)
             answers = output.summary if trained_on == "paths" else output.text
             correct = sum(p.is_correct(text) for p, text in zip(held_out, answers, strict=True))
             meter = ARnessMeter()
