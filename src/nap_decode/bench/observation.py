@@ -204,13 +204,11 @@ def environment(device: torch.device | str) -> dict[str, Any]:
 
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    pages = {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= set(getattr(os, "sysconf_names", ()))
     machine: dict[str, Any] = {
         "system": platform.platform(),
         "cpu": names[0].partition(":")[2].strip() if names else platform.processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if pages else None,
         "device": str(device),
     }
     if torch.device(device).type == "cuda":
