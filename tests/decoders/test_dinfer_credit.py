@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from nap_decode.decoders.dinfer_credit import Ledger
 
 from nap_decode import Credit, NapDecodeError, Slots
-from nap_decode.decoders.dinfer_credit import Ledger
 
 
 def test_the_ledger_is_the_dense_matrix():
