@@ -15,11 +15,11 @@ from nap_decode import __version__, bench, decoders
 from nap_decode.base.errors import NapDecodeError, check_between, check_integer
 from nap_decode.bench.workload import SCHEDULERS
 from nap_decode.canvas import CanvasTemplate
+from nap_decode.checkpoints import add_model_arguments, check_device, load_named
 from nap_decode.integrations import evaluation, ray
 from nap_decode.integrations._shared import find, given
 from nap_decode.measure.arness import ARnessMeter
 from nap_decode.model.denoiser import Denoiser
-from nap_decode.model.load import add_model_arguments, check_device, load_named
 from nap_decode.parts.decoder import Decoder
 from nap_decode.parts.scheduler import AnyOrderScheduler, Scheduler
 from nap_decode.results.trace import DecodeTrace

@@ -16,7 +16,7 @@ from nap_decode.base.errors import NapDecodeError, check_integer
 from nap_decode.bench.comparison import BenchmarkResult, benchmark
 from nap_decode.bench.growth import LADDER, LadderResult, ladder
 from nap_decode.bench.workload import SCHEDULERS, SHAPES, Shape, Workload
-from nap_decode.model.load import add_model_arguments, check_device, load_named
+from nap_decode.checkpoints import add_model_arguments, check_device, load_named
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

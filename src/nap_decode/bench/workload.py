@@ -12,8 +12,8 @@ from torch import Tensor
 
 from nap_decode.base.errors import NapDecodeError, check_integer, check_name
 from nap_decode.canvas import Block, Canvas, CanvasTemplate
+from nap_decode.checkpoints import precision_argument
 from nap_decode.model.denoiser import Denoiser
-from nap_decode.model.foreign import precision_argument
 from nap_decode.parts.committer import MicroConfidenceCommitter
 from nap_decode.parts.decoder import Decoder
 from nap_decode.parts.scheduler import Left, MacroParallelScheduler, Scheduler, SemiAutoregressiveScheduler

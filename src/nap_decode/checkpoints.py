@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from nap_decode.base.errors import NapDecodeError
-from nap_decode.model.foreign import precision_argument
 
 
 def load_checkpoint(
@@ -143,3 +142,10 @@ def load_all(loader: Any, path: str | PathLike[str], **options: Any) -> Any:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if names[3:] else "")
+
+
+def precision_argument() -> str:
+    """The name by which ``from_pretrained``, ``from_config`` and configs take a precision; torch_dtype before 4.56."""
+    from transformers import PretrainedConfig
+
+    return "dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype"
