@@ -30,9 +30,9 @@ from nap_decode import (
     ThresholdSelection,
     demo,
     html,
-    viz,
 )
 from nap_decode.demo.problems import NUM_PATHS, PATH_LENGTH, SUMMARY_LENGTH, NimSum, sample_problems
+from nap_decode.measure import viz
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 TEMPLATE = CanvasTemplate.nap(NUM_PATHS, path_length=PATH_LENGTH, summary_length=SUMMARY_LENGTH)
@@ -48,7 +48,7 @@ def draw_order(outputs: dict[str, SamplerOutput], path: Path) -> None:
 
     figure, axes = pyplot.subplots(1, len(outputs), figsize=(11, 3.6), layout="constrained", sharey=True)
     for ax, (name, output) in zip(axes, outputs.items(), strict=True):
-        output.plot(ax=ax)
+        viz.plot_order(output, ax=ax)
         ax.set_title(name)
         ax.label_outer()
     figure.savefig(path, dpi=100)
@@ -151,8 +151,8 @@ def main() -> None:
     pyplot.savefig(IMAGES / "frontier.png", dpi=100)
 
     output = decode(MacroParallelScheduler(tokens_per_step=3))
-    output.animate().save(IMAGES / "canvas.gif")
-    output.animate().save(IMAGES / "canvas.html")
+    viz.animate(output).save(IMAGES / "canvas.gif")
+    viz.animate(output).save(IMAGES / "canvas.html")
     if args.browser:
         take_screenshots(output, args.browser)
     total = sum(file.stat().st_size for file in IMAGES.iterdir())

@@ -27,6 +27,7 @@ from nap_decode.measure.watch import Watch
 from nap_decode.results.trace import DecodeTrace
 
 _Ints = NDArray[np.int64]
+_Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -131,9 +132,7 @@ class ARnessMeter:
     def update(self, trace: DecodeTrace) -> None:
         """Add the sequences of a trace."""
         before_end = trace.before_end().numpy()
-        block = np.where(trace.step.numpy() < 0, -1, trace.block.numpy())  # what an interruption left masked
-        if trace.closed is not None:  # what was filled without being decoded has no place in the order
-            block = np.where(trace.closed.numpy(), -1, block)
+        block = np.where(decoded_slots(trace), trace.block.numpy(), -1)
         scopes = {False: block >= 0} | ({True: before_end} if trace.end_token_ids else {})
         regions = {"": block >= 0} | {name: block == j for j, name in enumerate(trace.block_names)}
         for row in range(len(block)):
@@ -233,39 +232,45 @@ class ARnessMeter:
                 model.forward = own
 
 
+def decoded_slots(trace: DecodeTrace) -> _Bools:
+    """``(B, L)``: slots that have a place in the order; not what an interruption left masked, or what was filled."""
+    decoded = (trace.block >= 0) & (trace.step >= 0)
+    return (decoded if trace.closed is None else decoded & ~trace.closed).numpy()
+
+
+def commit_order(step: _Ints, confidence: NDArray[np.float32]) -> _Ints:
+    """``(T,)``: positions in the order of their commits, inside a step by confidence, then by position."""
+    return np.lexsort((np.arange(len(step)), -np.nan_to_num(confidence, nan=np.inf), step))
+
+
+def masked_below(order: _Ints) -> _Ints:
+    """``(T,)``: for each commit the number of lower positions that are still masked then."""
+    place = np.argsort(order)  # place[p]: when position p is committed
+    later = place[None, :] > place[:, None]  # (T, T): column committed after row
+    return np.asarray(np.tril(later, -1).sum(1)[order])
+
+
+def ascends(order: _Ints, k: int) -> _Bools:
+    """``(T - k,)``: whether each commit from the k-th on ends a run of k + 1 neighbours, ascending."""
+    runs = np.concatenate([[0], np.cumsum(np.diff(order) == 1)])
+    return np.asarray(runs[k:] - runs[:-k] == k)
+
+
 def _measure(step: _Ints, confidence: NDArray[np.float32], ks: Sequence[int]) -> dict[str, float]:
     """All measures of one sequence of T slots, given by step and confidence in order of position."""
     positions = np.arange(len(step))
     orders: dict[str, _Ints] = {
-        "global": np.lexsort((positions, -np.nan_to_num(confidence, nan=np.inf), step)),
+        "global": commit_order(step, confidence),
         "upper": np.lexsort((positions, step)),
         "lower": np.lexsort((-positions, step)),
     }
+    below = {name: masked_below(order) for name, order in orders.items()}
     values = {"kendall_tau": _kendall_tau(step), "tokens_per_step": len(step) / len(np.unique(step))}
-    for name, order in orders.items():
-        skipped = _masked_below(order)
-        for k in ks:
-            values[f"{name}@{k}"] = float(np.mean(skipped < k))
     for k in ks:
-        values[f"local@{k}"] = _local(orders["global"], k)
+        values |= {f"{name}@{k}": float(np.mean(skipped < k)) for name, skipped in below.items()}
+        hits = ascends(orders["global"], k)
+        values[f"local@{k}"] = float(hits.mean()) if len(hits) else float("nan")
     return values
-
-
-def _masked_below(order: _Ints) -> _Ints:
-    """For each commit the number of lower positions that are still masked then, ``(T,)``."""
-    place = np.argsort(order)  # place[p]: when position p is committed
-    later = place[None, :] > place[:, None]  # (T, T): column committed after row
-    below = np.tril(later, -1).sum(1)
-    return np.asarray(below[order])
-
-
-def _local(order: _Ints, k: int) -> float:
-    if len(order) <= k:
-        return float("nan")
-    # A run of k steps of +1 that ends at c: windows of k consecutive differences, all 1.
-    ascending = np.diff(order) == 1
-    runs = np.lib.stride_tricks.sliding_window_view(ascending, k).all(1)
-    return float(runs.mean())
 
 
 def _kendall_tau(step: _Ints) -> float:
