@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import warnings
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,7 +29,6 @@ _LINE_WIDTH = 84
 _FONT = "DejaVu Sans Mono"  # comes with matplotlib
 _FONT_SIZE = 10  # points
 _MASKED = (0.87, 0.87, 0.87)
-_Labels: TypeAlias = "list[tuple[float, str]]"
 
 _STYLE = """
 .nap-player [data-step].nap-hidden{background:rgba(128,128,128,.25)!important;color:transparent!important;opacity:1}
@@ -113,12 +112,9 @@ class CanvasAnimation:
         ending = Path(path).suffix.lower()
         if ending == ".html":
             Path(path).write_text(to_page(self.to_html(), "nap_decode"), encoding="utf-8")
-        elif ending == ".gif":
-            self._save_gif(fspath(path), dpi)
-        else:
+            return
+        if ending != ".gif":
             raise NapDecodeError(f"an animation is saved as .gif or .html, but the path is {fspath(path)!r}")
-
-    def _save_gif(self, path: str, dpi: int) -> None:
         need_matplotlib()
         from matplotlib.animation import PillowWriter
 
@@ -128,7 +124,8 @@ class CanvasAnimation:
         last = max(1, round(1.5 / self.seconds_per_step))  # frames, to have time to read
         rate: Any = 1 / self.seconds_per_step  # which is annotated as whole, and need not be
         writer = PillowWriter(fps=rate)
-        with writer.saving(drawing.figure, path, dpi):
+        with warnings.catch_warnings(), writer.saving(drawing.figure, fspath(path), dpi):
+            warnings.filterwarnings("ignore", "Glyph .* missing from")  # a box stands for it
             for before, done in [*zip([0, *shown[:-1]], shown, strict=True), *[(steps, steps)] * last]:
                 drawing.show(before, done, steps)
                 writer.grab_frame()
@@ -178,7 +175,6 @@ class _Drawing:
 
         self.slots = [slot for run in runs for slot in run.slots]
         has_texts = len(self.slots) <= _MAX_TEXTS
-        draw = _drawable()
         corners, labels, height = _arrange(runs, has_texts)
         width = max([right for _, _, right, _ in corners] + [len(text) for _, text in labels] + [24])
         margin, letter, line = 0.15, 0.602 * _FONT_SIZE / 72, 1.9 * _FONT_SIZE / 72  # inches
@@ -189,42 +185,48 @@ class _Drawing:
         ax.set(xlim=(0, width), ylim=(height, 0))
         ax.set_axis_off()
         font: dict[str, Any] = {"family": _FONT, "fontsize": _FONT_SIZE, "va": "center_baseline", "parse_math": False}
-        self.title = ax.text(0, 0.5, "", color="black", weight="bold", **font)
+        self.title = ax.text(0, 0.5, "", weight="bold", **font)
         for y, text in labels:
-            ax.text(0, y, draw(text), color="#444444", **font)
+            ax.text(0, y, text, color="#444444", **font)
         self.cells = PolyCollection([[(a, b), (c, b), (c, d), (a, d)] for a, b, c, d in corners], closed=True)
         ax.add_collection(self.cells)
-        self.texts = []
-        for slot, (left, top, right, bottom) in zip(self.slots if has_texts else [], corners, strict=False):
-            place, alpha = ((left + right) / 2, (top + bottom) / 2), 0.45 if slot.is_behind else 1.0
-            self.texts.append(ax.text(*place, draw(_short(slot.text)), ha="center", color="black", alpha=alpha, **font))
+        self.texts = [
+            ax.text(
+                (a + c) / 2, (b + d) / 2, _short(slot.text), ha="center", alpha=0.45 if slot.is_behind else 1, **font
+            )
+            for slot, (a, b, c, d) in zip(self.slots, corners, strict=True)
+            if has_texts
+        ]
 
     def show(self, before: int, done: int, steps: int) -> None:
         """Colour the cells as they were after ``done`` steps, and frame those that are new after ``before`` steps."""
-        is_there = [0 <= slot.step < done for slot in self.slots]
         faces, edges = [], []
-        for slot, there in zip(self.slots, is_there, strict=True):
-            faces.append(_on_white(step_colour(slot.step, steps)) if there else _MASKED)
-            is_fresh = there and slot.step >= before and done < steps
-            edges.append((0.0, 0.0, 0.0) if is_fresh else faces[-1])
+        for slot in self.slots:
+            # As the half transparent backgrounds of the HTML look on a white page.
+            colour = tuple(0.5 + value / 510 for value in step_colour(slot.step, steps))
+            faces.append(colour if 0 <= slot.step < done else _MASKED)
+            edges.append((0.0, 0.0, 0.0) if before <= slot.step < done < steps else faces[-1])
         self.cells.set(facecolors=faces, edgecolors=edges)
-        for text, there in zip(self.texts, is_there, strict=False):
-            text.set_visible(there)
+        for slot, text in zip(self.slots, self.texts, strict=False):
+            text.set_visible(0 <= slot.step < done)
         self.title.set_text(f"step {done} of {steps}")
 
 
-def _arrange(runs: list[Run], has_texts: bool) -> tuple[list[tuple[float, float, float, float]], _Labels, float]:
+def _arrange(
+    runs: list[Run], has_texts: bool
+) -> tuple[list[tuple[float, float, float, float]], list[tuple[float, str]], float]:
     """Where everything goes, in letters and lines from the top left.
 
     Returns:
-        Left, top, right and bottom of each slot's cell; lines of text and how far down they are; lines in all.
+        Left, top, right and bottom of each slot's cell; how far down lines of text are, and these; lines in all.
     """
-    prompt = " ".join(run.text for run in runs if run.is_prompt).split()
-    corners, labels, y = [], [(1.5, _fit(" ".join(prompt)))], 3.0
+    prompt = " ".join(" ".join(run.text for run in runs if run.is_prompt).split())
+    prompt = prompt if len(prompt) <= _LINE_WIDTH else "… " + prompt[2 - _LINE_WIDTH :]
+    corners, labels, y = [], [(1.5, prompt)], 3.0
     for run in runs:
         if not run.slots:
             continue
-        labels.append((y, _fit(run.name + f" ({run.left_out} more slots are not shown)" * bool(run.left_out))))
+        labels.append((y, run.name + f" ({run.left_out} more slots are not shown)" * bool(run.left_out)))
         x, y = 0.0, y + 1
         for slot in run.slots:
             width = len(_short(slot.text)) + 0.8 if has_texts else 1.0
@@ -236,24 +238,6 @@ def _arrange(runs: list[Run], has_texts: bool) -> tuple[list[tuple[float, float,
     return corners, labels, y - 0.6
 
 
-def _short(text: str, length: int = 10) -> str:
+def _short(text: str) -> str:
     text = text.replace("\n", "").strip(" ")
-    return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def _fit(text: str) -> str:
-    return text if len(text) <= _LINE_WIDTH else "… " + text[2 - _LINE_WIDTH :]
-
-
-def _on_white(colour: tuple[int, int, int]) -> tuple[float, float, float]:
-    """As the half transparent backgrounds of the HTML look on a white page."""
-    red, green, blue = (1 - 0.5 * (1 - value / 255) for value in colour)
-    return red, green, blue
-
-
-def _drawable() -> Callable[[str], str]:
-    """A function that puts boxes for letters that the font lacks; matplotlib would warn about each."""
-    from matplotlib.font_manager import FontProperties, findfont, get_font
-
-    font = get_font(findfont(FontProperties(family=_FONT)))
-    return lambda text: "".join(letter if font.get_char_index(ord(letter)) else "□" for letter in text)
+    return text if len(text) <= 10 else text[:9] + "…"

@@ -53,9 +53,6 @@ def plot_order(
         ax: where to draw.
         color_by: ``"block"``, or ``"confidence"`` with a scale beside it.
 
-    Returns:
-        The axes.
-
     Raises:
         NapDecodeError: a row that is not there; matplotlib is not installed.
 
@@ -102,22 +99,17 @@ def plot_order(
 
 def _name_blocks(ax: Axes, names: list[tuple[str, float]]) -> None:
     """Write names above the axes, aslant if they would touch each other; none if even so there is no room."""
-    width = ax.get_window_extent().width * 72 / ax.figure.dpi  # in points
-    low, high = ax.get_xlim()
-    places = [(center - low) / (high - low) * width for _, center in names]
-    widths = [len(name) * 5.5 for name, _ in names]  # of 9-point letters
-    gaps = np.diff(places)
-    is_aslant = any(gap < (a + b) / 2 + 4 for gap, a, b in zip(gaps, widths, widths[1:], strict=False))
+    points = ax.get_window_extent().width * 72 / ax.figure.dpi / np.ptp(ax.get_xlim())  # for every slot
+    labels, centers = zip(*names, strict=True)
+    gaps, widths = np.diff(centers) * points, np.array([len(name) * 5.5 for name in labels])  # of 9-point letters
     if len(gaps) and gaps.min() < 9:
         return
-    top = ax.secondary_xaxis("top")  # where a title makes room for it
+    is_aslant = bool((gaps < (widths[1:] + widths[:-1]) / 2 + 4).any())
     slope: dict[str, Any] = {"rotation": 35, "ha": "left"} if is_aslant else {"rotation": 0, "ha": "center"}
-    labels = [name for name, _ in names]
-    top.set_xticks([center for _, center in names], labels, fontsize=9, rotation_mode="anchor", **slope)
+    top = ax.secondary_xaxis("top")  # where a title makes room for it
+    top.set_xticks(centers, labels, fontsize=9, rotation_mode="anchor", parse_math=False, **slope)
     top.tick_params(length=0, pad=3)
     top.spines["top"].set_visible(False)
-    for label in top.get_xticklabels():
-        label.set_parse_math(False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,12 +202,6 @@ def plot_arness(
         block: only the slots of this block; on a canvas of parallel blocks the whole is low by construction.
         ax: where to draw.
 
-    Returns:
-        The axes.
-
-    Raises:
-        NapDecodeError: see :func:`running_arness`; matplotlib is not installed.
-
     Example:
         >>> from nap_decode import ParallelForcedSampler, demo
         >>> sampler = ParallelForcedSampler(*demo.load(), path_length=11, summary_length=2, tokens_per_step=4)
@@ -253,12 +239,6 @@ def plot_frontier(results: Mapping[str, Sequence[Point]], *, best: float | None 
         results: for each decoder its points; a third entry of a point is drawn as its standard error.
         best: the best accuracy on this task in percent, if it is not among these.
         ax: where to draw.
-
-    Returns:
-        The axes.
-
-    Raises:
-        NapDecodeError: no decoders; points that are none; matplotlib is not installed.
 
     Example:
         >>> ax = plot_frontier({"any-order": [(1, 90), (2, 89), (4, 60)], "threshold": [(1, 90), (2.5, 88, 1.1)]})
@@ -303,11 +283,7 @@ def _set_whole_ticks(*axes: Axis) -> None:
 
 
 def new_axes() -> Axes:
-    """Axes of a new figure.
-
-    Raises:
-        NapDecodeError: matplotlib is not installed.
-    """
+    """Axes of a new figure."""
     need_matplotlib()
     from matplotlib import pyplot
 
