@@ -192,17 +192,14 @@ class ARnessMeter:
                 ids = foreign_generate(model, prompt, ...)
             meter.update(watch.trace(ids))
 
-        What a call finds unmasked that was masked when a call last showed it was committed by that one.  The last
-        commits are seen by no call; ``trace`` counts them as made by the last call that showed the slot.  A call may
-        show the whole row or, with a cache, a part of it: what stands behind the positions in the cache (which may be a
-        block that is appended), or the columns that ``replace_position``, ``cache_position`` or ``position_ids`` name.
-        A call with another number of rows, with fewer columns and no cache, or with a changed prompt begins a new
-        decode, and so does ``watch.begin()`` (needed between decodes of one prompt that take one call each);
-        ``watch.traces()`` returns one trace for each.  Rows may leave when they are finished, decodes may take turns
-        if their prompts differ, and calls without a mask that belong to no decode are left out.
-
-        Guidance: a call that differs from the decode by a masked prompt only is left out, and so are rows that are
-        others with their prompt masked, and masked to the end.  The columns that WINO repeats at the end are too.
+        A call commits what the next look at the slots finds unmasked.  The last commits are seen by no call; ``trace``
+        counts them as made by the last call that showed the slot.  A call may show the whole row or, with a cache, a
+        part of it: what stands behind the cache, or the columns that ``replace_position``, ``cache_position`` or
+        ``position_ids`` name.  A call with another number of rows, with fewer columns and no cache, or with a changed
+        prompt begins a new decode, and so does ``watch.begin()``, needed between decodes of one prompt that take one
+        call each.  Rows may leave when they are finished, decodes of different prompts may take turns, and left out are
+        calls without a mask that belong to no decode, unconditional branches of guidance (rows, or calls of their own),
+        and the columns that WINO repeats at the end.
 
         A call that does not tell what it shows, as with dKV-Cache's or with several alternatives at once, does not stop
         the loop: ``trace`` and ``traces`` refuse with the reason.  Not to be told from a decode are a call in between

@@ -9,9 +9,8 @@ exactly k of the L tokens masked, all sets alike::
            k,M      i in M
 
 This is LLaDA's estimate (arXiv 2502.09992, section 2.4 and appendix B.5; ML-GSAI/LLaDA, ``get_log_likelihood.py`` at
-b7e6c35).  What differs: the numbers k are drawn in pairs from equal parts of 1, ..., L, instead of one offset for
-every batch, so that the standard error can be told; draws belong to the row, whatever its batch; and a mask that is
-drawn twice, or all of them if there are no more than draws, takes one forward pass.
+b7e6c35), but the numbers k are drawn in pairs from equal parts of 1, ..., L, so that the standard error can be told,
+draws belong to the row, whatever its batch, and of equal masks one is forwarded.
 
 *The chain.*  With one token revealed after the other from left to right, the conditionals multiply to a distribution
 that is normalised: the law of left-to-right decoding at temperature 1.  It takes L forward passes, and says whether
@@ -51,8 +50,7 @@ class LogLikelihood:
     Args:
         value: ``(N,)`` float64.
         standard_error: ``(N,)`` float64, of an estimate; 0 where the value is exact.
-        is_greedy: ``(N,)`` bool, whether left-to-right greedy decoding gives the completion; None if that was not
-            asked.
+        is_greedy: ``(N,)`` bool, whether left-to-right greedy decoding gives the completion; None of the bound.
         forward_passes: forward passes of all batches.
 
     Example:
@@ -67,10 +65,8 @@ class LogLikelihood:
 
     def __repr__(self) -> str:
         greedy = None if self.is_greedy is None else self.is_greedy.tolist()
-        return (
-            f"LogLikelihood(value={self.value.tolist()}, standard_error={self.standard_error.tolist()}, "
-            f"is_greedy={greedy}, {self.forward_passes} forward passes)"
-        )
+        values = f"value={self.value.tolist()}, standard_error={self.standard_error.tolist()}, is_greedy={greedy}"
+        return f"LogLikelihood({values}, {self.forward_passes} forward passes)"
 
 
 def log_likelihood_bound(
@@ -87,14 +83,13 @@ def log_likelihood_bound(
 
     Args:
         denoiser: the model.
-        prompts: one prompt or a list, see :data:`~nap_decode.canvas.Prompts`; may be empty token lists.
+        prompts: one prompt or a list; may be empty token lists.
         completions: as many completions.
-        samples: masks drawn for each completion, an even number.  One of at most ``log2(samples + 1)`` tokens has no
-            more masks than that: all are looked at, and its bound is exact.
+        samples: masks drawn for each completion, an even number; if there are no more, the bound is exact.
         batch_size: rows of a forward pass.
         seed: the seed that row seeds derive from, with each row's index.
-        row_seeds: a seed for every row instead.  Completions of one length and seed are looked at through the same
-            masks, which makes their difference less noisy.
+        row_seeds: a seed for every row instead.  With one seed, completions of one length get the same masks, which
+            makes their difference less noisy.
 
     Raises:
         NapDecodeError: numbers of prompts and completions that differ, an empty completion, a mask token in the text,

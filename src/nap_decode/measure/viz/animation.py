@@ -152,13 +152,6 @@ def animate(
 
     Raises:
         NapDecodeError: a row that is not there; a time out of range.
-
-    Example:
-        >>> from nap_decode import ParallelForcedSampler, demo
-        >>> sampler = ParallelForcedSampler(*demo.load(), path_length=11, summary_length=2, tokens_per_step=4)
-        >>> animation = animate(sampler("6 0 6 4 6 2 1 2 4 7 0 6 ="))
-        >>> "step 9 of 9" in animation.to_html()
-        True
     """
     canvas = decoded.canvas if isinstance(decoded, SamplerOutput) else None
     tokenizer = tokenizer or getattr(decoded, "tokenizer", None)

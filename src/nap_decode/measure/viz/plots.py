@@ -19,7 +19,6 @@ from nap_decode.results.trace import DecodeTrace
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
 
 # Okabe and Ito's palette, whose colours the colour-blind tell apart; without its yellow, which is faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
@@ -27,8 +26,6 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _GREY = "#7F7F7F"
 
 _Floats: TypeAlias = "NDArray[np.float64]"
-Point: TypeAlias = Sequence[float]
-"""Tokens per forward pass, accuracy in percent, and optionally the standard error of the accuracy."""
 
 
 def trace_of(decoded: DecodeTrace | SamplerOutput) -> DecodeTrace:
@@ -55,18 +52,11 @@ def plot_order(
 
     Raises:
         NapDecodeError: a row that is not there; matplotlib is not installed.
-
-    Example:
-        >>> from nap_decode import ParallelForcedSampler, demo
-        >>> sampler = ParallelForcedSampler(*demo.load(), path_length=11, summary_length=2, tokens_per_step=4)
-        >>> ax = plot_order(sampler("6 0 6 4 6 2 1 2 4 7 0 6 ="))
-        >>> ax.get_xlabel(), ax.get_ylabel()
-        ('position', 'step')
     """
     trace = trace_of(decoded)
     check_row(trace, row)
     check_name("way to colour", color_by, ("block", "confidence"))
-    ax = ax or new_axes()
+    ax = ax or _new_axes()
     inside = trace.block[row] >= 0
     block, step, confidence = (x[row][inside].numpy() for x in (trace.block, trace.step, trace.confidence))
     filled = np.zeros(len(step), bool) if trace.closed is None else trace.closed[row][inside].numpy()
@@ -92,7 +82,7 @@ def plot_order(
     if decoded_here.any():
         ax.plot([0, len(step) - 1], [0, last], ":", color=_GREY, linewidth=1, zorder=1)
     ax.set(xlabel="position", ylabel="step", xlim=(-0.5, max(len(step), 1) - 0.5), ylim=(-0.5, last + 0.5))
-    _set_whole_ticks(ax.xaxis, ax.yaxis)
+    ax.locator_params(integer=True)
     _name_blocks(ax, [(trace.block_names[index], (run[0] + run[-1]) / 2) for index, run in runs])
     return ax
 
@@ -114,17 +104,14 @@ def _name_blocks(ax: Axes, names: list[tuple[str, float]]) -> None:
 
 @dataclass(frozen=True, eq=False)
 class RunningARness:
-    """AR-ness of what was committed so far, averaged over rows.
-
-    Args:
-        steps: ``(S,)`` int64, steps done: 1 to S.
-        global_at: Global@k after each of them, ``(S,)`` float64, by k; nan before the first commit.
-        local_at: Local@k after each of them, ``(S,)`` float64, by k; nan before the k-th commit.
-    """
+    """AR-ness of what was committed so far, averaged over rows."""
 
     steps: NDArray[np.int64]
+    """``(S,)``, steps done: 1 to S."""
     global_at: dict[int, _Floats]
+    """Global@k after each of them, ``(S,)``, by k; nan before the first commit."""
     local_at: dict[int, _Floats]
+    """Local@k after each of them, ``(S,)``, by k; nan before the k-th commit."""
 
 
 def running_arness(
@@ -135,23 +122,10 @@ def running_arness(
     Global@k and Local@k are shares of commits (:class:`~nap_decode.ARnessMeter`); after each step, here is the
     share among the commits so far.  What is still masked counts for Global@k although it is not committed yet, so
     the last value is what :class:`~nap_decode.ARnessMeter` measures.  A row that is done keeps its value.
-
-    Args:
-        decoded: an output or a trace.
-        ks: values of k.
-        block: only the slots of this block; all by default.
+    Given a ``block``, only its slots are looked at.
 
     Raises:
         NapDecodeError: a k below 1; a block that is not there; nothing was decoded.
-
-    Example:
-        >>> from nap_decode import ARnessMeter, ParallelForcedSampler, demo
-        >>> sampler = ParallelForcedSampler(*demo.load(), path_length=11, summary_length=2, tokens_per_step=4)
-        >>> out = sampler("6 0 6 4 6 2 1 2 4 7 0 6 =")
-        >>> meter = ARnessMeter()
-        >>> meter.update(out.trace)
-        >>> bool(running_arness(out).global_at[1][-1] == meter.compute().global_at[1])
-        True
     """
     trace = trace_of(decoded)
     for k in ks:
@@ -201,20 +175,13 @@ def plot_arness(
         ks: values of k.
         block: only the slots of this block; on a canvas of parallel blocks the whole is low by construction.
         ax: where to draw.
-
-    Example:
-        >>> from nap_decode import ParallelForcedSampler, demo
-        >>> sampler = ParallelForcedSampler(*demo.load(), path_length=11, summary_length=2, tokens_per_step=4)
-        >>> ax = plot_arness(sampler("6 0 6 4 6 2 1 2 4 7 0 6 ="), ks=(1, 4), block="path 1")
-        >>> [line.get_label() for line in ax.get_lines()]
-        ['Global@1', 'Local@1', 'Global@4', 'Local@4']
     """
     several = decoded if isinstance(decoded, Mapping) else {"": decoded}
     if not several:
         raise NapDecodeError("there is nothing to draw; give at least one output")
     measured = {name: running_arness(one, ks=ks, block=block) for name, one in several.items()}
     is_own = ax is None
-    ax = ax or new_axes()
+    ax = ax or _new_axes()
     for number, (name, running) in enumerate(measured.items()):
         for place, k in enumerate(ks):
             # One decoder: a colour for each k.  Several: a colour for each, a marker for each k.
@@ -225,25 +192,23 @@ def plot_arness(
             ax.plot(running.steps, running.global_at[k], label=f"{before}Global@{k}", linewidth=2, **style)
             ax.plot(running.steps, running.local_at[k], "--", label=f"{before}Local@{k}", linewidth=1.5, **style)
     ax.set(xlabel="steps done", ylabel="AR-ness so far" + (f", {block}" if block else ""), ylim=(-0.03, 1.03))
-    _set_whole_ticks(ax.xaxis)
+    ax.locator_params("x", integer=True)
     _add_legend(ax, is_below=is_own)
     return ax
 
 
-def plot_frontier(results: Mapping[str, Sequence[Point]], *, best: float | None = None, ax: Axes | None = None) -> Axes:
+def plot_frontier(
+    results: Mapping[str, Sequence[Sequence[float]]], *, best: float | None = None, ax: Axes | None = None
+) -> Axes:
     """Accuracy against tokens per forward pass for several decoders, with their AUP.
 
     Points that do not count for AUP (:func:`~nap_decode.measure.parallelism.accuracy_under_parallelism`) are hollow.
 
     Args:
-        results: for each decoder its points; a third entry of a point is drawn as its standard error.
+        results: for each decoder its points: tokens per forward pass, accuracy in percent, and possibly the
+            standard error of that.
         best: the best accuracy on this task in percent, if it is not among these.
         ax: where to draw.
-
-    Example:
-        >>> ax = plot_frontier({"any-order": [(1, 90), (2, 89), (4, 60)], "threshold": [(1, 90), (2.5, 88, 1.1)]})
-        >>> [text.get_text() for text in ax.get_legend().get_texts()]
-        ['any-order (AUP 178)', 'threshold (AUP 219)']
     """
     if not results:
         raise NapDecodeError("there is nothing to draw; give the points of at least one decoder")
@@ -251,7 +216,7 @@ def plot_frontier(results: Mapping[str, Sequence[Point]], *, best: float | None 
     if best is None:
         best = max(accuracy for points in pairs.values() for _, accuracy in points)
     is_own = ax is None
-    ax = ax or new_axes()
+    ax = ax or _new_axes()
     for number, (name, points) in enumerate(results.items()):
         area = accuracy_under_parallelism(points, best=best)
         ordered = sorted(points, key=lambda point: (point[0], -point[1]))
@@ -277,20 +242,6 @@ def _add_legend(ax: Axes, *, is_below: bool) -> None:
         text.set_parse_math(False)  # names of decoders are no formulas
 
 
-def _set_whole_ticks(*axes: Axis) -> None:
-    for axis in axes:
-        axis.get_major_locator().set_params(integer=True)
-
-
-def new_axes() -> Axes:
-    """Axes of a new figure."""
-    need_matplotlib()
-    from matplotlib import pyplot
-
-    ax: Axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")[1]
-    return ax
-
-
 def need_matplotlib() -> None:
     """Raise unless matplotlib can be imported."""
     try:
@@ -299,3 +250,11 @@ def need_matplotlib() -> None:
         raise NapDecodeError(
             "drawing needs matplotlib, which is not installed; run pip install 'nap_decode[viz]'"
         ) from error
+
+
+def _new_axes() -> Axes:
+    need_matplotlib()
+    from matplotlib import pyplot
+
+    ax: Axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")[1]
+    return ax
