@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,19 +200,6 @@ class _Call:
         starts = [int(given[0]) for given in (self.columns, self.told) if given is not None and len(given)]
         return bool(self.unclear) or self.past > 0 or any(start > 0 for start in starts)
 
-    def places(self, length: int, is_padded: bool) -> Iterator[Tensor]:
-        """The columns that the ids may stand at in a row of a length, most telling first."""
-        arange = torch.arange(self.ids.shape[1])
-        if self.columns is not None:
-            yield self.columns
-            return
-        if len(arange) == length or not self.is_part:
-            yield arange
-        if self.told is not None and not is_padded and not self.unclear:
-            yield self.told
-        if self.past and not self.unclear:
-            yield self.past + arange
-
 
 class _Watched:
     """One decode: its rows as last shown, and when each slot was committed."""
@@ -238,46 +225,50 @@ class _Watched:
     def could_show(self, call: _Call) -> bool:
         """Whether a part stands inside of the row and contradicts nothing that was seen."""
         length, known = self.ids.shape[1], self.ids != self.mask_token_id
-        return len(call.ids) == len(self.ids) and any(
-            int(columns.max()) < length and self._agrees(call.ids, columns, known)
-            for columns in call.places(length, self.is_padded)
-        )
+        places = [columns for columns in self._places(call) if int(columns.max()) < length]
+        return len(call.ids) == len(self.ids) and any(self._agrees(call.ids, columns, known) for columns in places)
 
     def take(self, call: _Call, resume: bool) -> bool:
         """Take in one more call; False if it does not belong to this decode."""
-        ids, length, rows = call.ids, self.ids.shape[1], torch.arange(len(call.ids))
+        ids, length = call.ids, self.ids.shape[1]
         if not self.ids.numel():  # stands for what could not be seen
             return True
         if len(ids) == 2 * len(self.ids):  # guidance that was off before
             upper, lower = ids.chunk(2)
-            everywhere = torch.ones_like(upper, dtype=torch.bool)
-            ids = next((a for a, b in ((upper, lower), (lower, upper)) if self._is_masked(b, a, everywhere)), ids)
-        if len(ids) > len(self.ids):  # alternatives (LoPA)?
-            columns = torch.arange(length)
-            fits = self._fits(ids, columns) if ids.shape[1] == length else torch.zeros(1, 1, dtype=torch.bool)
-            if not bool(fits.any(1).all()) or not self._has_progress(ids, fits.int().argmax(1), columns):
-                return False
-            several = f"shows {len(ids)} rows that go on from {len(self.ids)}"
-            return self.refuse(f"{several}: of alternatives it is not told which is kept")
-        places = [p for p in call.places(length, self.is_padded) if self._goes_on(p)]
+            ids = next((a for a, b in ((upper, lower), (lower, upper)) if self._is_masked(b, a)), ids)
+        places = self._places(call)
         if len(ids) < len(self.ids):
             return any(self._take_some(ids, columns, call) for columns in places)
+        if len(ids) > len(self.ids):
+            whole = torch.arange(length)
+            fits = self._fits(ids, whole) if ids.shape[1] == length else torch.zeros(1, 1, dtype=torch.bool)
+            if not bool(fits.any(1).all()) or not self._has_progress(ids, fits.int().argmax(1), whole):
+                return False
+            several = f"shows {len(ids)} rows that go on from {len(self.ids)}"
+            return self.refuse(f"{several}: of alternatives it is not told which is kept")  # LoPA
         for known in (self.ids != self.mask_token_id, ~self.decodable):  # a loop may revise what it committed
             for columns in places:
                 if self._agrees(ids, columns, known):
-                    return self._follow(ids, rows[: len(ids)], columns, call, resume)
-        for columns in places:
-            if int(columns.max()) < length and self._is_masked(ids, self.ids[:, columns], ~self.decodable[:, columns]):
-                self.is_guided = True  # the unconditional branch
-                return True
+                    return self._follow(ids, torch.arange(len(ids)), columns, call, resume)
+        inside = [columns for columns in places if int(columns.max()) < length]
+        if any(self._is_masked(ids, self.ids[:, at], ~self.decodable[:, at]) for at in inside):
+            self.is_guided = True  # the unconditional branch
+            return True
         if not call.is_part and not resume and self._shows_a_slice(ids):
             return self.refuse(f"shows {ids.shape[1]} of {length} columns, and nothing says which; {_BEGIN}")
         return False
 
-    def _goes_on(self, columns: Tensor) -> bool:
-        """Whether columns lie in the row, or go on behind it without a gap."""
-        new = columns[columns >= self.ids.shape[1]]
-        return torch.equal(new, self.ids.shape[1] + torch.arange(len(new))) and bool((columns >= 0).all())
+    def _places(self, call: _Call) -> list[Tensor]:
+        """The columns that a call may show, most telling first: in the row, or going on behind it without a gap."""
+        arange, length = torch.arange(call.ids.shape[1]), self.ids.shape[1]
+        places = [arange] if len(arange) == length or not call.is_part else []
+        if call.told is not None and not self.is_padded and not call.unclear:
+            places.append(call.told)
+        if call.past and not call.unclear:
+            places.append(call.past + arange)
+        places = places if call.columns is None else [call.columns]
+        behind = [columns[columns >= length] - length for columns in places]
+        return [p for p, new in zip(places, behind, strict=True) if bool((p >= 0).all()) and _is_range(new)]
 
     def _agrees(self, ids: Tensor, columns: Tensor, known: Tensor) -> bool:
         old = columns < self.ids.shape[1]
@@ -289,7 +280,7 @@ class _Watched:
         shown = self.ids[:, columns[old]]
         return ~((ids[:, None, old] != shown) & (shown != self.mask_token_id)).any(-1)
 
-    def _is_masked(self, ids: Tensor, of: Tensor, where: Tensor) -> bool:
+    def _is_masked(self, ids: Tensor, of: Tensor, where: Tensor | bool = True) -> bool:
         """Whether ids are others with some of them masked."""
         changed = (ids != of) & where
         return bool(changed.any()) and bool((ids == self.mask_token_id)[changed].all())
@@ -328,7 +319,7 @@ class _Watched:
 
     def _follow(self, ids: Tensor, rows: Tensor, columns: Tensor, call: _Call, resume: bool) -> bool:
         masked, length = ids == self.mask_token_id, self.ids.shape[1]
-        is_whole, has_begun = torch.equal(columns, torch.arange(len(columns))), bool((self.step >= 0).any())
+        is_whole, has_begun = _is_range(columns), bool((self.step >= 0).any())
         if is_whole and not call.is_part:
             shown = slice(min(len(columns), length))
             committed = (self.step >= 0)[rows, shown]
@@ -342,8 +333,8 @@ class _Watched:
             if not has_progress and (has_begun or resume or len(columns) < length):
                 return False
         # A part that a guided loop shows a second time, to the unconditional branch's cache?
-        is_twin = self.is_guided and not is_whole and all(map(torch.equal, self.previous or (), (columns, ids)))
-        is_twin = is_twin and self.previous is not None
+        is_twin = self.is_guided and not is_whole and self.previous is not None
+        is_twin = is_twin and all(map(torch.equal, self.previous or (), (columns, ids)))
         self.previous = None if is_twin else (columns, ids)
         if is_twin:
             return True
@@ -423,6 +414,10 @@ class _Watched:
                 "holes? Pass num_rows, the number of rows to look at, or the sequences that the loop returned"
             )
         return rows[~is_branch]
+
+
+def _is_range(columns: Tensor) -> bool:
+    return torch.equal(columns, torch.arange(len(columns)))
 
 
 def _by_name(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -48,26 +48,20 @@ _STYLE = """
 class Slot(NamedTuple):
     """A decoded slot, ready to be drawn."""
 
-    text: str
-    """Its token, with what is invisible made visible."""
-    title: str
-    """Its step, confidence, position and id in words."""
-    step: int
-    """The step that committed it, -1 if it is still masked."""
-    is_behind: bool
-    """Whether it stands at the end of its block, or behind it."""
+    text: str  # its token, with what is invisible made visible
+    title: str  # its step, confidence, position and id in words
+    step: int  # that committed it, -1 if it is still masked
+    is_behind: bool  # whether it stands at the end of its block, or behind it
 
 
 class Run(NamedTuple):
     """Neighbouring slots of one block, or a text that was given and has no name."""
 
-    name: str = ""
-    text: str = ""
-    slots: tuple[Slot, ...] = ()
-    is_prompt: bool = False
-    """Whether it was given as a prompt, not as part of a template."""
-    left_out: int = 0
-    """Slots that are not in it, because there are too many."""
+    name: str
+    text: str
+    slots: tuple[Slot, ...]
+    is_prompt: bool  # whether it was given as a prompt, not as part of a template
+    left_out: int  # slots that are not in it, because there are too many
 
 
 def step_colour(step: int, num_steps: int) -> tuple[int, int, int]:
@@ -105,36 +99,15 @@ def lay_out(
     max_slots: int = 1100,
     max_prompt: int = 200,
 ) -> list[Run]:
-    """What one row of a decode is made of, in order.
-
-    Args:
-        trace: what happened when.
-        row: which row.
-        canvas: to tell the prompt from the template and from padding; without it what stands before the first
-            block is taken for the prompt.
-        tokenizer: for the texts; ids without it.
-        max_slots: of a longer canvas each block is cut at its share of this.
-        max_prompt: of a longer prompt the last so many tokens are shown.
-
-    Raises:
-        NapDecodeError: a row that is not there; bounds below 1.
-
-    Example:
-        >>> from nap_decode import ParallelForcedSampler, demo
-        >>> sampler = ParallelForcedSampler(*demo.load(), path_length=11, summary_length=2)
-        >>> out = sampler("6 0 6 4 6 2 1 2 4 7 0 6 =")
-        >>> [run.name or run.text for run in lay_out(out.trace, tokenizer=out.tokenizer)][-2:]
-        ['<summary>', 'summary']
-    """
+    """What one row of a decode is made of, in order; arguments and errors are those of :func:`render`."""
     check_row(trace, row)
     check_integer("max_slots", max_slots, 1)
     check_integer("max_prompt", max_prompt, 1)
     texts = TokenTexts(tokenizer)
     tokens, block, before_end = (x[row].tolist() for x in (trace.tokens, trace.block, trace.before_end()))
-    if canvas is None:
-        first = next((column for column, index in enumerate(block) if index >= 0), len(block))
-        columns, prompt = range(len(block)), [column < first for column in range(len(block))]
-    else:
+    first = next((column for column, index in enumerate(block) if index >= 0), len(block))
+    columns, prompt = list(range(len(block))), [column < first for column in range(len(block))]
+    if canvas is not None:
         columns, prompt = canvas.attention_mask[row].nonzero()[:, 0].tolist(), canvas.prompt[row].tolist()
     groups = groupby(columns, key=lambda column: (block[column], block[column] < 0 and prompt[column]))
     parts = [(index, is_prompt, list(some)) for (index, is_prompt), some in groups]
@@ -144,15 +117,16 @@ def lay_out(
     for index, is_prompt, some in parts:
         kept = some[-max_prompt:] if is_prompt else some[: min(share, room)]
         room -= 0 if is_prompt else len(kept)
-        text, slots = "", []
         if index < 0:
             text = texts.join([tokens[column] for column in kept])
-        for column in kept if index >= 0 else []:
+            runs.append(Run("", text, (), is_prompt, len(some) - len(kept)))
+            continue
+        slots = []
+        for column in kept:
             step = int(trace.step[row, column])
             title = f"{_history(trace, row, column)}, position {column - columns[0]}, id {tokens[column]}"
             slots.append(Slot(texts(tokens[column]), title, step, not before_end[column] and step >= 0))
-        name = trace.block_names[index] if index >= 0 else ""
-        runs.append(Run(name, text, tuple(slots), is_prompt, len(some) - len(kept)))
+        runs.append(Run(trace.block_names[index], "", tuple(slots), False, len(some) - len(kept)))
     return runs
 
 
@@ -178,14 +152,16 @@ def render(
 
     Args:
         trace: what happened when.
-        canvas: see :func:`lay_out`.
-        tokenizer: see :func:`lay_out`.
+        canvas: to tell the prompt from the template and from padding; without it what stands before the first
+            block is taken for the prompt.
+        tokenizer: for the texts; ids without it.
         rows: which rows; the first four by default.
         heading: a line above.
-        limits: ``max_slots`` and ``max_prompt`` of :func:`lay_out`.
+        limits: ``max_slots=1100``, of a longer canvas each block is cut at its share of this; ``max_prompt=200``, of a
+            longer prompt the last so many tokens are shown.
 
     Raises:
-        NapDecodeError: rows that are not there.
+        NapDecodeError: rows that are not there; limits below 1.
 
     Example:
         >>> from nap_decode import ParallelForcedSampler, demo
