@@ -230,9 +230,8 @@ def test_drift_computes_its_share_and_nothing_gets_too_old(tiny):
 
 def plan(policy, tokens, wanted, kept=None):
     tokens, wanted = torch.tensor([tokens]), torch.tensor([wanted], dtype=torch.bool)
-    kept = kept or Kept.nothing(1, tokens.shape[1], tokens.device)
-    prompt, present = torch.zeros_like(wanted), torch.ones_like(wanted)
-    return policy.plan(kept, tokens, wanted, prompt, present)
+    rows = Rows((tokens.shape[1],), torch.zeros_like(wanted))
+    return policy.plan(kept or Kept.nothing(rows), rows, tokens, wanted)
 
 
 def test_drift_goes_where_something_happened():

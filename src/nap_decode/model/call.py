@@ -410,7 +410,7 @@ class Cost:
         sizes = foreign.sizes_of(call.config)
         if call.module is None or sizes is None:
             return None
-        uncounted = [part for part in call.module.modules() if isinstance(part, nn.Embedding)]
+        uncounted: list[nn.Module] = [part for part in call.module.modules() if isinstance(part, nn.Embedding)]
         uncounted += [layer for layer in (call.input_embeddings, call.head.layer) if layer is not None]
         left_out = {id(weight) for layer in uncounted for weight in layer.parameters()}
         weights = 0.0

@@ -17,7 +17,7 @@ from nap_decode.canvas import Canvas
 from nap_decode.model import foreign
 from nap_decode.model.call import Cost, Model, ModelCall
 from nap_decode.model.families import ModelFamily, find_mask
-from nap_decode.model.head import Output, Passing
+from nap_decode.model.head import Output
 from nap_decode.model.prediction import Prediction
 from nap_decode.model.probe import Probe, Probing
 from nap_decode.model.rows import Rows
@@ -53,6 +53,9 @@ class Reuse(Protocol):
 
     def count(self, rows: Rows, branches: int, kept: Any) -> None:
         """Note down a pass that computed everything."""
+
+    def computed(self, kept: Any, passes: Tensor) -> Tensor:
+        """``(B, S)``: positions that were computed in each of the passes ``(B,)`` of a row, 0 behind the last."""
 
 
 class Denoiser:
@@ -513,7 +516,7 @@ class Denoiser:
             banned=self.banned(vocab_size, places.device),
             dtype=output.rows.dtype if head is None else head.dtype,
             source=output.rows.flatten(0, 1),
-            head=None if head is None else Passing(head),
+            head=head,
             cfg_scale=self.cfg_scale,
             process=partial(self._process, ids, wanted, hidden) if self.logits_processor else None,
         )

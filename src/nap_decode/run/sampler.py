@@ -34,7 +34,6 @@ from nap_decode.run.loop import Batch, Loop, Watch
 from nap_decode.run.state import Callback, DecodeState, State
 from nap_decode.run.watch import Streams, interrupts
 from nap_decode.speed.modes import prepare
-from nap_decode.speed.reuse import computed_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -602,7 +601,7 @@ class Sampler:
         turns, passes = batch.progress.spent.unbind(1)
         spent = passes[:, None]
         if self.denoiser.reuse is not None:
-            spent = torch.cat([spent, computed_positions(batch.kept, passes)], dim=1)
+            spent = torch.cat([spent, self.denoiser.reuse.computed(batch.kept, passes)], dim=1)
         return spent, batch.plan.busy_steps - turns
 
     def _check_result(self, canvas: Canvas, trace: DecodeTrace, expected: Tensor, is_masked: Tensor) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -30,71 +30,49 @@ from nap_decode.model.probe import Probing, differ
 from nap_decode.model.rows import Rows
 from nap_decode.speed.kv import Store, call_storing
 
-__all__ = ["BlockReuse", "CommittedReuse", "DriftReuse", "Glance", "Kept", "PromptReuse", "Reuse", "computed_positions"]
+__all__ = ["BlockReuse", "CommittedReuse", "DriftReuse", "Glance", "Kept", "PromptReuse", "Reuse"]
 
 _BRANCHES = ("given", "free")
 """What is kept apart: the rows, and under guidance those without their prompt."""
+Memory: TypeAlias = "dict[str, Kept]"
+"""What earlier passes found out, by branch; empty at first."""
 
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """What earlier passes found out about B rows of W columns.
+    """What earlier passes found out about B rows of W columns."""
 
-    Args:
-        tokens: ``(B, W)`` int64, what stood in each position when it was last computed; -1 if it never was.
-        repeats: ``(B, W)`` int64, passes that computed the position with this token.
-        age: ``(B, W)`` int64, passes since it was last computed.
-        pending: ``(B, W)`` float32, what has happened since then that concerns it, see :class:`DriftReuse`.
-        wanted: ``(B, W)`` bool, where predictions were wanted when the whole row was last computed.
-        opened: ``(B, W)`` bool, where predictions were wanted in any pass.
-        passes: ``(B,)`` int64, passes since then.
-        start: ``(B,)`` int64, passes of the batch before the row came.
-        counts: ``(B, S)`` int64, positions that each pass of the batch computed.
-        states: what the model made of them, each ``(B, heads, W, D)``: the keys and values of its layers, and for
-            policies that leave out wanted positions, of one head, what it put out.
-    """
-
-    tokens: Tensor
-    repeats: Tensor
-    age: Tensor
-    pending: Tensor
-    wanted: Tensor
-    opened: Tensor
-    passes: Tensor
-    start: Tensor
-    counts: Tensor
+    tokens: Tensor  # (B, W) int64, what stood there when the position was last computed; -1 if it never was
+    repeats: Tensor  # (B, W) int64, passes that computed the position with this token
+    age: Tensor  # (B, W) int64, passes since it was last computed
+    pending: Tensor  # (B, W) float32, what has happened since then that concerns it, see DriftReuse
+    wanted: Tensor  # (B, W) bool, where predictions were wanted when the whole row was last computed
+    opened: Tensor  # (B, W) bool, where predictions were wanted in any pass
+    passes: Tensor  # (B,) int64, passes since the whole row was last computed
+    start: Tensor  # (B,) int64, passes of the batch before the row came
+    counts: Tensor  # (B, S) int64, positions that each pass of the batch computed
     states: dict[str, Tensor] = field(default_factory=dict)
+    """``(B, heads, W, D)`` each: keys and values of the model's layers; and of one head, what it put out, for policies
+    that leave out wanted positions."""
 
     @classmethod
-    def nothing(cls, number: int, width: int, device: torch.device) -> Kept:
+    def nothing(cls, rows: Rows) -> Kept:
         """Of rows that no pass has seen."""
-        zeros = torch.zeros(number, width, dtype=torch.int64, device=device)
-        return cls(
-            tokens=zeros - 1,
-            repeats=zeros,
-            age=zeros,
-            pending=zeros.float(),
-            wanted=zeros.bool(),
-            opened=zeros.bool(),
-            passes=zeros[:, 0],
-            start=zeros[:, 0],
-            counts=zeros[:, :0],
-        )
+        zeros = torch.zeros_like(rows.prompt, dtype=torch.int64)
+        no = torch.zeros_like(rows.prompt)
+        return cls(zeros - 1, zeros, zeros, zeros.float(), no, no, zeros[:, 0], zeros[:, 0], zeros[:, :0])
 
     def with_rows(self, number: int, width: int) -> Kept:
         """These rows, and others that no pass has seen; all with at least ``width`` columns."""
-        others = Kept.nothing(number, width, self.tokens.device)
+        others = Kept.nothing(Rows((), torch.zeros(number, width, dtype=torch.bool, device=self.tokens.device)))
         both = join(self, replace(others, start=others.start + self.counts.shape[1]), {"tokens": -1})
         more = (0, 0, 0, max(0, width - self.tokens.shape[1]), 0, 0, 0, number)  # columns and rows
         return replace(both, states={name: pad(kept, more) for name, kept in self.states.items()})
 
     def narrowed(self, width: int) -> Kept:
         """The first columns."""
-        return replace(
-            narrow(replace(self, counts=self.start, states={}), width),
-            counts=self.counts,
-            states={name: kept[:, :, :width] for name, kept in self.states.items()},
-        )
+        states = {name: kept[:, :, :width] for name, kept in self.states.items()}
+        return replace(narrow(replace(self, counts=self.start, states={}), width), counts=self.counts, states=states)
 
     def counted(self, computed: Tensor) -> Kept:
         """With one pass more, of ``(B,)`` positions."""
@@ -103,25 +81,15 @@ class Kept:
 
 @dataclass(frozen=True, eq=False)
 class Glance:
-    """What a policy sees before a pass; all ``(B, W)``.
+    """What a policy sees before a pass; all ``(B, W)``."""
 
-    Args:
-        kept: of earlier passes.
-        tokens: int64, the rows as they stand.
-        wanted: bool, where predictions are wanted.
-        prompt: bool.
-        present: bool, false for padding.
-        changed: bool, where another token stands than when the position was last computed.
-        pending: float32, what concerns a position and was not computed yet, this pass's changes included.
-    """
-
-    kept: Kept
-    tokens: Tensor
-    wanted: Tensor
-    prompt: Tensor
-    present: Tensor
-    changed: Tensor
-    pending: Tensor
+    kept: Kept  # of earlier passes
+    tokens: Tensor  # int64, the rows as they stand
+    wanted: Tensor  # bool, where predictions are wanted
+    prompt: Tensor  # bool
+    present: Tensor  # bool, false for padding
+    changed: Tensor  # bool, where another token stands than when the position was last computed
+    pending: Tensor  # float32, what concerns a position and was not computed yet, this pass's changes included
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +104,7 @@ class Reuse(abc.ABC):
         NapDecodeError: options out of range.
 
     Example:
-        >>> from nap_decode import Denoiser, ParallelForcedSampler, Reuse, demo
+        >>> from nap_decode import Denoiser, ParallelForcedSampler, demo
         >>> class Neighbours(Reuse):
         ...     def select(self, glance: Glance) -> Tensor:  # what is next to what has changed
         ...         return glance.changed.roll(1, dims=1) | glance.changed.roll(-1, dims=1)
@@ -169,6 +137,43 @@ class Reuse(abc.ABC):
         """``(B, W)`` float32: how much changes, ``(B, W)`` bool, concern each position."""
         return changed.float()
 
+    def plan(self, kept: Kept, rows: Rows, tokens: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Kept]:
+        """What the next pass computes.
+
+        Args:
+            kept: of earlier passes.
+            rows: B rows.
+            tokens: ``(B, W)`` int64, the rows as they stand.
+            wanted: ``(B, W)`` bool, where predictions are wanted.
+
+        Returns:
+            ``(B, W)`` bool, positions to compute; ``(B,)`` bool, rows that are computed as a whole; and what is
+            known after the pass, but for what the model says.
+        """
+        changed = (tokens != kept.tokens) & rows.present
+        pending = kept.pending + self.concerns(changed)
+        glance = Glance(kept, tokens, wanted, rows.prompt, rows.present, changed, pending)
+        whole = (kept.tokens[:, 0] < 0) | self.refreshes(glance)
+        if self.refresh_every is not None:
+            whole |= kept.passes + 1 >= self.refresh_every
+        computed = whole[:, None] | changed | self.select(glance)
+        if not self.leaves_out_wanted:
+            computed |= wanted
+        computed &= rows.present
+        known = replace(
+            kept,
+            tokens=torch.where(computed, tokens, kept.tokens),
+            repeats=torch.where(computed, torch.where(changed, 0, kept.repeats) + 1, kept.repeats),
+            age=torch.where(computed, 0, kept.age + 1),
+            pending=torch.where(computed, 0, pending),
+            wanted=torch.where(whole[:, None], wanted, kept.wanted),
+            opened=kept.opened | wanted,
+            passes=torch.where(whole, 0, kept.passes + 1),
+        )
+        return computed, whole, known.counted(computed.sum(1))
+
+    # ---------------------------------------------------------------------------------------- what a Denoiser asks
+
     def check(self, denoiser: Denoiser) -> None:
         """Raise unless the model can be called for some of the positions; a few small forward passes, made once.
 
@@ -189,135 +194,82 @@ class Reuse(abc.ABC):
             )
 
     def forward(
-        self,
-        call: ModelCall,
-        rows: Rows,
-        branches: Sequence[Tensor],
-        wanted: Tensor,
-        is_slot: Tensor,
-        kept: dict[str, Kept],
+        self, call: ModelCall, rows: Rows, branches: Sequence[Tensor], wanted: Tensor, is_slot: Tensor, kept: Memory
     ) -> Output:
-        """One forward pass; see :class:`nap_decode.model.denoiser.Reuse`."""
+        """One forward pass, see :class:`nap_decode.model.denoiser.Reuse`.
+
+        It is one call for rows that are computed as a whole, and one for the others, of as many positions as it takes.
+        """
         # Added up, as a position may stand there twice: as a slot, and to fill up.
         where = torch.zeros_like(branches[0]).scatter_add_(1, wanted, is_slot.long()) > 0
         outputs = []
         for name, tokens in zip(_BRANCHES, branches, strict=False):
-            before = kept.get(name) or Kept.nothing(len(tokens), rows.width, tokens.device)
-            computed, whole, kept[name] = self.plan(before, tokens, where, rows.prompt, rows.present)
-            outputs.append(self._compute(call, rows, tokens, wanted, computed, whole, kept[name].states))
+            before = kept.get(name) or Kept.nothing(rows)
+            computed, is_whole, kept[name] = self.plan(before, rows, tokens, where)
+            counts, flags = torch.stack([computed.sum(1), is_whole.long()]).tolist()  # the one place that waits
+            parts, number = [], len(tokens)
+            for flag in (1, 0):
+                some = [row for row in range(number) if flags[row] == flag]
+                if some:
+                    index = torch.tensor(some, device=tokens.device)
+                    positions = None if flag else _packed(computed[index], max(1, *(counts[row] for row in some)))
+                    # Where all is called, all is made anew: compiled code would look at what was there before.
+                    states = {} if flag and len(some) == number else kept[name].states
+                    store = Store(states, number, rows.width, None if len(some) == number else index, positions)
+                    parts.append((index, self._call(call, rows, tokens, wanted, store)))
+                    kept[name].states.update(states)
+            outputs.append(parts[0][1] if len(parts) == 1 else Output.joined(parts))
         if len(outputs) == 1:
             return outputs[0]
         return Output(torch.cat([output.rows for output in outputs]), outputs[0].is_hidden)
 
-    def count(self, rows: Rows, branches: int, kept: dict[str, Kept]) -> None:
-        """Note down a pass that computed everything."""
-        lengths = host_tensor(rows.lengths, rows.prompt.device)
-        for name in _BRANCHES[:branches]:
-            before = kept.get(name) or Kept.nothing(len(lengths), rows.width, lengths.device)
-            kept[name] = before.counted(lengths)
-
-    def _compute(
-        self,
-        call: ModelCall,
-        rows: Rows,
-        tokens: Tensor,
-        wanted: Tensor,
-        computed: Tensor,
-        whole: Tensor,
-        states: dict[str, Tensor],
-    ) -> Output:
-        """One call for rows that are computed as a whole, and one for the others, of as many positions as it takes."""
-        counts, is_whole = torch.stack([computed.sum(1), whole.long()]).tolist()  # the one place that waits
-        outputs = []
-        for kind in (True, False):
-            some = [row for row, flag in enumerate(is_whole) if bool(flag) == kind]
-            if some:
-                index = torch.tensor(some, device=tokens.device)
-                most = None if kind else max(1, *(counts[row] for row in some))
-                only = None if len(some) == len(tokens) else index
-                outputs.append((index, self._call(call, rows, tokens, wanted, computed, states, only, most)))
-        return outputs[0][1] if len(outputs) == 1 else Output.joined(outputs)
-
-    def _call(
-        self,
-        call: ModelCall,
-        rows: Rows,
-        tokens: Tensor,
-        wanted: Tensor,
-        computed: Tensor,
-        states: dict[str, Tensor],
-        index: Tensor | None,
-        most: int | None,
-    ) -> Output:
-        """Call the model for some rows ``(n,)``, or all: for ``most`` positions of each, or for all."""
-        number, width = tokens.shape
-        present = rows.present
-        if index is not None:
-            tokens, wanted, computed, present = (values[index] for values in (tokens, wanted, computed, present))
-        positions, places = None, wanted
-        if most is None:
-            hidden = present if rows.is_padded else None
-            options = call.options(rows) if index is None else call.whole(tokens.shape, hidden, tokens.device)
-        else:
-            positions = computed.long().argsort(dim=1, descending=True, stable=True)[:, :most]
-            # Rows with fewer positions bring one of theirs more than once, which changes nothing.
-            positions = torch.where(computed.gather(1, positions), positions, positions[:, :1])
-            columns = torch.arange(width, device=tokens.device).expand_as(present)
+    def _call(self, call: ModelCall, rows: Rows, tokens: Tensor, wanted: Tensor, store: Store) -> Output:
+        """One call of the model for the rows and positions that a store is to get."""
+        present, positions = rows.present, store.positions
+        if store.rows is not None:
+            tokens, wanted, present = (values[store.rows] for values in (tokens, wanted, present))
+        places = wanted
+        if positions is not None:
+            columns = torch.arange(rows.width, device=tokens.device).expand_as(present)
             seen = visibility(columns, present, queries=positions, block_size=call.block_size)
             options, tokens = call.some(positions, seen), tokens.gather(1, positions)
-            each = torch.arange(positions.shape[1], device=tokens.device).expand_as(positions)
-            places = torch.zeros_like(columns).scatter(1, positions, each).gather(1, wanted)
-        # Everything is made anew where everything is called: compiled code would look at what was there before.
-        store = Store({} if most is None and index is None else states, number, width, index, positions)
-        if self.leaves_out_wanted:
-            every = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-            output = call_storing(call, tokens, options, every, store)
-            output = output._replace(rows=take(store.put("outputs", output.rows[:, None])[:, 0], wanted))
+            # Where each position stands among those that are called, 0 if it does not.
+            each = columns[:, : positions.shape[1]]
+            places = (
+                torch.zeros_like(tokens[:, :1]).repeat(1, rows.width).scatter_(1, positions, each).gather(1, wanted)
+            )
+        elif store.rows is None:
+            options = call.options(rows)
         else:
-            output = call_storing(call, tokens, options, places, store)
-        states.update(store.states)
-        return output
-
-    def plan(
-        self, kept: Kept, tokens: Tensor, wanted: Tensor, prompt: Tensor, present: Tensor
-    ) -> tuple[Tensor, Tensor, Kept]:
-        """What the next pass computes.
-
-        Args:
-            kept: of earlier passes.
-            tokens: ``(B, W)`` int64, the rows as they stand.
-            wanted: ``(B, W)`` bool, where predictions are wanted.
-            prompt: ``(B, W)`` bool.
-            present: ``(B, W)`` bool, false for padding.
-
-        Returns:
-            ``(B, W)`` bool, positions to compute; ``(B,)`` bool, rows that are computed as a whole; and what is
-            known after the pass, but for what the model says.
-        """
-        changed = (tokens != kept.tokens) & present
-        pending = kept.pending + self.concerns(changed)
-        glance = Glance(kept, tokens, wanted, prompt, present, changed, pending)
-        whole = (kept.tokens[:, 0] < 0) | self.refreshes(glance)
-        if self.refresh_every is not None:
-            whole |= kept.passes + 1 >= self.refresh_every
-        computed = whole[:, None] | changed | self.select(glance)
+            options = call.whole(tokens.shape, present if rows.is_padded else None, tokens.device)
         if not self.leaves_out_wanted:
-            computed |= wanted
-        computed &= present
-        return (
-            computed,
-            whole,
-            replace(
-                kept,
-                tokens=torch.where(computed, tokens, kept.tokens),
-                repeats=torch.where(computed, torch.where(changed, 0, kept.repeats) + 1, kept.repeats),
-                age=torch.where(computed, 0, kept.age + 1),
-                pending=torch.where(computed, 0, pending),
-                wanted=torch.where(whole[:, None], wanted, kept.wanted),
-                opened=kept.opened | wanted,
-                passes=torch.where(whole, 0, kept.passes + 1),
-            ).counted(computed.sum(1)),
-        )
+            return call_storing(call, tokens, options, places, store)
+        every = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        output = call_storing(call, tokens, options, every, store)
+        return output._replace(rows=take(store.put("outputs", output.rows[:, None])[:, 0], wanted))
+
+    def count(self, rows: Rows, branches: int, kept: Memory) -> None:
+        """Note down a pass that computed everything."""
+        for name in _BRANCHES[:branches]:
+            lengths = host_tensor(rows.lengths, rows.prompt.device)
+            kept[name] = (kept.get(name) or Kept.nothing(rows)).counted(lengths)
+
+    @staticmethod
+    def computed(kept: Memory, passes: Tensor) -> Tensor:
+        """``(B, S)``: positions that were computed in each of the passes ``(B,)`` of a row, 0 behind the last."""
+        if not kept or not len(passes):
+            return torch.zeros(len(passes), 0, dtype=torch.int64, device="cpu")
+        counts = torch.stack([known.counts for known in kept.values()]).sum(0).cpu()
+        number = torch.arange(int(passes.max()), device="cpu")
+        index = next(iter(kept.values())).start.cpu()[:, None] + number
+        own = counts.gather(1, index.clamp(max=counts.shape[1] - 1))
+        return torch.where(number < passes[:, None], own, 0)
+
+
+def _packed(computed: Tensor, most: int) -> Tensor:
+    """``(n, most)`` int64: the positions that are true; rows with fewer bring one of theirs more than once."""
+    positions = computed.long().argsort(dim=1, descending=True, stable=True)[:, :most]
+    return torch.where(computed.gather(1, positions), positions, positions[:, :1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -462,7 +414,7 @@ def _why_not(probing: Probing) -> str | None:
     other = tokens.clone()
     other[:, 1] = probing.tokens[2, 1]
     before, after = (head.logits(call.with_rows(rows, one, wanted)) for one in (other, tokens))
-    kept: dict[str, Kept] = {}
+    kept: Memory = {}
     # The whole of other rows; then all positions of these, called for as some; then one, though nothing is new.
     steps = [(PromptReuse(refresh_every=1), other, before), (CommittedReuse(delay=9), tokens, after)]
     try:
@@ -487,14 +439,3 @@ REUSES: dict[str, type[Reuse]] = {
     "drift": DriftReuse,
 }
 """Policies by their names on the command line."""
-
-
-def computed_positions(kept: dict[str, Kept], passes: Tensor) -> Tensor:
-    """``(B, S)``: positions that were computed in each of the passes ``(B,)`` of a row, 0 behind the last."""
-    if not kept or not len(passes):
-        return torch.zeros(len(passes), 0, dtype=torch.int64, device="cpu")
-    counts = torch.stack([known.counts for known in kept.values()]).sum(0).cpu()
-    number = torch.arange(int(passes.max()), device="cpu")
-    index = next(iter(kept.values())).start.cpu()[:, None] + number
-    own = counts.gather(1, index.clamp(max=counts.shape[1] - 1))
-    return torch.where(number < passes[:, None], own, 0)
