@@ -37,9 +37,8 @@ class ARness:
     Args:
         sequences: number of sequences averaged over.
         global_at: Global@k by k; 1 for left to right.
-        global_lower: its lower bound over the orders inside steps (descending positions).  It is at the
-            same time the step-level value, which asks whether p_c is among the k smallest of what was
-            masked at the start of its step: in descending order nothing below p_c has been removed yet.
+        global_lower: its lower bound over the orders inside steps (descending positions), which is the step-level
+            value, too: whether p_c is among the k smallest of what was masked at the start of its step.
         global_upper: its upper bound (ascending positions).
         local_at: Local@k by k; 1 for left to right, nan for sequences of at most k tokens.
         kendall_tau: tau-b between position and step, ties allowed; with one token per step 1 for left to right, -1 for
@@ -131,9 +130,8 @@ class ARnessMeter:
 
     def update(self, trace: DecodeTrace) -> None:
         """Add the sequences of a trace."""
-        before_end = trace.before_end().numpy()
-        block = np.where(decoded_slots(trace), trace.block.numpy(), -1)
-        scopes = {False: block >= 0} | ({True: before_end} if trace.end_token_ids else {})
+        decoded, before_end, block = decoded_slots(trace), trace.before_end().numpy(), trace.block.numpy()
+        scopes = {False: decoded} | ({True: before_end & decoded} if trace.end_token_ids else {})
         regions = {"": block >= 0} | {name: block == j for j, name in enumerate(trace.block_names)}
         for row in range(len(block)):
             for trimmed, scope in scopes.items():
@@ -147,11 +145,7 @@ class ARnessMeter:
                         self._values.setdefault((name, trimmed), []).append(values)
 
     def compute(self) -> ARness:
-        """The averages over all sequences so far.
-
-        Raises:
-            NapDecodeError: there are none.
-        """
+        """The averages over all sequences so far; raises if there are none."""
         if not self._values:
             raise NapDecodeError("nothing was measured; call update with a trace first")
         blocks, trimmed = (
