@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import subprocess
 import sys
 
 import numpy as np
@@ -355,3 +356,8 @@ def test_a_plain_template_has_one_block(ax):
     record = trace([-1, -1, 0, 1, 2], block=canvas.block.tolist(), names=canvas.block_names)
     viz.plot_order(record, ax=ax)
     assert points(ax) == {0: 0, 1: 1, 2: 2}
+
+
+def test_meters_and_pictures_are_imported_without_what_draws_or_loads():
+    code = "import sys; from nap_decode.measure import viz; print({'matplotlib', 'transformers'} & {*sys.modules})"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
