@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from nap_decode.base.errors import check_name
-from nap_decode.demo.problems import NUM_DIGITS, NUM_PATHS, PATH_LENGTH, SUMMARY_LENGTH, NimSum, sample_problems
 from nap_decode.checkpoints import load_checkpoint
+from nap_decode.demo.problems import NUM_DIGITS, NUM_PATHS, PATH_LENGTH, SUMMARY_LENGTH, NimSum, sample_problems
 
 __all__ = [
     "CHAIN_CHECKPOINT",
