@@ -279,7 +279,7 @@ class Layout:
         if self.mask_token_id in ids[0]:
             raise NapDecodeError(f"question {question['id']!r}: there is a mask token of the student in the prompt")
         canvas = Canvas.from_prompts(ids, self.template, mask_token_id=self.mask_token_id, tokenizer=self.tokenizer)
-        more = canvas.longest - len(ids[0])
+        more = canvas.tokens.shape[1] - len(ids[0])
         check_room(question, self.config, len(ids[0]), more, "student can see; shorten the paths, or have fewer")
         return canvas
 

@@ -38,7 +38,7 @@ from nap_decode import (
 from nap_decode.bench import Shape, Workload, environment
 from nap_decode.bench.observing import interleave
 from nap_decode.demo.problems import NUM_PATHS, PATH_LENGTH, SUMMARY_LENGTH, sample_problems
-from nap_decode.model.rows import Rows, to_rows
+from nap_decode.model.rows import Rows
 from nap_decode.speed.reuse import Kept, Reuse
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -116,25 +116,25 @@ def follow(model: Any, workload: Workload, policies: Mapping[str, Reuse]) -> dic
     """Beside an exact decode: does reuse choose the same tokens, and what does it say on the exact decode's way?"""
     exact = Denoiser(model)
     canvas = workload.canvas(exact)
-    truth = Sampler(exact, **workload.parts()).decode(canvas, progress=False).trace
+    truth = Sampler(exact, decoder=workload.decoder()).decode(canvas, progress=False).trace
     denoisers = {name: exact.replace(reuse=policy) for name, policy in policies.items()}
     rows, decoded = Rows.of(canvas), truth.block >= 0
     kept: dict[str, dict[str, Kept]] = {name: {} for name in policies}
     sums = {name: torch.zeros(2, dtype=torch.float64) for name in policies}
     for step in range(workload.steps):
-        tokens = to_rows(canvas, truth.canvas_at(step), exact.pad_token_id)
+        tokens = truth.canvas_at(step)
         slots = ((tokens == exact.mask_token_id) & rows.present).nonzero()[:, 1][None]
         places = torch.arange(slots.shape[1])
-        true = exact.predict(rows, tokens, slots, places).logits[0].double().log_softmax(-1)
+        true = exact.predict(rows, tokens, slots, places).logits.double().log_softmax(-1)
         for name, denoiser in denoisers.items():
-            logits = denoiser.predict(rows, tokens, slots, places, kept=kept[name]).logits[0]
+            logits = denoiser.predict(rows, tokens, slots, places, kept=kept[name]).logits
             found = logits.double().log_softmax(-1)
             divergence = (true.exp() * (true - found)).sum(-1).mean()
             same = (true.argmax(-1) == found.argmax(-1)).double().mean()
             sums[name] += torch.stack([divergence, same]) / workload.steps
     results = {}
     for name, denoiser in denoisers.items():
-        out = Sampler(denoiser, **workload.parts()).decode(canvas, progress=False)
+        out = Sampler(denoiser, decoder=workload.decoder()).decode(canvas, progress=False)
         results[name] = {
             "equal_tokens": float((truth.tokens == out.trace.tokens)[decoded].double().mean()),
             "divergence": float(sums[name][0]),
@@ -162,7 +162,7 @@ def measure_time(device: str, repeats: int) -> dict[str, Any]:
     shape, workload = TIMED
     model = shape.build(device=device)
     samplers = {
-        name: Sampler(Denoiser(model, reuse=POLICIES[name]), **workload.parts())
+        name: Sampler(Denoiser(model, reuse=POLICIES[name]), decoder=workload.decoder())
         for name in ("none", "prompt, refresh every 8", "committed", "drift, share 0.6")
     }
     canvas = workload.canvas(samplers["none"].denoiser)

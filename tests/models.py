@@ -220,3 +220,38 @@ class Repeater(StandIn):
 def blocks(length: int, size: int) -> Tensor:
     """A block-causal mask, entry by entry."""
     return torch.tensor([[key // size <= query // size for key in range(length)] for query in range(length)])
+
+
+SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 40,
+    "pad_token_id": PAD,
+    "initializer_range": 0.6,
+}
+MASKED = {
+    "Bert": {},
+    "Roberta": {},
+    "ModernBert": {"global_attn_every_n_layers": 2, "local_attention": 8, "cls_token_id": 3, "sep_token_id": 4,
+                   "bos_token_id": 3, "eos_token_id": 4},
+    "EuroBert": {"num_key_value_heads": 2, "bos_token_id": 3, "eos_token_id": 4, "mask_token_id": MASK},
+    "Esm": {"position_embedding_type": "rotary", "mask_token_id": MASK},
+    "Electra": {"embedding_size": 16},
+}  # fmt: skip
+DECODERS = {"Llama": {}, "Qwen2": {}, "Qwen3": {"head_dim": 8}, "Mistral": {"head_dim": 8}}
+
+
+def build(name, **options):
+    if not hasattr(transformers, f"{name}Config"):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    kind = "ForMaskedLM" if name in MASKED else "ForCausalLM"
+    options = SMALL | (MASKED.get(name) or DECODERS.get(name, {})) | options
+    if name in DECODERS:
+        options |= {"num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": 2, "is_causal": False}
+    config = getattr(transformers, f"{name}Config")(**options)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return getattr(transformers, name + kind)(config).double().eval()

@@ -16,6 +16,7 @@ from nap_decode.bench import (
     SHAPES,
     BenchmarkResult,
     LadderResult,
+    Loop,
     MemoryTracker,
     Shape,
     SyncCounter,
@@ -28,7 +29,6 @@ from nap_decode.bench import (
     run,
 )
 from nap_decode.bench.loops import Parts, add_gumbel_noise, make_loops
-from nap_decode.run.loop import Loop
 
 SMALL = "hidden=32,layers=2,heads=2,intermediate=48,vocab=300"
 

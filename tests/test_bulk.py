@@ -227,7 +227,7 @@ def test_a_directory_belongs_to_one_run(embedded, tmp_path):
         BulkDecoder(make_sampler(embedded, temperature=1.0), tmp_path)
     other = CanvasTemplate.nap(path_length=11, summary_length=2, summary_header="<bos>")
     with pytest.raises(NapDecodeError, match="whose template is"):
-        BulkDecoder(sampler.replace(template=other), tmp_path)
+        BulkDecoder(Sampler(sampler.denoiser, decoder=sampler.decoder, template=other), tmp_path)
 
 
 def test_what_cannot_be_decoded_is_said(embedded, tmp_path):

@@ -9,16 +9,17 @@ from __future__ import annotations
 import pytest
 import torch
 from models import MASK
-from test_presets import HOLES, OPTIONS, PROMPTS, TEMPLATE
+from samplers import HOLES, NAMES, PROMPTS, TEMPLATE, make
 from transformers import BertConfig, BertForMaskedLM
 
 from nap_decode import (
     ARnessMeter,
     Denoiser,
     PromptReuse,
+    Sampler,
     chain_log_likelihood,
+    decoders,
     log_likelihood_bound,
-    presets,
 )
 
 
@@ -38,10 +39,10 @@ def both(function):
         return plain, function()
 
 
-@pytest.mark.parametrize("name", sorted(presets.PRESETS))
-def test_presets(model, name):
+@pytest.mark.parametrize("name", NAMES)
+def test_decoders(model, name):
     def decode():
-        sampler = presets.PRESETS[name](model, mask_token_id=MASK, template=TEMPLATE, **OPTIONS[name])
+        sampler = make(Denoiser(model, mask_token_id=MASK), name)
         outs = [
             sampler(PROMPTS, seed=1),
             *sampler.stream(PROMPTS[:2], max_batch=1, seed=2),
@@ -60,7 +61,8 @@ def test_presets(model, name):
 def test_seeds_come_from_the_global_generator_of_the_host(model):
     def decode():
         torch.manual_seed(5)
-        return presets.llada_random(model, mask_token_id=MASK, template=TEMPLATE, temperature=1.0)(PROMPTS).sequences
+        decoder = decoders.llada_random().set(temperature=1.0)
+        return Sampler(model, mask_token_id=MASK, decoder=decoder, template=TEMPLATE)(PROMPTS).sequences
 
     assert torch.equal(*both(decode))
 
@@ -69,7 +71,8 @@ def test_seeds_come_from_the_global_generator_of_the_host(model):
 def test_what_a_denoiser_can_do_besides(model, options):
     def decode():
         denoiser = Denoiser(model, mask_token_id=MASK, **options)
-        sampler = presets.parallel_forced(denoiser, template=TEMPLATE).replace(close_on="end")
+        decoder = decoders.parallel_forced().set(close_on="end")
+        sampler = Sampler(denoiser, decoder=decoder, template=TEMPLATE)
         return sampler(PROMPTS).sequences
 
     assert torch.equal(*both(decode))

@@ -7,20 +7,20 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from models import MASK, Words, needs_transformers_5, tiny_model
-from test_denoiser import build
-from test_presets import NAMES, make
+from models import MASK, Words, build, needs_transformers_5, tiny_model
+from samplers import NAMES, make
 
 from nap_decode import (
     AnyOrderScheduler,
     BlockReuse,
     Canvas,
     CommittedReuse,
+    Decoder,
     Denoiser,
     DriftReuse,
     Sampler,
-    likelihood,
 )
+from nap_decode.measure import likelihood
 from nap_decode.model.rows import Rows
 
 PROMPTS = [[5, 6, 7], [8, 9, 10], [11, 12, 13, 14]]  # shapes that coincide, and one that does not
@@ -92,8 +92,8 @@ def test_every_decoder(tiny, name):
 @pytest.mark.parametrize("name", ["Llama", pytest.param("Bert", marks=needs_transformers_5)])
 def test_reuse(name, reuse):
     model = build(name)
-    plain = Sampler(Denoiser(model, Words()), scheduler=AnyOrderScheduler(tokens_per_step=2))
-    reusing = Sampler(Denoiser(model, Words(), reuse=reuse), scheduler=AnyOrderScheduler(tokens_per_step=2))
+    plain = Sampler(Denoiser(model, Words()), decoder=Decoder(AnyOrderScheduler(tokens_per_step=2)))
+    reusing = Sampler(Denoiser(model, Words(), reuse=reuse), decoder=Decoder(AnyOrderScheduler(tokens_per_step=2)))
 
     def call(n):
         sampler = plain if n == 3 else reusing
@@ -104,7 +104,7 @@ def test_reuse(name, reuse):
 
 def test_likelihoods_and_the_model_itself(tiny):
     denoiser = Denoiser(tiny, Words())
-    sampler = Sampler(denoiser, scheduler=AnyOrderScheduler(tokens_per_step=2))
+    sampler = Sampler(denoiser, decoder=Decoder(AnyOrderScheduler(tokens_per_step=2)))
 
     def call(n):
         if n == 0:
@@ -120,7 +120,7 @@ def test_likelihoods_and_the_model_itself(tiny):
 def test_a_model_is_not_asked_again_because_another_thread_is_in_it():
     """Ours are on it meanwhile."""
     model = tiny_model()
-    sampler, calls = Sampler(model, Words(), scheduler=AnyOrderScheduler(tokens_per_step=1)), []
+    sampler, calls = Sampler(model, Words(), decoder=Decoder(AnyOrderScheduler(tokens_per_step=1))), []
     model.model.register_forward_pre_hook(lambda *_: calls.append(1))
     sampler([PROMPTS[0]], max_new_tokens=3)
     calls.clear()
@@ -134,7 +134,7 @@ def test_samplers_made_in_threads():
     model = tiny_model()
 
     def call(n):
-        sampler = Sampler(model, Words(), scheduler=AnyOrderScheduler(tokens_per_step=1))
+        sampler = Sampler(model, Words(), decoder=Decoder(AnyOrderScheduler(tokens_per_step=1)))
         return sampler([PROMPTS[n % 3]], max_new_tokens=3).sequences.tolist()
 
     same_in_threads(call)

@@ -88,7 +88,9 @@ def test_what_is_possible(evaluation, layout):
                 continue  # slow, and more steps are easier
             if other.is_possible(decoder, value):
                 assert other.measure(decoder, value, "tune", 1).forward_passes >= 1
-            elif "block_length" not in repr(decoder.make(other.denoiser, other.layout.template, value).scheduler):
+            elif "block_length" not in repr(
+                decoder.make(other.denoiser, other.layout.template, value).decoder.scheduler
+            ):
                 raise AssertionError(f"{decoder.name} {value}")
             else:
                 refused += 1

@@ -9,9 +9,10 @@ from models import MASK, PAD, VOCABULARY, DreamLike, LLaDALike, Remote, needs_is
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from nap_decode import AnyOrderScheduler, Canvas, CanvasTemplate, Denoiser, NapDecodeError, Sampler
+from nap_decode import AnyOrderScheduler, Canvas, CanvasTemplate, Decoder, Denoiser, NapDecodeError, Sampler
 from nap_decode.model import foreign
 from nap_decode.model.rows import Rows
+from nap_decode.speed.compile import compiled_model
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +42,7 @@ def test_shapes_cost_two_compilations(name):
         model = transformers.BertForMaskedLM(config).double().eval()
     counter = CompileCounter()
     plain = Denoiser(model, mask_token_id=MASK)
-    denoiser = plain.compiled(backend=counter, fullgraph=True)
+    denoiser = compiled_model(plain, backend=counter, fullgraph=True)
     assert counter.frame_count == 0
     for num_slots in (4, 3, 2, 1):
         ask(denoiser, 3, -9, num_slots)
@@ -56,7 +57,9 @@ def test_remote_code_is_compiled_too():
     counter = CompileCounter()
     for model in (DreamLike("Dream"), LLaDALike("llada")):
         plain = Denoiser(model, mask_token_id=MASK)
-        torch.testing.assert_close(ask(plain.compiled(backend=counter), 3, 9), ask(plain, 3, 9), rtol=0, atol=1e-9)
+        torch.testing.assert_close(
+            ask(compiled_model(plain, backend=counter), 3, 9), ask(plain, 3, 9), rtol=0, atol=1e-9
+        )
     assert counter.frame_count == 2
 
 
@@ -72,8 +75,8 @@ def test_a_decode_with_the_default_compiler(tiny):
     def callback(state):
         seen.append(torch.equal(tiny(input_ids=ids).logits, full))
 
-    plain = Sampler(denoiser, scheduler=AnyOrderScheduler(tokens_per_step=2))
-    compiled = Sampler(denoiser.compiled(), scheduler=AnyOrderScheduler(tokens_per_step=2))
+    plain = Sampler(denoiser, decoder=Decoder(AnyOrderScheduler(tokens_per_step=2)))
+    compiled = Sampler(compiled_model(denoiser), decoder=Decoder(AnyOrderScheduler(tokens_per_step=2)))
     expected = plain([[5, 6, 7], [7, 8, 9]], max_new_tokens=6)
     found = compiled([[5, 6, 7], [7, 8, 9]], max_new_tokens=6, callback=callback)
     assert torch.equal(found.sequences, expected.sequences)
@@ -89,7 +92,7 @@ def test_weights_of_the_copy_are_the_models_own():
     counter, plain, rows = CompileCounter(), Denoiser(model, mask_token_id=MASK), Rows((3,), torch.zeros(1, 3).bool())
     with torch.no_grad():
         plain.predict(rows, torch.full((1, 3), 5), torch.tensor([[0]]), torch.tensor([0]))
-        denoiser = plain.compiled(backend=counter)
+        denoiser = compiled_model(plain, backend=counter)
         denoiser.predict(rows, torch.full((1, 3), 5), torch.tensor([[0]]), torch.tensor([0]))
         assert counter.frame_count == 1  # the same rows, but not the same call
         before = ask(denoiser, 2, 5)
@@ -98,7 +101,7 @@ def test_weights_of_the_copy_are_the_models_own():
         after = ask(denoiser, 2, 5)
         assert not torch.allclose(before, after)
         torch.testing.assert_close(after, ask(Denoiser(model, mask_token_id=MASK), 2, 5), rtol=0, atol=1e-9)
-    assert denoiser.replace(cfg_scale=1.0)._compiled is denoiser._compiled
+    assert denoiser.replace(cfg_scale=1.0)._decoding is denoiser._decoding
 
 
 class TestNotCompiled:
@@ -106,7 +109,7 @@ class TestNotCompiled:
         def broken(graph, inputs):
             raise ValueError("out of registers")
 
-        denoiser = Denoiser(DreamLike("Dream"), mask_token_id=MASK).compiled(backend=broken)
+        denoiser = compiled_model(Denoiser(DreamLike("Dream"), mask_token_id=MASK), backend=broken)
         with pytest.raises(NapDecodeError, match=r"torch .* does not compile this \(.* Leave compile= out"):
             ask(denoiser, 2, 5)
 
@@ -118,19 +121,19 @@ class TestNotCompiled:
                 return output
 
         with pytest.raises(NapDecodeError, match="Capped cannot be compiled here, because its output layer cannot be"):
-            Denoiser(Capped("capped"), mask_token_id=MASK).compiled()
+            compiled_model(Denoiser(Capped("capped"), mask_token_id=MASK))
 
     def test_functions(self):
         with pytest.raises(NapDecodeError, match=r"function cannot be compiled here; .* with torch.compile"):
-            Denoiser(lambda ids, mask: None, mask_token_id=MASK).compiled()
+            compiled_model(Denoiser(lambda ids, mask: None, mask_token_id=MASK))
 
     def test_a_forward_that_is_bound_to_the_model(self):
         """As accelerate does it to models on several devices."""
         model = tiny_model()
         model.forward = type(model).forward.__get__(model)
-        assert Denoiser(model, mask_token_id=MASK)._call.head.is_late
+        assert Denoiser(model, mask_token_id=MASK).call.head.is_late
         with pytest.raises(NapDecodeError, match="neither compiled nor split over devices already"):
-            Denoiser(model, mask_token_id=MASK).compiled()
+            compiled_model(Denoiser(model, mask_token_id=MASK))
 
     @pytest.mark.parametrize("in_place", [False, True])
     def test_models_compiled_already(self, in_place):
@@ -144,7 +147,7 @@ class TestNotCompiled:
             torch.testing.assert_close(ask(denoiser, 2, 5), ask(plain, 2, 5), rtol=0, atol=1e-9)
             assert given(input_ids=torch.tensor([[5, 6, 7]])).logits.shape == (1, 3, VOCABULARY)
         with pytest.raises(NapDecodeError, match="neither compiled nor"):
-            denoiser.compiled()
+            compiled_model(denoiser)
 
 
 @torch.no_grad()
@@ -154,7 +157,7 @@ def test_hooks_of_others_on_the_output_layer():
     head.register_forward_pre_hook(lambda _, arguments: (arguments[0] * 2,))
     head.register_forward_hook(lambda _, __, output: seen.append(output.shape))
     denoiser = Denoiser(model, mask_token_id=MASK)
-    assert denoiser._call.head.is_late
+    assert denoiser.call.head.is_late
     seen.clear()
     logits = ask(denoiser, 2, 5)
     assert seen == [(2, 0, VOCABULARY), (1, 4, VOCABULARY)]
@@ -226,5 +229,5 @@ def test_other_output_layers_are_never_called_with_nothing(part):
     else:
         layer.weight = nn.Parameter(layer.weight.detach().as_subclass(QuantisedWeight), requires_grad=False)
     denoiser = Denoiser(model, mask_token_id=MASK)
-    assert not denoiser._call.head.is_late
+    assert not denoiser.call.head.is_late
     torch.testing.assert_close(ask(denoiser, 2, 5), expected, rtol=0, atol=1e-9)

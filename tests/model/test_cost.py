@@ -5,18 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 from models import MASK, VOCABULARY, Words, tiny_model
-from test_presets import PROMPTS, TEMPLATE
+from samplers import PROMPTS, TEMPLATE
 from transformers import BertConfig, BertForMaskedLM
 
-from nap_decode import AnyOrderScheduler, CommittedReuse, Denoiser, NapDecodeError, Sampler
-from nap_decode.model.cost import Cost
+from nap_decode import AnyOrderScheduler, CommittedReuse, Decoder, Denoiser, NapDecodeError, Sampler
+from nap_decode.model.call import Cost, ModelCall
 
 HIDDEN, INNER, LAYERS, LENGTH = 16, 24, 2, 21  # of the tiny model, and of a row with its first prompt
 
 
 def decode(model, reuse=None, **options):
     denoiser = Denoiser(model, Words(), reuse=reuse, mask_token_id=MASK, **options)
-    return Sampler(denoiser, scheduler=AnyOrderScheduler(tokens_per_step=3), template=TEMPLATE)([PROMPTS[0]])
+    return Sampler(denoiser, decoder=Decoder(AnyOrderScheduler(tokens_per_step=3)), template=TEMPLATE)([PROMPTS[0]])
 
 
 def test_a_decoder_by_hand(tiny):
@@ -52,10 +52,9 @@ def test_an_encoder_by_hand():
         intermediate_size=INNER,
     )
     model = BertForMaskedLM(config).eval()
-    head = [model.get_input_embeddings(), model.get_output_embeddings()]
     transform = 2 * HIDDEN * HIDDEN  # stands before the output layer, and is of the body
     expected = 2 * LAYERS * (4 * HIDDEN * HIDDEN + 2 * HIDDEN * INNER) + transform
-    assert Cost.of(model, config, head) == Cost(expected, 4 * LAYERS * HIDDEN)
+    assert Cost.of(ModelCall(model, None)) == Cost(expected, 4 * LAYERS * HIDDEN)
 
 
 def test_of_experts_those_that_are_asked_count():
@@ -65,7 +64,7 @@ def test_of_experts_those_that_are_asked_count():
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
     model = MixtralForCausalLM(MixtralConfig(**sizes, **heads, num_local_experts=4, num_experts_per_tok=2))
     attention, router, expert = 4 * HIDDEN * HIDDEN, 4 * HIDDEN, 3 * HIDDEN * INNER
-    found = Cost.of(model, model.config, [model.get_input_embeddings(), model.get_output_embeddings()])
+    found = Cost.of(ModelCall(model, None))
     assert found == Cost(2 * LAYERS * (attention + router + 2 * expert), 4 * LAYERS * HIDDEN)
 
 

@@ -9,8 +9,10 @@ import pytest
 import torch
 import transformers
 from models import (
+    DECODERS,
     KNOWN,
     MASK,
+    MASKED,
     PAD,
     TRANSFORMERS_5,
     VOCABULARY,
@@ -24,6 +26,7 @@ from models import (
     TableModel,
     Words,
     blocks,
+    build,
     needs_is_causal,
     needs_transformers_5,
     tiny_model,
@@ -35,49 +38,16 @@ from nap_decode import (
     AnyOrderScheduler,
     Canvas,
     CanvasTemplate,
+    Decoder,
     Denoiser,
     ModelFamily,
     NapDecodeError,
     Sampler,
 )
-from nap_decode.model.attention import visibility
+from nap_decode.model.call import visibility
 from nap_decode.model.head import Head
 from nap_decode.model.probe import Probe
-from nap_decode.model.rows import Rows, to_rows
-
-SMALL = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 40,
-    "pad_token_id": PAD,
-    "initializer_range": 0.6,
-}
-MASKED = {
-    "Bert": {},
-    "Roberta": {},
-    "ModernBert": {"global_attn_every_n_layers": 2, "local_attention": 8, "cls_token_id": 3, "sep_token_id": 4,
-                   "bos_token_id": 3, "eos_token_id": 4},
-    "EuroBert": {"num_key_value_heads": 2, "bos_token_id": 3, "eos_token_id": 4, "mask_token_id": MASK},
-    "Esm": {"position_embedding_type": "rotary", "mask_token_id": MASK},
-    "Electra": {"embedding_size": 16},
-}  # fmt: skip
-DECODERS = {"Llama": {}, "Qwen2": {}, "Qwen3": {"head_dim": 8}, "Mistral": {"head_dim": 8}}
-
-
-def build(name, **options):
-    if not hasattr(transformers, f"{name}Config"):
-        pytest.skip(f"transformers {transformers.__version__} has no {name}")
-    kind = "ForMaskedLM" if name in MASKED else "ForCausalLM"
-    options = SMALL | (MASKED.get(name) or DECODERS.get(name, {})) | options
-    if name in DECODERS:
-        options |= {"num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": 2, "is_causal": False}
-    config = getattr(transformers, f"{name}Config")(**options)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return getattr(transformers, name + kind)(config).double().eval()
+from nap_decode.model.rows import Rows
 
 
 @pytest.fixture(scope="module", params=[*MASKED, *DECODERS])
@@ -86,7 +56,7 @@ def model(request):
 
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [7, 8], [5, 6, 7]]
-WANTED = torch.tensor([[6, 9, 7], [8, 8, 6], [9, 7, 8]])
+WANTED = torch.tensor([[6, 9, 7], [4, 4, 2], [6, 4, 5]])
 
 
 @pytest.fixture
@@ -99,13 +69,12 @@ def full_rows(model, canvas, wanted):
     rows = []
     for row in range(len(canvas.tokens)):
         ids = canvas.tokens[row][canvas.attention_mask[row].bool()][None]
-        padding = canvas.tokens.shape[1] - ids.shape[1]
         options = {}
         if getattr(model.config, "is_causal", None) is False:  # which not every release reads
             length = ids.shape[1]
             options["attention_mask"] = torch.zeros(1, 1, length, length, dtype=model.dtype)
         with torch.no_grad():
-            rows.append(model(input_ids=ids, **options).logits[0, wanted[row] - padding])
+            rows.append(model(input_ids=ids, **options).logits[0, wanted[row]])
     return torch.stack(rows)
 
 
@@ -157,11 +126,11 @@ def test_logits_are_sliced_if_the_head_is_not_a_module(ragged):
     model = tiny_model()
     denoiser = Denoiser(model, mask_token_id=MASK)
     expected = denoiser(ragged.tokens, WANTED, ragged)
-    denoiser._call.head = Head(None)
+    denoiser.call.head = Head(None)
     torch.testing.assert_close(denoiser(ragged.tokens, WANTED, ragged), expected, rtol=0, atol=1e-12)
     model.get_output_embeddings = model.get_input_embeddings  # as tied models may say; it is called with ids
     tied = Denoiser(model, mask_token_id=MASK)
-    assert isinstance(tied._call.head.layer, nn.Embedding)
+    assert isinstance(tied.call.head.layer, nn.Embedding)
     torch.testing.assert_close(tied(ragged.tokens, WANTED, ragged), expected, rtol=0, atol=1e-12)
 
 
@@ -214,7 +183,7 @@ def test_models_without_an_attention_mask_are_called_with_rows_of_one_length(rag
         denoiser.check(ragged)
     model.masks.clear()
     twice = Canvas.from_prompts([*PROMPTS, [9, 8]], CanvasTemplate.plain(4), mask_token_id=MASK)
-    wanted = torch.cat([WANTED, WANTED[:1]])
+    wanted = torch.cat([WANTED, WANTED[1:2]])
     logits = denoiser(twice.tokens, wanted, twice)
     assert model.masks == [None] * 3
     torch.testing.assert_close(logits, full_rows(model.tiny, twice, wanted), rtol=0, atol=1e-9)
@@ -267,13 +236,13 @@ def test_remote_code_says_the_same_with_and_without_padding(name):
     with pytest.warns(UserWarning, match="groups of equal length") if is_grouped else nullcontext():
         denoiser.check(canvas)
     columns = torch.tensor([[-6, -1, -3], [-2, -4, -5], [-6, -5, -1], [-1, -2, -3]])
-    wanted = columns + canvas.tokens.shape[1]
+    wanted = columns + canvas.row_lengths[:, None]
     tokens = canvas.tokens.scatter(1, wanted[:, :1], 11)
     logits = denoiser(tokens, wanted, canvas)
     for row, prompt in enumerate(BLOCK_PROMPTS):
         length = len(prompt) + 6
         seen = None if block_size is None else blocks(length, block_size)
-        alone = model.run(tokens[row, -length:][None], None, seen).logits[0]
+        alone = model.run(tokens[row, :length][None], None, seen).logits[0]
         expected = alone[columns[row] + length - int(shift)]
         torch.testing.assert_close(logits[row], expected, rtol=0, atol=1e-9)
 
@@ -282,13 +251,13 @@ def test_remote_code_says_the_same_with_and_without_padding(name):
 @pytest.mark.parametrize("name", CONVENTIONS)
 def test_remote_code_decodes(name):
     denoiser = Denoiser(CONVENTIONS[name][0](), mask_token_id=MASK)
-    sampler = Sampler(denoiser, scheduler=AnyOrderScheduler(tokens_per_step=2))
+    sampler = Sampler(denoiser, decoder=Decoder(AnyOrderScheduler(tokens_per_step=2)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         together = sampler(BLOCK_PROMPTS, max_new_tokens=6)
     for row, prompt in enumerate(BLOCK_PROMPTS):
         alone = sampler([prompt], max_new_tokens=6).sequences[0, -6:]
-        assert together.sequences[row, -6:].tolist() == alone.tolist()
+        assert together.sequences[row, len(prompt) : len(prompt) + 6].tolist() == alone.tolist()
 
 
 @torch.no_grad()
@@ -341,14 +310,14 @@ def test_a_step_never_waits_for_the_device(ragged, name):
     hidden = torch.ones(6, 3, dtype=torch.bool) if name == "leave one out" else None
     processor = None if name == "leave one out" else lambda ids, scores: scores + ids[:, -1:]
     denoiser = Denoiser(model, mask_token_id=MASK, cfg_scale=1.0, logits_processor=processor or ())
-    rows, places = Rows.of(ragged), torch.tensor([0, 2, 3, 8])
-    tokens = to_rows(ragged, ragged.tokens, PAD).repeat(2, 1)
-    wanted = (WANTED - ragged.padding).repeat(2, 1)
+    rows, places = Rows.of(ragged), torch.tensor([0, 2, 3, 8, 9, 11, 12, 17])
+    tokens = ragged.tokens.repeat(2, 1)
+    wanted = WANTED.repeat(2, 1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        denoiser.predict(rows, tokens, wanted, places, hidden=hidden, alternatives=2)
+        denoiser.predict(rows, tokens, wanted, places, hidden=hidden)
     with Recorder() as recorder:
-        prediction = denoiser.predict(rows, tokens, wanted, places, hidden=hidden, alternatives=2)
+        prediction = denoiser.predict(rows, tokens, wanted, places, hidden=hidden)
         chunks = list(prediction.chunks())
     assert len(chunks[0][1]) == 8
     assert {"embedding", "index_select"} <= recorder.seen
@@ -426,16 +395,6 @@ class TestProbe:
 
 
 @torch.no_grad()
-def test_rows_may_be_padded_wider_than_the_model(tiny):
-    denoiser = Denoiser(build("Bert"), mask_token_id=MASK)
-    wide = Canvas.from_prompts([[5], [6, 7]], CanvasTemplate.plain(4), mask_token_id=MASK, prompt_width=50)
-    narrow = Canvas.from_prompts([[5], [6, 7]], CanvasTemplate.plain(4), mask_token_id=MASK)
-    denoiser.check(wide)
-    logits = denoiser(wide.tokens, torch.full((2, 1), 53), wide)
-    assert torch.equal(logits, denoiser(narrow.tokens, torch.full((2, 1), 5), narrow))
-
-
-@torch.no_grad()
 def test_the_padding_id_does_not_matter(ragged):
     denoiser = Denoiser(build("Roberta"), Words())
     expected = denoiser(ragged.tokens, WANTED, ragged)
@@ -497,9 +456,11 @@ def test_guidance(tiny, ragged):
 
 @torch.no_grad()
 def test_guidance_without_padding_and_as_a_sampler(tiny):
-    sampler = Sampler(Denoiser(tiny, mask_token_id=MASK, cfg_scale=2.0), scheduler=AnyOrderScheduler(tokens_per_step=2))
+    sampler = Sampler(
+        Denoiser(tiny, mask_token_id=MASK, cfg_scale=2.0), decoder=Decoder(AnyOrderScheduler(tokens_per_step=2))
+    )
     out = sampler([[5, 6], [7]], max_new_tokens=6)
-    assert out.sequences[1, 1:].tolist() == sampler([[7]], max_new_tokens=6).sequences[0].tolist()
+    assert out.sequences[1, :7].tolist() == sampler([[7]], max_new_tokens=6).sequences[0].tolist()
     assert out.forward_passes == 3
 
 
@@ -556,7 +517,7 @@ def test_leave_one_out_in_groups(ragged):
     logits = denoiser(tokens, WANTED, ragged, hidden=hidden)
     for row, prompt in enumerate(PROMPTS):
         alone = Canvas.from_prompts([prompt], CanvasTemplate.plain(4), mask_token_id=MASK)
-        ids, wanted = tokens[row, ragged.padding[row] :][None], WANTED[row][None] - ragged.padding[row]
+        ids, wanted = tokens[row, : len(prompt) + 4][None], WANTED[row][None]
         expected = denoiser(ids, wanted, alone, hidden=hidden[row][None])
         torch.testing.assert_close(logits[row], expected[0], rtol=0, atol=1e-9)
 
@@ -616,9 +577,7 @@ class TestNoLeaveOneOut:
             NapDecodeError, match=r"hidden must be bool of wanted's shape \(3, 3\), but is .*bool \(3, 1\)"
         ):
             denoiser(ragged.tokens, WANTED, ragged, hidden=torch.ones(3, 1, dtype=torch.bool))
-        with pytest.raises(
-            NapDecodeError, match=r"tokens must be \(B, L\) or \(J \* B, L\), .* are \(4, 10\) and \(3, 3\)"
-        ):
+        with pytest.raises(NapDecodeError, match=r"tokens must be \(J \* 3, 10\), .* are \(4, 10\) and \(3, 3\)"):
             denoiser(ragged.tokens[[0, 0, 1, 2]], WANTED, ragged)
 
 
@@ -630,18 +589,16 @@ def test_leave_one_out_of_a_block_causal_model(name):
     model = make()
     denoiser = Denoiser(model, mask_token_id=MASK)
     canvas = Canvas.from_prompts([[*range(2, 20)] * 2, [7, 8]], CanvasTemplate.plain(6), mask_token_id=MASK)
-    width = canvas.tokens.shape[1]
-    tokens = canvas.tokens.clone()
-    tokens[:, -6:] = torch.tensor([11, 1, 12, 13, 14, 1])
-    wanted = torch.tensor([[-6, -4, -2], [-5, -3, -2]]) + width
+    wanted = torch.tensor([[-6, -4, -2], [-5, -3, -2]]) + canvas.row_lengths[:, None]
+    tokens = canvas.tokens.masked_scatter(canvas.decodable, torch.tensor([11, 1, 12, 13, 14, 1] * 2))
     hidden = torch.tensor([[True, False, True], [True, True, True]])
     logits = denoiser(tokens, wanted, canvas, hidden=hidden)
-    for row, length in enumerate([width, 8]):
-        slots = (wanted[row] - width + length).tolist()
+    for row, length in enumerate([42, 8]):
+        slots = wanted[row].tolist()
         positions = [*range(length), *slots]
         seen = visible_by_hand(positions, length)
         seen &= torch.tensor([[r // block_size <= p // block_size for r in positions] for p in positions])
-        ids = torch.cat([tokens[row, -length:], torch.full((3,), MASK)])[None]
+        ids = torch.cat([tokens[row, :length], torch.full((3,), MASK)])[None]
         full = model.run(ids, torch.tensor([positions]), seen).logits[0]
         expected = [full[length + k if hidden[row, k] else slots[k]] for k in range(3)]
         torch.testing.assert_close(logits[row], torch.stack(expected), rtol=0, atol=1e-9)
@@ -666,7 +623,7 @@ def test_visibility():
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 class TestLeaveOneOut:
     TOKENS = torch.tensor(
-        [[5, 6, 7, 8, 9, 10, 1, 12, 13, 1], [0, 0, 0, 0, 7, 8, 14, 1, 12, 1], [0, 0, 0, 5, 6, 7, 8, 9, 1, 1]]
+        [[5, 6, 7, 8, 9, 10, 1, 12, 13, 1], [7, 8, 14, 1, 12, 1, 0, 0, 0, 0], [5, 6, 7, 8, 9, 1, 1, 0, 0, 0]]
     )
 
     @torch.no_grad()
@@ -675,7 +632,7 @@ class TestLeaveOneOut:
         model = tiny_model(attn_implementation=attention, num_hidden_layers=1)
         denoiser = Denoiser(model, mask_token_id=MASK)
         assert model.config._attn_implementation == attention
-        for wanted in (torch.tensor([[7], [6], [6]]), torch.tensor([[8], [8], [7]])):
+        for wanted in (torch.tensor([[7], [2], [3]]), torch.tensor([[8], [4], [4]])):
             left_out = self.TOKENS.scatter(1, wanted, MASK)
             for hidden in (torch.tensor([[True], [True], [True]]), torch.tensor([[True], [False], [True]])):
                 expected = full_rows(model, replace(ragged, tokens=torch.where(hidden, left_out, self.TOKENS)), wanted)
@@ -687,7 +644,7 @@ class TestLeaveOneOut:
     @torch.no_grad()
     def test_the_shadow_of_a_masked_slot_says_what_the_slot_says(self, ragged, attention):
         denoiser = Denoiser(tiny_model(attn_implementation=attention), mask_token_id=MASK)
-        wanted = torch.tensor([[6], [7], [9]])
+        wanted = torch.tensor([[6], [3], [6]])
         logits = denoiser(self.TOKENS, wanted, ragged, hidden=torch.ones(3, 1, dtype=torch.bool))
         torch.testing.assert_close(logits, denoiser(self.TOKENS, wanted, ragged), rtol=0, atol=PRECISION[attention])
 
@@ -699,7 +656,7 @@ class TestLeaveOneOut:
     def test_native_models(self, ragged, attention, name):
         model = build(name, attn_implementation=attention)
         denoiser = Denoiser(model, mask_token_id=MASK)
-        wanted = torch.tensor([[6], [7], [9]])
+        wanted = torch.tensor([[6], [3], [6]])
         logits = denoiser(self.TOKENS, wanted, ragged, hidden=torch.ones(3, 1, dtype=torch.bool))
         expected = denoiser(self.TOKENS, wanted, ragged)
         torch.testing.assert_close(logits, expected, rtol=0, atol=PRECISION[attention])
@@ -709,18 +666,18 @@ class TestLeaveOneOut:
         """Row by row, with a mask written out by hand; a row does not depend on how many slots others have."""
         model = tiny_model(attn_implementation=attention)
         denoiser = Denoiser(model, mask_token_id=MASK)
-        wanted = torch.tensor([[6, 7, 8], [8, 6, -1], [9, -1, -1]])
+        wanted = torch.tensor([[6, 7, 8], [4, 2, -1], [6, -1, -1]])
         hidden = torch.tensor([[False, True, True], [True, True, False], [True, False, False]])
         logits = denoiser(self.TOKENS, wanted, ragged, hidden=hidden)
         for row, count in enumerate([3, 2, 1]):
-            start = int(ragged.padding[row])
-            ids = torch.cat([self.TOKENS[row, start:], torch.full((count,), MASK)])[None]
-            positions = [*range(10 - start), *(wanted[row, :count] - start).tolist()]
-            seen = visible_by_hand(positions, 10 - start)
+            length = int(ragged.row_lengths[row])
+            ids = torch.cat([self.TOKENS[row, :length], torch.full((count,), MASK)])[None]
+            positions = [*range(length), *wanted[row, :count].tolist()]
+            seen = visible_by_hand(positions, length)
             bias = torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, -torch.inf)[None, None]
             full = model(input_ids=ids, attention_mask=bias, position_ids=torch.tensor([positions])).logits[0]
             for k in range(count):
-                expected = full[10 - start + k] if hidden[row, k] else full[wanted[row, k] - start]
+                expected = full[length + k] if hidden[row, k] else full[wanted[row, k]]
                 torch.testing.assert_close(logits[row, k], expected, rtol=0, atol=PRECISION[attention])
 
     @torch.no_grad()
@@ -733,12 +690,12 @@ class TestLeaveOneOut:
 
         model = tiny_model(attn_implementation=attention, num_hidden_layers=1)
         denoiser = Denoiser(model, mask_token_id=MASK, cfg_scale=0.5, logits_processor=watch)
-        wanted, hidden = torch.tensor([[7], [6], [6]]), torch.ones(3, 1, dtype=torch.bool)
+        wanted, hidden = torch.tensor([[7], [2], [3]]), torch.ones(3, 1, dtype=torch.bool)
         left_out = self.TOKENS.scatter(1, wanted, MASK)
         other = self.TOKENS.masked_fill(ragged.decodable, 5)
         args = torch.cat([self.TOKENS, other]), wanted.repeat(2, 1), ragged
         logits = denoiser(*args, hidden=hidden.repeat(2, 1))
-        assert torch.equal(torch.cat(seen)[:3], to_rows(ragged, left_out, MASK))
+        assert torch.equal(torch.cat(seen)[:3], left_out.where(ragged.attention_mask > 0, MASK))
         expected = [denoiser(tokens, wanted, ragged) for tokens in (left_out, other.scatter(1, wanted, MASK))]
         torch.testing.assert_close(logits, torch.cat(expected), rtol=0, atol=PRECISION[attention])
 
@@ -762,7 +719,7 @@ def test_logits_processors_see_the_canvas_and_change_the_scores(tiny, ragged):
     assert (logits[:, :, 9] == -torch.inf).all()
     assert Denoiser(tiny, mask_token_id=MASK, logits_processor=forbid_nine).logits_processor == (forbid_nine,)
     plain = Denoiser(tiny, mask_token_id=MASK)(ragged.tokens, WANTED, ragged)
-    seen = to_rows(ragged, ragged.tokens, MASK)  # behind a row there is nothing but masks
+    seen = ragged.tokens.where(ragged.attention_mask > 0, MASK)  # behind a row there is nothing but masks
     for row in range(3):
         for k in range(3):
             once = RepetitionPenaltyLogitsProcessor(1.3)(seen[row][None], plain[row, k][None].clone())[0]

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nap_decode import Canvas, CanvasTemplate, Denoiser, ModelFamily, NapDecodeError
 from nap_decode.model import prediction
 from nap_decode.model.prediction import Prediction
-from nap_decode.model.rows import Rows, to_rows
+from nap_decode.model.rows import Rows
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [7, 8], [5, 6, 7]]
 PLACES = torch.tensor([0, 2, 3, 4, 7, 8, 8])
@@ -109,8 +109,7 @@ def by_hand(model, tokens, canvas, wanted, shift):
     """Wanted logits of every row of ``tokens`` (B, L) on its own, from all that the model returns."""
     rows = []
     for row in range(len(tokens)):
-        padding = int(canvas.padding[row])
-        ids = tokens[row, padding:][None]
+        ids = tokens[row, : canvas.row_lengths[row]][None]
         if not isinstance(model, nn.Module):
             full = model(ids, torch.ones_like(ids))
         elif isinstance(model, BlockLike):
@@ -149,20 +148,19 @@ def test_chunks_are_what_the_model_says(ragged, name, is_processed, cfg_scale):
             free = by_hand(model, hidden, ragged, wanted, int(denoiser.family.shift))
             logits = free + (cfg_scale + 1) * (logits - free)
         if is_processed:
-            logits[:, :, 3] += to_rows(ragged, tokens, PAD)[:, 2, None]
+            logits[:, :, 3] += tokens[:, 2, None]
             logits = logits * 2
         expected.append(logits)
-    both = torch.cat([to_rows(ragged, ragged.tokens, PAD), to_rows(ragged, other, PAD)])
-    for times in (None, 2):
-        number = times or 1
+    both = torch.cat([ragged.tokens, other])
+    for number in (1, 2):
         tokens, again = both[: 3 * number], wanted.repeat(number, 1)
-        found = denoiser.predict(Rows.of(ragged), tokens, again, PLACES, alternatives=times)
+        places = torch.cat([PLACES + 9 * j for j in range(number)])
+        found = denoiser.predict(Rows.of(ragged), tokens, again, places)
         assert (found.head is not None) == is_late
-        assert found.shape == ((3, 3) if times is None else (2, 3, 3))
-        assert found.places.tolist() == [j * 9 + i for j in range(number) for i in PLACES.tolist()]
+        assert found.shape == (3 * number, 3)
         assert found.vocab_size == VOCABULARY
         assert found.banned.tolist() == [MASK]
-        whole = torch.stack(expected[:number]).flatten(0, -2)
+        whole = torch.cat(expected[:number]).flatten(0, -2)
         parts = []
         for part, logits in found.chunks():
             torch.testing.assert_close(logits, whole[found.places[part]], rtol=0, atol=1e-9)
@@ -186,7 +184,7 @@ def test_chunks_are_what_the_model_says(ragged, name, is_processed, cfg_scale):
 def test_half_precision(ragged, model):
     model = model()
     denoiser = Denoiser(model, mask_token_id=MASK)
-    found = denoiser.predict(Rows.of(ragged), to_rows(ragged, ragged.tokens, PAD), torch.zeros(3, 1).long(), PLACES[:2])
+    found = denoiser.predict(Rows.of(ragged), ragged.tokens, torch.zeros(3, 1).long(), PLACES[:2])
     expected = by_hand(model, ragged.tokens, ragged, torch.zeros(3, 1).long(), 0)
     assert found.head is not None
     assert found.dtype == expected.dtype == (torch.float32 if isinstance(model, Upcast) else torch.bfloat16)
@@ -197,7 +195,7 @@ def test_half_precision(ragged, model):
 def test_a_bias_that_is_trained_later(ragged):
     model = Untrained("untrained", bias=0.0)
     denoiser = Denoiser(model, mask_token_id=MASK)
-    rows, tokens = Rows.of(ragged), to_rows(ragged, ragged.tokens, PAD)
+    rows, tokens = Rows.of(ragged), ragged.tokens
     before = denoiser.predict(rows, tokens, torch.ones(3, 1).long(), torch.arange(3)).logits
     model.config.bias = 1.0
     after = denoiser.predict(rows, tokens, torch.ones(3, 1).long(), torch.arange(3)).logits
@@ -208,7 +206,7 @@ def test_a_bias_that_is_trained_later(ragged):
 def test_shadows_of_what_is_not_asked_for_are_seen_by_none(ragged):
     denoiser = Denoiser(tiny_model(), mask_token_id=MASK)
     rows = Rows.of(ragged)
-    tokens = to_rows(ragged, ragged.tokens.masked_fill(ragged.decodable, 9), PAD)
+    tokens = ragged.tokens.masked_fill(ragged.decodable, 9)
     wanted = torch.tensor([[6, 7, 8], [2, 0, 0], [3, 4, 0]])  # 0 fills up
     hidden, places = torch.ones(3, 3, dtype=torch.bool), torch.tensor([0, 1, 2, 3, 6, 7])
     logits = denoiser.predict(rows, tokens, wanted, places, hidden=hidden).logits
@@ -241,7 +239,7 @@ def test_logits_never_exist_all_at_once(monkeypatch, options):
     monkeypatch.setattr(prediction, "_HEAD_NUMBERS", 20 * vocabulary)  # the weights are 16 rows
     canvas = Canvas.from_prompts([[5] * 6, [6]], CanvasTemplate.plain(30), mask_token_id=MASK, pad_token_id=PAD)
     denoiser = Denoiser(tiny_model(vocab_size=vocabulary), mask_token_id=MASK, **options)
-    rows, tokens = Rows.of(canvas), to_rows(canvas, canvas.tokens, PAD)
+    rows, tokens = Rows.of(canvas), canvas.tokens
     wanted = torch.stack([torch.arange(6, 36), torch.arange(1, 31)])
     with Largest() as largest:
         for _, chunk in denoiser.predict(rows, tokens, wanted, torch.arange(60)).chunks():
@@ -265,7 +263,7 @@ def test_chunks_have_about_one_size(monkeypatch):
 def test_gradients(ragged):
     model = tiny_model()
     denoiser = Denoiser(model, mask_token_id=MASK, cfg_scale=0.5)
-    logits = denoiser.predict(Rows.of(ragged), to_rows(ragged, ragged.tokens, PAD), torch.ones(3, 2).long(), PLACES[:3])
+    logits = denoiser.predict(Rows.of(ragged), ragged.tokens, torch.ones(3, 2).long(), PLACES[:3])
     logits.logits.square().sum().backward()
     assert model.get_input_embeddings().weight.grad.abs().sum() > 0
     assert model.get_output_embeddings().weight.grad.abs().sum() > 0
@@ -273,10 +271,10 @@ def test_gradients(ragged):
 
 def test_shapes_that_do_not_fit(tiny, ragged):
     denoiser, rows = Denoiser(tiny, mask_token_id=MASK), Rows.of(ragged)
-    tokens, wanted = to_rows(ragged, ragged.tokens, PAD), torch.zeros(3, 1, dtype=torch.int64)
-    with pytest.raises(NapDecodeError, match=r"tokens must be \(2 \* 3, 10\), .* are \(3, 10\) and \(3, 1\)"):
-        denoiser.predict(rows, tokens, wanted, torch.arange(3), alternatives=2)
-    with pytest.raises(NapDecodeError, match=r"tokens must be \(1 \* 3, 10\), .* are \(3, 9\) and \(3, 1\)"):
+    tokens, wanted = ragged.tokens, torch.zeros(3, 1, dtype=torch.int64)
+    with pytest.raises(NapDecodeError, match=r"tokens must be \(J \* 3, 10\), .* are \(4, 10\) and \(3, 1\)"):
+        denoiser.predict(rows, tokens[[0, 0, 1, 2]], wanted, torch.arange(3))
+    with pytest.raises(NapDecodeError, match=r"tokens must be \(J \* 3, 10\), .* are \(3, 9\) and \(3, 1\)"):
         denoiser.predict(rows, tokens[:, :9], wanted, torch.arange(3))
     with pytest.raises(NapDecodeError, match=r"hidden must be bool of wanted's shape \(3, 1\)"):
         denoiser.predict(rows, tokens, wanted, torch.arange(3), hidden=wanted)
@@ -284,7 +282,7 @@ def test_shapes_that_do_not_fit(tiny, ragged):
 
 @torch.no_grad()
 def test_a_shifted_family_predicts_the_first_position_in_place(tiny, ragged):
-    rows, tokens = Rows.of(ragged), to_rows(ragged, ragged.tokens, PAD)
+    rows, tokens = Rows.of(ragged), ragged.tokens
     wanted, places = torch.tensor([[0, 1, 6]] * 3), torch.arange(9)
     shifted = Denoiser(tiny, mask_token_id=MASK, family=ModelFamily(name="shifted", shift=True))
     plain = Denoiser(tiny, mask_token_id=MASK).predict(rows, tokens, torch.tensor([[0, 0, 5]] * 3), places)

@@ -12,10 +12,9 @@ import torch
 from models import MASK, BlockLike, Remote, Words, tiny_model
 from torch import nn
 
-from nap_decode import AnyOrderScheduler, Canvas, CommittedReuse, Denoiser, NapDecodeError, Sampler
-from nap_decode.decoders import presets
-from nap_decode.integrations import llada
+from nap_decode import AnyOrderScheduler, Canvas, CommittedReuse, Decoder, Denoiser, NapDecodeError, Sampler, decoders
 from nap_decode.measure import likelihood
+from nap_decode.speed.compile import compiled_model
 
 
 def watched(model):
@@ -28,7 +27,7 @@ def watched(model):
 def test_every_call_that_is_no_pass():
     """As docs/families.md says."""
     model = tiny_model()
-    told = Denoiser(model, mask_token_id=MASK)._call.must_be_told  # a release that does not read is_causal
+    told = Denoiser(model, mask_token_id=MASK).must_be_told  # a release that does not read is_causal
     model = tiny_model()
     calls = watched(model)
     denoiser = Denoiser(model, mask_token_id=MASK)
@@ -57,17 +56,20 @@ def test_block_models_are_asked_twice():
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("name", ["llada", "preset", "sampler", "likelihood"])
+@pytest.mark.parametrize("name", ["llada", "decoder", "sampler", "likelihood"])
 def test_the_second_time_every_call_is_a_pass(name):
     model, prompt = tiny_model(), torch.tensor([[5, 6, 7]])
 
     def run():
         if name == "llada":
+            from nap_decode.integrations import llada
+
             llada.generate(model, prompt, steps=4, gen_length=4, block_length=4, mask_id=MASK)
-        elif name == "preset":
-            presets.llada_low_confidence(model, mask_token_id=MASK, steps=4)([[5, 6, 7]], max_new_tokens=4)
+        elif name == "decoder":
+            decoder = decoders.llada_low_confidence().set(steps=4)
+            Sampler(model, mask_token_id=MASK, decoder=decoder)([[5, 6, 7]], max_new_tokens=4)
         elif name == "sampler":
-            sampler = Sampler(model, mask_token_id=MASK, scheduler=AnyOrderScheduler(steps=4))
+            sampler = Sampler(model, mask_token_id=MASK, decoder=Decoder(AnyOrderScheduler(steps=4)))
             sampler([[5, 6, 7]], max_new_tokens=4)
         else:
             likelihood.chain_log_likelihood(Denoiser(model, mask_token_id=MASK), [[5]], [[6, 7, 8, 9]], batch_size=1)
@@ -108,11 +110,15 @@ def add_adapters(model):
 def test_a_model_that_has_changed_is_asked_again(change, reuse):
     """What was made before decodes as what is made after."""
     model = tiny_model()
-    before = Sampler(Denoiser(model, mask_token_id=MASK, reuse=reuse), scheduler=AnyOrderScheduler(tokens_per_step=1))
+    before = Sampler(
+        Denoiser(model, mask_token_id=MASK, reuse=reuse), decoder=Decoder(AnyOrderScheduler(tokens_per_step=1))
+    )
     before([[5, 6, 7]], max_new_tokens=2)
     with torch.random.fork_rng():
         change(model)
-    after = Sampler(Denoiser(model, mask_token_id=MASK, reuse=reuse), scheduler=AnyOrderScheduler(tokens_per_step=1))
+    after = Sampler(
+        Denoiser(model, mask_token_id=MASK, reuse=reuse), decoder=Decoder(AnyOrderScheduler(tokens_per_step=1))
+    )
     prompts = [[5, 6, 7], [8, 28 if change is resize else 9]]
     ours, theirs = (one(prompts, max_new_tokens=6, progress=False) for one in (before, after))
     assert ours.sequences.tolist() == theirs.sequences.tolist()
@@ -125,9 +131,10 @@ def test_a_compiled_model_that_has_changed_is_compiled_again():
     torch._dynamo.reset()
     model = tiny_model()
     compiled = Sampler(
-        Denoiser(model, mask_token_id=MASK).compiled(backend="eager"), scheduler=AnyOrderScheduler(tokens_per_step=1)
+        compiled_model(Denoiser(model, mask_token_id=MASK), backend="eager"),
+        decoder=Decoder(AnyOrderScheduler(tokens_per_step=1)),
     )
-    plain = Sampler(Denoiser(model, mask_token_id=MASK), scheduler=AnyOrderScheduler(tokens_per_step=1))
+    plain = Sampler(Denoiser(model, mask_token_id=MASK), decoder=Decoder(AnyOrderScheduler(tokens_per_step=1)))
     before = compiled([[5, 6, 7]], max_new_tokens=6)
     with torch.random.fork_rng():
         torch.manual_seed(3)
@@ -154,7 +161,7 @@ def patch_forward(model):
 @pytest.mark.parametrize("change", [hook, patch_forward])
 def test_what_runs_when_it_is_called_is_part_of_a_model(change):
     def decode(model):
-        sampler = Sampler(model, mask_token_id=MASK, scheduler=AnyOrderScheduler(tokens_per_step=1))
+        sampler = Sampler(model, mask_token_id=MASK, decoder=Decoder(AnyOrderScheduler(tokens_per_step=1)))
         return sampler([[5, 6, 7]], max_new_tokens=4).sequences.tolist()
 
     model, fresh = tiny_model(), tiny_model()
@@ -178,7 +185,7 @@ def test_wrappers_that_come_and_go_are_told_apart():
             return negate(None, None, super().forward(*args, **kwargs))
 
     def decode(model):
-        sampler = Sampler(model, mask_token_id=MASK, scheduler=AnyOrderScheduler(tokens_per_step=1))
+        sampler = Sampler(model, mask_token_id=MASK, decoder=Decoder(AnyOrderScheduler(tokens_per_step=1)))
         return sampler([[5, 6, 7]], max_new_tokens=4).sequences.tolist()
 
     model = tiny_model()
@@ -234,11 +241,13 @@ def test_a_head_that_is_called_twice_is_left_alone():
 @pytest.mark.parametrize("reuse", [None, CommittedReuse()])
 def test_inference_mode(reuse):
     model = tiny_model()
-    sampler = Sampler(Denoiser(model, mask_token_id=MASK, reuse=reuse), scheduler=AnyOrderScheduler(tokens_per_step=1))
+    sampler = Sampler(
+        Denoiser(model, mask_token_id=MASK, reuse=reuse), decoder=Decoder(AnyOrderScheduler(tokens_per_step=1))
+    )
     function = Sampler(
         lambda ids, mask: model(input_ids=ids, attention_mask=mask).logits,
         mask_token_id=MASK,
-        scheduler=AnyOrderScheduler(tokens_per_step=1),
+        decoder=Decoder(AnyOrderScheduler(tokens_per_step=1)),
     )
     for one in (sampler, function):
         expected = one([[5, 6, 7], [8]], max_new_tokens=4).sequences.tolist()
@@ -253,7 +262,7 @@ def test_a_model_that_writes_into_its_mask():
                 attention_mask.zero_()
             return self.run(input_ids, None, None)
 
-    sampler = Sampler(Writing("writing", mask_token_id=MASK), scheduler=AnyOrderScheduler(steps=1))
+    sampler = Sampler(Writing("writing", mask_token_id=MASK), decoder=Decoder(AnyOrderScheduler(steps=1)))
     with pytest.raises(NapDecodeError, match="Writing writes into its attention mask"):
         sampler([[5, 6], [7]], max_new_tokens=1)
 
@@ -261,7 +270,7 @@ def test_a_model_that_writes_into_its_mask():
 def test_weights_that_are_trained_are_no_change():
     model = tiny_model()
     calls = watched(model)
-    sampler = Sampler(model, mask_token_id=MASK, scheduler=AnyOrderScheduler(steps=2))
+    sampler = Sampler(model, mask_token_id=MASK, decoder=Decoder(AnyOrderScheduler(steps=2)))
     sampler([[5]], max_new_tokens=2)
     with torch.no_grad():
         model.lm_head.weight.mul_(-1)
@@ -305,7 +314,7 @@ class TestTrainingMode:
         Denoiser(model, mask_token_id=MASK)
         assert len(calls) == 2 + told
         calls.clear()
-        sampler = Sampler(model, mask_token_id=MASK, scheduler=AnyOrderScheduler(steps=2))
+        sampler = Sampler(model, mask_token_id=MASK, decoder=Decoder(AnyOrderScheduler(steps=2)))
         sampler([[5]], max_new_tokens=2)
         assert len(calls) == 2
 
@@ -315,7 +324,7 @@ class TestTrainingMode:
                 return nn.functional.dropout(torch.ones(*ids.shape, 24), 0.1, training=self.training)
 
         for model in (tiny_model(attention_dropout=0.05), ByHand()):
-            sampler = Sampler(model.eval(), mask_token_id=MASK, scheduler=AnyOrderScheduler(steps=1))
+            sampler = Sampler(model.eval(), mask_token_id=MASK, decoder=Decoder(AnyOrderScheduler(steps=1)))
             sampler([[5]], max_new_tokens=1)
             model.train()
             with pytest.raises(NapDecodeError, match=r"is in training mode and drops .* call model.eval\(\)"):
@@ -325,7 +334,7 @@ class TestTrainingMode:
 
     def test_without_dropout_it_may_be(self):
         model = tiny_model().train()
-        expected = Sampler(tiny_model(), mask_token_id=MASK, scheduler=AnyOrderScheduler(steps=2))
-        found = Sampler(model, mask_token_id=MASK, scheduler=AnyOrderScheduler(steps=2))
+        expected = Sampler(tiny_model(), mask_token_id=MASK, decoder=Decoder(AnyOrderScheduler(steps=2)))
+        found = Sampler(model, mask_token_id=MASK, decoder=Decoder(AnyOrderScheduler(steps=2)))
         ours, theirs = (one([[5], [6, 7]], max_new_tokens=4).sequences.tolist() for one in (found, expected))
         assert ours == theirs

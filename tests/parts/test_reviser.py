@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from models import MASK, TableModel
@@ -8,17 +10,29 @@ from nap_decode import (
     AnyOrderScheduler,
     Block,
     CanvasTemplate,
-    EditReviser,
+    Decoder,
     MacroParallelScheduler,
     MicroConfidenceCommitter,
     NapDecodeError,
-    RemaskReviser,
+    Needs,
     Reviser,
-    Revision,
     Sampler,
-    Slots,
     ThresholdSelection,
 )
+from nap_decode.decoders.llada_2 import EditReviser
+from nap_decode.decoders.wide_in_narrow_out import RemaskReviser
+from nap_decode.parts.slots import Decision, Proposal, Slots
+
+
+def sampler_of(model, committer, scheduler=None, **options):
+    decoder = Decoder(AnyOrderScheduler() if scheduler is None else scheduler, committer)
+    return Sampler(model, decoder=decoder, mask_token_id=MASK, **options)
+
+
+def revise(reviser, slots, chosen, **statistics):
+    """A reviser's decision about proposals of token 0, of which some were chosen."""
+    proposal = Proposal.of(slots, torch.zeros(slots.block.shape), **statistics)
+    return reviser(proposal, Decision(proposal.tokens, proposal.confidence, chosen))
 
 
 class Undecided:
@@ -30,7 +44,7 @@ class Undecided:
 
 def test_a_model_that_never_settles_is_left_after_max_passes():
     committer = MicroConfidenceCommitter(selection=ThresholdSelection(0.9), reviser=EditReviser(0.9, max_passes=5))
-    sampler = Sampler(Undecided(), scheduler=AnyOrderScheduler(), committer=committer, mask_token_id=MASK)
+    sampler = sampler_of(Undecided(), committer)
     out = sampler([[0, 2]], max_new_tokens=3)
     assert out.forward_passes == 1 + 5
     assert out.trace.step[0, 2:].tolist() == [5, 5, 5]
@@ -46,7 +60,7 @@ def test_rows_settle_by_themselves():
         return 20.0 * torch.nn.functional.one_hot(wanted, 3).double()
 
     committer = MicroConfidenceCommitter(selection=ThresholdSelection(0.9), reviser=EditReviser(0.9, max_passes=4))
-    sampler = Sampler(model, scheduler=AnyOrderScheduler(), committer=committer, mask_token_id=MASK)
+    sampler = sampler_of(model, committer)
     out = sampler([[2], [0]], max_new_tokens=3)
     assert out.trace.forward_passes.tolist() == [2, 5]  # one to commit, one to see that nothing changes
     assert out.sequences[0].tolist() == [2, 2, 2, 2]
@@ -60,10 +74,11 @@ def test_remasking_is_bounded_by_what_was_accepted_before():
     two = torch.tensor([[False] * 4 + [True, True]])
     one = torch.tensor([[False] * 5 + [True]])
     reviser = RemaskReviser(0.9)
-    assert reviser(slots, block, two, (support,)).remasked.tolist() == [[True, False, True, False, False, False]]
+    remasked = revise(reviser, slots, two, support=support).remasked
+    assert remasked.tolist() == [[True, False, True, False, False, False]]
     assert slots.memory["accepted"].tolist() == [[2]]
-    assert reviser(slots, block, two, (support,)).remasked.tolist() == [[True] + [False] * 5]
-    assert not reviser(slots, block, one, (support,)).remasked.any()  # a step that commits one token only adds
+    assert revise(reviser, slots, two, support=support).remasked.tolist() == [[True] + [False] * 5]
+    assert not revise(reviser, slots, one, support=support).remasked.any()  # a step that commits one token only adds
 
 
 def test_a_row_that_has_joined_remembers_nothing():
@@ -72,13 +87,13 @@ def test_a_row_that_has_joined_remembers_nothing():
     committed = torch.tensor([[True, True, True, True, False, False] * 2] * 2)
     quota, support = torch.ones(2, 2, dtype=torch.int64), torch.zeros(2, 12)
     slots = Slots.of(block, quota, committed=committed, memory={"accepted": torch.tensor([[2], [0]])})
-    revision = RemaskReviser(0.9)(slots, block, ~committed, (support,))
+    revision = revise(RemaskReviser(0.9), slots, ~committed, support=support)
     assert slots.count(revision.remasked).tolist() == [[1, 4], [4, 4]]
 
     slots = Slots.of(
         block, quota, committed=torch.ones_like(committed), memory={"edit_passes": torch.tensor([[3], [0]])}
     )
-    EditReviser(0.9)(slots, block, ~committed, (support,))
+    revise(EditReviser(0.9), slots, ~committed, probability=support)
     assert slots.memory["edit_passes"].tolist() == [[4, 1], [1, 1]]
 
 
@@ -86,17 +101,16 @@ def test_a_reviser_of_ones_own():
     class Once(Reviser):
         """Masks the first slot again, once."""
 
-        def __call__(self, slots, tokens, chosen, statistics):
+        def __call__(self, proposal, decision):
+            slots = proposal.slots
             first = slots.committed & (slots.offsets == 0)
             fresh = "done" not in slots.memory
             if bool(first.any()):
                 slots.memory["done"] = first.any(1)
-            return Revision(remasked=first & fresh)
+            return replace(decision, remasked=first & fresh)
 
     committer = MicroConfidenceCommitter(confidence="leftmost", reviser=Once())
-    sampler = Sampler(
-        TableModel(3, 4), scheduler=AnyOrderScheduler(tokens_per_step=1), committer=committer, mask_token_id=MASK
-    )
+    sampler = sampler_of(TableModel(3, 4), committer)
     seen = []
 
     def look(state):
@@ -115,36 +129,31 @@ def test_a_block_that_settles_is_owed_nothing():
     committer = MicroConfidenceCommitter(selection=ThresholdSelection(2.0), reviser=EditReviser(0.3))
     template = CanvasTemplate((Block("a", 1), Block("b", 5)))
     left = []
-    sampler = Sampler(
-        Undecided(), scheduler=MacroParallelScheduler(), committer=committer, template=template, mask_token_id=MASK
-    )
+    sampler = sampler_of(Undecided(), committer, MacroParallelScheduler(), template=template)
     sampler([[0]], callback=lambda state: left.append(int(state.masked.sum())))
     assert left[:6] == [5, 4, 3, 2, 1, 0]
 
 
 def test_a_reviser_that_draws_has_the_seeds_of_the_rows():
     class Chance(Reviser):
-        is_random = True
+        needs = Needs(adaptive=True, memory=True, committed=True, random=True)
 
-        def __call__(self, slots, tokens, chosen, statistics):
-            seen.append(slots.seeds.tolist())
-            return Revision()
+        def __call__(self, proposal, decision):
+            seen.append(proposal.slots.seeds.tolist())
+            return decision
 
     seen = []
     committer = MicroConfidenceCommitter(reviser=Chance())
-    sampler = Sampler(
-        TableModel(3, 2), scheduler=AnyOrderScheduler(tokens_per_step=1), committer=committer, mask_token_id=MASK
-    )
-    sampler([[], []], max_new_tokens=2, row_seeds=[4, 9])
+    sampler_of(TableModel(3, 2), committer)([[], []], max_new_tokens=2, row_seeds=[4, 9])
     assert seen == [[4, 9], [4, 9]]
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: EditReviser("high"), "threshold must be a number, but is 'high'"),
+        (lambda: EditReviser("high"), "edit_threshold must be a number, but is 'high'"),
         (lambda: EditReviser(max_passes=0), "max_passes must be a whole number of at least 1"),
-        (lambda: RemaskReviser(None), "threshold must be a number, but is None"),
+        (lambda: RemaskReviser(None), "back_threshold must be a number, but is None"),
     ],
 )
 def test_bad_options(make, message):
@@ -160,7 +169,7 @@ def test_a_model_that_cannot_leave_one_out_is_refused_before_decoding():
         return torch.zeros(*ids.shape, 3)
 
     committer = MicroConfidenceCommitter(selection=ThresholdSelection(0.9), reviser=RemaskReviser())
-    sampler = Sampler(model, scheduler=AnyOrderScheduler(), committer=committer, mask_token_id=MASK)
+    sampler = sampler_of(model, committer)
     with pytest.raises(NapDecodeError, match="position"):
         sampler([[0]], max_new_tokens=3)
     assert not calls

@@ -1,23 +1,19 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nap_decode import (
-    AncestralSchedule,
-    AnyOrderScheduler,
-    CosineSchedule,
-    DreamSchedule,
-    EvenSchedule,
-    MacroParallelScheduler,
-    NapDecodeError,
-    SemiAutoregressiveScheduler,
-)
+from nap_decode import AnyOrderScheduler, MacroParallelScheduler, NapDecodeError, SemiAutoregressiveScheduler
 from nap_decode.base.random import row_seeds
+from nap_decode.decoders.dream import AncestralSchedule, DreamSchedule
+from nap_decode.decoders.maskgit import CosineSchedule
+from nap_decode.parts.schedule import EvenSchedule
+from nap_decode.parts.scheduler import Left
 
 NO_DRAWS = torch.empty(1, 0)
 
@@ -120,14 +116,17 @@ def test_plans_are_exact_with_every_schedule(lengths, schedule, kind, data):
         plan = scheduler.plan(lengths, held, seeds=row_seeds(0, range(len(lengths))))
     except NapDecodeError:
         return  # fewer steps than phases
-    remaining = lengths
-    for step in range(int(plan.steps.max())):
-        quota = plan.quota(remaining, step)
+    left, before = Left.all(lengths), torch.zeros_like(plan.steps)
+    for _ in range(int(plan.busy_steps.max())):
+        quota, after = scheduler.next(plan, left)
         assert (quota >= 0).all()
-        assert (quota <= remaining).all()
-        assert torch.equal((lengths - remaining + quota).sum(1), plan.targets[:, step])
-        remaining = remaining - quota
-    assert not remaining.any()
+        assert torch.equal(after.masked, left.masked - quota)
+        assert (after.masked >= 0).all()
+        done, is_busy = (lengths - after.masked).sum(1), quota.sum(1) > 0
+        assert torch.equal(done, torch.where(is_busy, plan.due(after.step), before))
+        assert (is_busy | (left.masked.sum(1) == 0)).all()
+        left, before = replace(after, step=after.step + 1), done
+    assert not left.masked.any()
 
 
 def test_more_steps_than_tokens_need_a_schedule_that_may_skip():

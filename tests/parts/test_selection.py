@@ -12,22 +12,22 @@ from models import MASK, TableModel
 
 from nap_decode import (
     AnyOrderScheduler,
-    CappedSelection,
-    Credit,
-    EntropyBoundSelection,
-    FactorSelection,
-    HierarchySelection,
-    LeapSelection,
+    Decoder,
     MicroConfidenceCommitter,
     NapDecodeError,
     QuotaSelection,
     Sampler,
-    Slots,
-    StableSelection,
     ThresholdSelection,
 )
 from nap_decode.base.random import row_seeds
-from nap_decode.parts.selection import fill_up, rank_in_block
+from nap_decode.decoders.credit_decoding import Credit
+from nap_decode.decoders.dinfer import HierarchySelection
+from nap_decode.decoders.eb_sampler import EntropyBoundSelection
+from nap_decode.decoders.fast_dllm import FactorSelection
+from nap_decode.decoders.leap import LeapSelection
+from nap_decode.decoders.stability import StableSelection
+from nap_decode.decoders.wide_in_narrow_out import CappedSelection
+from nap_decode.parts.slots import Proposal, Slots, rank_in_block
 
 BLOCKS = 3
 """Block 3 stands for no block."""
@@ -48,7 +48,7 @@ def candidates(draw, score=shares):
     return confidence, block, columns, committed, quota
 
 
-def run(selection, case, statistics=()):
+def run(selection, case, **statistics):
     confidence, block, columns, committed, quota = case
     slots = Slots.of(
         torch.tensor([block]),
@@ -57,8 +57,9 @@ def run(selection, case, statistics=()):
         committed=torch.tensor([committed]),
         row_tokens=torch.zeros(1, 40, dtype=torch.int64),
     )
-    statistics = tuple(torch.tensor([s], dtype=torch.float64) for s in statistics)
-    chosen = selection(torch.tensor([confidence], dtype=torch.float64), slots, statistics)[0].tolist()
+    statistics = {name: torch.tensor([values], dtype=torch.float64) for name, values in statistics.items()}
+    proposal = Proposal.of(slots, torch.tensor([confidence], dtype=torch.float64), **statistics)
+    chosen = selection(proposal)[0].tolist()
     return {i for i, c in enumerate(chosen) if c}
 
 
@@ -146,7 +147,7 @@ def test_entropy_bound(case, gamma, data):
             fits = k
         return set(ranked[:fits])
 
-    assert run(EntropyBoundSelection(gamma + 1e-9), case, [[-h for h in entropy]]) == filled(case, rule)
+    assert run(EntropyBoundSelection(gamma + 1e-9), case, negative_entropy=[-h for h in entropy]) == filled(case, rule)
 
 
 @settings(max_examples=300)
@@ -200,7 +201,7 @@ def test_stable_waits_for_a_history():
     selection = StableSelection(0.9, 0.01, 2)
 
     def step(*divergence):
-        return selection(confidence, slots, (torch.tensor([divergence]),)).long().tolist()[0]
+        return selection(Proposal.of(slots, confidence, divergence=torch.tensor([divergence]))).long().tolist()[0]
 
     assert step(math.inf, math.inf, math.inf) == [0, 0, 0]
     assert step(0.001, 0.001, 0.001) == [0, 0, 0]
@@ -225,8 +226,9 @@ def test_stable_follows_slots_that_move():
         memory=before.memory,
     )
     selection = StableSelection(0.9, 0.01, 2)
-    selection(torch.tensor([[0.5, 0.95]]), before, (torch.tensor([[1.0, 0.001]]),))
-    assert selection(torch.tensor([[0.95]]), after, (torch.tensor([[0.001]]),)).tolist() == [[True]]
+    selection(Proposal.of(before, torch.tensor([[0.5, 0.95]]), divergence=torch.tensor([[1.0, 0.001]])))
+    proposal = Proposal.of(after, torch.tensor([[0.95]]), divergence=torch.tensor([[0.001]]))
+    assert selection(proposal).tolist() == [[True]]
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.5])
@@ -234,7 +236,7 @@ def test_positions_are_drawn_without_replacement(temperature):
     rows = 40_000
     slots = Slots.of(torch.zeros(rows, 4, dtype=torch.int64), torch.full((rows, 1), 2), seeds=row_seeds(0, range(rows)))
     confidence = torch.tensor([0.1, 0.4, 0.3, 0.2], dtype=torch.float64)
-    chosen = QuotaSelection(temperature)(confidence.expand(rows, -1), slots, ())
+    chosen = QuotaSelection(temperature)(Proposal.of(slots, confidence.expand(rows, -1)))
     assert (chosen.sum(1) == 2).all()
     weight = (confidence / temperature).softmax(0).tolist()
     for i in range(4):
@@ -245,12 +247,10 @@ def test_positions_are_drawn_without_replacement(temperature):
 
 
 def test_a_cap_draws_if_what_it_caps_does():
-    assert CappedSelection(QuotaSelection(0.5)).is_random
-    assert not CappedSelection(QuotaSelection()).is_random
+    assert CappedSelection(QuotaSelection(0.5)).needs.random
+    assert not CappedSelection(QuotaSelection()).needs.random
     committer = MicroConfidenceCommitter(selection=CappedSelection(QuotaSelection(5.0)))
-    sampler = Sampler(
-        TableModel(3, 4), scheduler=AnyOrderScheduler(tokens_per_step=1), committer=committer, mask_token_id=MASK
-    )
+    sampler = Sampler(TableModel(3, 4), decoder=Decoder(AnyOrderScheduler(), committer), mask_token_id=MASK)
     outs = [sampler([[]] * 20, max_new_tokens=4, seed=seed) for seed in (1, 1, 2)]
     assert torch.equal(outs[0].trace.step, outs[1].trace.step)
     assert not torch.equal(outs[0].trace.step, outs[2].trace.step)
@@ -265,17 +265,16 @@ def test_stability_is_that_of_the_scored_distribution():
 
     for options in ({}, {"scores_proposal": True, "temperature": 0.5, "top_k": 20}):
         committer = MicroConfidenceCommitter(selection=StableSelection(0.0, 1e-3, 1), **options)
-        sampler = Sampler(constant, scheduler=AnyOrderScheduler(), committer=committer, mask_token_id=MASK)
+        sampler = Sampler(constant, decoder=Decoder(AnyOrderScheduler(), committer), mask_token_id=MASK)
         assert sampler([5, 6], max_new_tokens=12, seed=0).forward_passes == 2
-    with pytest.raises(NapDecodeError, match="compares the model's predictions from step to step, which credit"):
-        MicroConfidenceCommitter(selection=StableSelection(), credit=Credit())
+    with pytest.raises(NapDecodeError, match="compares the model's predictions from step to step, which Credit"):
+        MicroConfidenceCommitter(selection=StableSelection(), adjustment=Credit())
 
 
 def test_filling_up_prefers_what_is_chosen():
     slots = Slots.of(torch.tensor([[0, 0, 0]]), torch.tensor([[1]]))
-    assert fill_up(torch.tensor([[True, False, False]]), torch.tensor([[0.1, 0.9, 0.5]]), slots).tolist() == [
-        [True, False, False]
-    ]
+    proposal = Proposal.of(slots, torch.tensor([[0.1, 0.9, 0.5]]))
+    assert proposal.fill_up(torch.tensor([[True, False, False]])).tolist() == [[True, False, False]]
 
 
 @pytest.mark.parametrize("threshold", [math.nan, "0.9", None])
@@ -290,11 +289,10 @@ def test_bad_thresholds(selection, threshold):
     [
         (lambda: FactorSelection(-1), "factor must be a finite number of at least 0, but is -1"),
         (lambda: EntropyBoundSelection(-0.1), "gamma must be a finite number of at least 0"),
-        (lambda: QuotaSelection(-1.0), "temperature must be a finite number of at least 0"),
+        (lambda: QuotaSelection(-1.0), "position_temperature must be a finite number of at least 0"),
         (lambda: StableSelection(history=0), "history must be a whole number of at least 1"),
         (lambda: LeapSelection(radius=-1), "radius must be a whole number of at least 0"),
-        (lambda: CappedSelection("threshold"), "selection must be a Selection that needs the confidence alone"),
-        (lambda: CappedSelection(EntropyBoundSelection()), "selection must be a Selection that needs the confidence"),
+        (lambda: CappedSelection("threshold"), "capped must be a Selection, such as ThresholdSelection"),
         (lambda: CappedSelection(ThresholdSelection(), least=9, most=3), "most must be a whole number of at least 9"),
     ],
 )

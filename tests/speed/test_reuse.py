@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import MASK, PAD, VOCABULARY, DreamLike, Words, needs_transformers_5, tiny_model
-from test_denoiser import build
-from test_presets import NAMES, OPTIONS, PROMPTS, TEMPLATE
+from models import MASK, PAD, VOCABULARY, DreamLike, Words, build, needs_transformers_5, tiny_model
+from samplers import NAMES, PROMPTS, TEMPLATE, make
 from transformers import BertConfig, BertForMaskedLM
 
 from nap_decode import (
@@ -14,6 +13,7 @@ from nap_decode import (
     BlockReuse,
     Canvas,
     CommittedReuse,
+    Decoder,
     Denoiser,
     DriftReuse,
     MacroParallelScheduler,
@@ -22,17 +22,15 @@ from nap_decode import (
     NapDecodeError,
     ParallelForcedSampler,
     PromptReuse,
-    Reuse,
     Sampler,
     SemiAutoregressiveScheduler,
     ThresholdSelection,
     demo,
-    presets,
 )
-from nap_decode.speed.reuse import Kept
+from nap_decode.model.rows import Rows
+from nap_decode.speed.reuse import Kept, Reuse
 
 POLICIES = [PromptReuse, CommittedReuse, BlockReuse, DriftReuse]
-PRESETS = NAMES
 
 
 class Everything(Reuse):
@@ -74,9 +72,10 @@ def model(request, encoder):
     return tiny_model(attn_implementation="eager" if "eager" in request.param else "sdpa")
 
 
-def sampler_of(model, reuse, scheduler=None, **options):
+def sampler_of(model, reuse, scheduler=None, compile=False, **options):
     denoiser = Denoiser(model, Words(), reuse=reuse, **options)
-    return Sampler(denoiser, scheduler=scheduler or MacroParallelScheduler(tokens_per_step=3), template=TEMPLATE)
+    decoder = Decoder(scheduler or MacroParallelScheduler(tokens_per_step=3))
+    return Sampler(denoiser, decoder=decoder, template=TEMPLATE, compile=compile)
 
 
 def same(one, other):
@@ -89,12 +88,10 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("name", PRESETS)
-def test_with_a_refresh_at_every_pass_every_preset_decodes_as_without_reuse(tiny, name, policy):
-    options = {"template": TEMPLATE} | OPTIONS[name]
+@pytest.mark.parametrize("name", NAMES)
+def test_with_a_refresh_at_every_pass_every_decoder_decodes_as_without_reuse(tiny, name, policy):
     outputs = [
-        presets.PRESETS[name](Denoiser(tiny, Words(), reuse=reuse), **options)(PROMPTS, seed=5)
-        for reuse in (None, policy(refresh_every=1))
+        make(Denoiser(tiny, Words(), reuse=reuse), name)(PROMPTS, seed=5) for reuse in (None, policy(refresh_every=1))
     ]
     same(*outputs)
     assert outputs[1].positions_forwarded == outputs[1].positions_exact
@@ -129,9 +126,7 @@ def test_positions_whose_surroundings_stay_need_no_second_look(model, policy):
     """If nothing changes between two passes, what is reused is what would be computed."""
     denoiser = Denoiser(model, Words(), reuse=policy)
     canvas = Canvas.from_infill([[5, MASK, 6, MASK, 7], [8, MASK, 9]], mask_token_id=MASK, pad_token_id=PAD)
-    from nap_decode.model.rows import Rows, to_rows
-
-    rows, tokens = Rows.of(canvas), to_rows(canvas, canvas.tokens, PAD)
+    rows, tokens = Rows.of(canvas), canvas.tokens
     wanted, places, kept = torch.tensor([[1, 3], [1, 1]]), torch.tensor([0, 1, 2]), {}
     first, second = (denoiser.predict(rows, tokens, wanted, places, kept=kept).logits for _ in range(2))
     exact = Denoiser(model, Words()).predict(rows, tokens, wanted, places).logits
@@ -149,7 +144,7 @@ def test_a_row_is_decoded_alone_as_in_any_batch(model, policy, is_adaptive):
     sampler = sampler_of(model, policy)
     if is_adaptive:  # rows are finished at different times, and others take their places
         committer = MicroConfidenceCommitter(selection=ThresholdSelection(0.4))
-        sampler = sampler.replace(scheduler=MacroParallelScheduler(), committer=committer)
+        sampler = sampler.set(scheduler=MacroParallelScheduler(), committer=committer)
     prompts = [*PROMPTS, [9, 9, 5, 6, 7, 8, 5, 6], [8]]
     alone = [sampler([prompt]) for prompt in prompts]
     together = sampler(prompts)
@@ -158,7 +153,7 @@ def test_a_row_is_decoded_alone_as_in_any_batch(model, policy, is_adaptive):
     assert watched.trace.forwarded.tolist() == together.trace.forwarded.tolist()
     for row, one in enumerate(alone):
         width = one.sequences.shape[1]
-        assert together.sequences[row, -width:].tolist() == one.sequences[0].tolist()
+        assert together.sequences[row, :width].tolist() == one.sequences[0].tolist()
         assert streamed[row].sequences[0].tolist() == one.sequences[0].tolist()
         forwarded = one.trace.forwarded[0].tolist()
         assert together.trace.forwarded[row, : len(forwarded)].tolist() == forwarded
@@ -174,7 +169,7 @@ def test_compiled_passes_reuse_as_others_do(tiny):
     counters.clear()
     for policy in (CommittedReuse(), DriftReuse(), PromptReuse(refresh_every=3)):
         plain = sampler_of(tiny, policy)
-        compiled = plain.replace(compile="kernels")
+        compiled = sampler_of(tiny, policy, compile="kernels")
         for prompts in (PROMPTS, PROMPTS[:1], PROMPTS[:2]):
             one, other = plain(prompts), compiled(prompts)
             assert one.sequences.tolist() == other.sequences.tolist()
@@ -235,9 +230,8 @@ def test_drift_computes_its_share_and_nothing_gets_too_old(tiny):
 
 def plan(policy, tokens, wanted, kept=None):
     tokens, wanted = torch.tensor([tokens]), torch.tensor([wanted], dtype=torch.bool)
-    kept = kept or Kept.nothing(1, tokens.shape[1], tokens.device)
-    prompt, present = torch.zeros_like(wanted), torch.ones_like(wanted)
-    return policy.plan(kept, tokens, wanted, prompt, present)
+    rows = Rows((tokens.shape[1],), torch.zeros_like(wanted))
+    return policy.plan(kept or Kept.nothing(rows), rows, tokens, wanted)
 
 
 def test_drift_goes_where_something_happened():
@@ -327,9 +321,8 @@ def test_guidance_counts_both_branches(tiny):
 @pytest.mark.parametrize("branches", [1, 2])
 @pytest.mark.parametrize("name", ["wino", "lopa"])
 def test_passes_with_shadows_or_alternatives_compute_everything(tiny, name, branches):
-    options = {"template": TEMPLATE} | OPTIONS[name]
     out, plain = (
-        presets.PRESETS[name](Denoiser(tiny, Words(), reuse=reuse, cfg_scale=branches - 1), **options)([PROMPTS[0]])
+        make(Denoiser(tiny, Words(), reuse=reuse, cfg_scale=branches - 1), name)([PROMPTS[0]])
         for reuse in (CommittedReuse(), None)
     )
     counts = out.trace.forwarded[0].tolist()
@@ -401,7 +394,7 @@ def test_options_of_drift_are_checked(options):
 
 def test_captured_steps_cannot_choose(tiny):
     with pytest.raises(NapDecodeError, match="CommittedReuse chooses positions at each pass"):
-        sampler_of(tiny, CommittedReuse()).replace(compile="graphs")
+        sampler_of(tiny, CommittedReuse(), compile="graphs")
 
 
 def test_models_that_cannot_are_refused(tiny):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nap_decode.base.errors import NapDecodeError
 from nap_decode.bench.workload import Workload, banned_ids
 from nap_decode.canvas import Canvas
-from nap_decode.model.attention import additive
+from nap_decode.model.call import additive
 from nap_decode.model.denoiser import Denoiser
 from nap_decode.run.sampler import Sampler
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from nap_decode.base.errors import NapDecodeError, check_name
@@ -100,9 +101,16 @@ def make(name: str, **options: Any) -> Decoder:
     if missing:
         raise NapDecodeError(f"{name} needs {', '.join(missing)}; give it among its options")
     decoder = function(**own)
+    known = decoder.options()
     for option in options:
-        check_name(f"option of {name}", option, {*parameters, *decoder.options()})
-    return decoder.set(**{option: value for option, value in options.items() if option not in own})
+        check_name(f"option of {name}", option, {*parameters, *known, *_options_of(options)})
+    # Set once more if a part is exchanged, to which they may belong.
+    again = {option: value for option, value in options.items() if option not in own or option in known}
+    return decoder.set(**again)
+
+
+def _options_of(parts: dict[str, Any]) -> set[str]:
+    return {field.name for part in parts.values() if is_dataclass(part) for field in fields(part)}
 
 
 def parse_value(text: str) -> Any:

@@ -6,6 +6,7 @@ those of the tempered and cut distribution.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -119,7 +120,9 @@ def dream_entropy(*, alg_temp: float | None = None, eps: float = 1e-3) -> Decode
 
 
 def _dream(confidence: str, schedule: Schedule, alg_temp: float | None = None) -> Decoder:
-    selection = QuotaSelection(0.0 if alg_temp is None else alg_temp)
+    if alg_temp is not None:
+        check_between("alg_temp", alg_temp, 0.0, math.inf)
+    selection = QuotaSelection(alg_temp or 0.0)
     committer = MicroConfidenceCommitter(confidence=confidence, selection=selection, scores_proposal=True)
     return Decoder(AnyOrderScheduler(schedule=schedule), committer)
 

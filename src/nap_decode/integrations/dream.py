@@ -16,7 +16,7 @@ from nap_decode.integrations._hooks import Hook, HookedDenoiser, Recounting, edi
 from nap_decode.integrations._shared import PUBLISHED_PRECISION, AnySampler, Padded, bind, find
 from nap_decode.model.denoiser import Denoiser
 from nap_decode.model.families import find_family
-from nap_decode.model.foreign import innermost, owner_of_attributes
+from nap_decode.model.foreign import innermost
 from nap_decode.run.generate import check_same_model
 from nap_decode.run.sampler import Sampler
 
@@ -75,7 +75,7 @@ def install(model: Any, sampler: AnySampler | None = None, *, model_precision: b
             check_same_model(sampler, model)
         else:
             find(sampler)
-    owner = owner_of_attributes(model)
+    owner = getattr(model, "_orig_mod", model)  # torch.compile's wrapper hands on what is set
     before = vars(owner).get("diffusion_generate")
     if isinstance(before, _DiffusionGenerate):
         before = before.before
@@ -88,7 +88,7 @@ def uninstall(model: Any) -> None:
     Raises:
         NapDecodeError: it is not there.
     """
-    owner = owner_of_attributes(model)
+    owner = getattr(model, "_orig_mod", model)
     installed = vars(owner).get("diffusion_generate")
     if not isinstance(installed, _DiffusionGenerate):
         raise NapDecodeError(f"nothing is installed on this {type(model).__name__}; install(model) does it")

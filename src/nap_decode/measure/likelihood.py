@@ -32,12 +32,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from nap_decode.base.batching import host_tensor
 from nap_decode.base.errors import NapDecodeError, check_integer, is_whole
 from nap_decode.base.random import SCHEDULE_STREAM, SELECTION_STREAM, uniform, wrap
 from nap_decode.base.random import row_seeds as seeds_of_rows
 from nap_decode.canvas import Canvas
 from nap_decode.model.denoiser import Denoiser
-from nap_decode.model.rows import Rows, host_tensor
+from nap_decode.model.rows import Rows
 from nap_decode.prompts import Prompts, encode_prompts
 
 __all__ = ["LogLikelihood", "chain_log_likelihood", "log_likelihood_bound"]

@@ -11,18 +11,11 @@ import functools
 import inspect
 import sys
 import weakref
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
-
-Update = Callable[[int, Tensor, Tensor], "tuple[Tensor, Tensor]"]
-"""``(number of the layer, keys, values (n, heads, P, D)) -> keys and values (n, heads, W, D)`` to attend to."""
-
+from torch import nn
 
 # ---------------------------------------------------------------------------------------------- signatures
 
@@ -185,11 +178,6 @@ def precision_argument() -> str:
     return "dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype"
 
 
-def claims_both_ways(config: Any) -> bool:
-    """Whether a config says of a decoder that it attends both ways."""
-    return getattr(config, "is_causal", None) is False
-
-
 def attention_kind(config: Any) -> str | None:
     """The name of the attention implementation, which may be exchanged at any time."""
     return getattr(config, "_attn_implementation", None)
@@ -261,84 +249,6 @@ def takes_expanded_mask(module: nn.Module, config: Any) -> bool:
     )
 
 
-# ---------------------------------------------------------------------------------------------- keys and values
-
-
-def cache_argument(parameters: Mapping[str, inspect.Parameter]) -> str | None:
-    """The argument by which a decoder takes a ``Cache``; None if there is none.
-
-    It is the one that is annotated so, since its name changes: ``cache`` from transformers 5.24 on,
-    ``past_key_values`` before, and in code without annotations.
-    """
-    for name, parameter in parameters.items():
-        if "Cache" in str(parameter.annotation):
-            return name
-    return next((name for name in ("cache", "past_key_values") if name in parameters), None)
-
-
-@functools.cache
-def _cache_class() -> type[Any]:
-    from transformers import Cache
-
-    class UpdatingCache(Cache):  # type: ignore[misc]
-        """What a decoder hands its keys and values to; knows of no past, so that positions are those passed."""
-
-        def __init__(self, update: Update, width: int) -> None:
-            if isinstance(self, nn.Module):  # in releases before 4.48; what it is made of does not matter
-                nn.Module.__init__(self)
-            self.put, self.width = update, width
-            self.layers: list[Any] = []  # none that transformers knows of
-
-        def update(
-            self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-        ) -> tuple[Tensor, Tensor]:
-            return self.put(layer_idx, key_states, value_states)
-
-        def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
-            return 0
-
-        def get_query_offset(self, *args: Any, **kwargs: Any) -> int:
-            return 0
-
-        def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-            return self.width, 0
-
-    return UpdatingCache
-
-
-def as_cache(update: Update, width: int) -> Any:
-    """What a decoder takes as its cache of keys and values, for rows of W columns."""
-    return _cache_class()(update, width)
-
-
-class _Attention(TorchFunctionMode):
-    """Lets attention of the calls inside, in this thread alone, go through an update of keys and values."""
-
-    def __init__(self, update: Update) -> None:
-        super().__init__()
-        self.update, self.calls = update, 0
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        named = dict(kwargs or {})
-        if function is scaled_dot_product_attention:
-            named |= zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False)
-            named["key"], named["value"] = self.update(self.calls, named["key"], named["value"])
-            args = ()
-            self.calls += 1
-        return function(*args, **named)
-
-
-def through_attention(update: Update) -> AbstractContextManager[_Attention]:
-    """While open, torch's attention attends to what ``update`` makes of its keys and values, layer by layer.
-
-    That is for models without a cache, such as encoders.  Nothing of the model is exchanged, and other threads see
-    nothing of it; attention that is written out by hand does not pass here, and ``calls`` stays 0.
-    """
-    return _Attention(update)
-
-
 # ---------------------------------------------------------------------------------------------- wrappers
 
 
@@ -359,3 +269,30 @@ def virtual_tokens(chain: list[Any]) -> int:
         if getattr(config, "is_prompt_learning", False):
             return int(config.num_virtual_tokens)
     return 0
+
+
+# ---------------------------------------------------------------------------------------------- sizes
+
+
+class Sizes(NamedTuple):
+    """What a config says of a model's size."""
+
+    layers: int
+    width: int
+    """Of the heads of a layer together."""
+    active_experts: float
+    """The share that a token goes through."""
+
+
+def sizes_of(config: Any) -> Sizes | None:
+    """None if the config does not say enough."""
+
+    def said(*names: str) -> Any:
+        return next((value for name in names if (value := getattr(config, name, None))), None)
+
+    layers, hidden = said("num_hidden_layers", "n_layers"), said("hidden_size", "d_model")
+    heads, experts = said("num_attention_heads", "n_heads"), said("num_experts", "num_local_experts") or 1
+    if not (layers and hidden and heads):
+        return None
+    active = min(said("num_experts_per_tok") or experts, experts)
+    return Sizes(layers, heads * (said("head_dim") or hidden // heads), active / experts)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,6 +28,12 @@ class Output(NamedTuple):
     rows: Tensor
     is_hidden: bool
 
+    @staticmethod
+    def joined(parts: Sequence[tuple[Tensor, Output]]) -> Output:
+        """That of a batch, of its parts and the rows ``(n,)`` that each has."""
+        values, index = torch.cat([output.rows for _, output in parts]), torch.cat([rows for rows, _ in parts])
+        return Output(torch.empty_like(values).index_copy_(0, index.to(values.device), values), parts[0][1].is_hidden)
+
 
 class Head:
     """The output layer of a model, of which calls keep what is wanted: its input, if possible, else its output.
@@ -48,8 +54,8 @@ class Head:
         """Whether calls give hidden states."""
         self.dtype = torch.get_default_dtype()
         """Precision of the logits, if so."""
-        self.memory: list[Tensor] = []
-        """What :class:`Passing` works in, while nobody does: one tensor, or none."""
+        self._memory: list[Tensor] = []
+        """What :meth:`passing` works in, while nobody does: one tensor, or none."""
 
     @property
     def vocab_size(self) -> int:
@@ -62,6 +68,39 @@ class Head:
         assert self.layer is not None
         logits: Tensor = self.layer(rows[None])[0]
         return logits.to(self.dtype)
+
+    @contextmanager
+    def passing(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """The layer for one chunk of hidden states after the other; what it returns is good until the next call.
+
+        On a CPU all chunks, of all predictions, are in the same memory: fresh memory comes from the system page by
+        page, which takes a good part of the time of the product itself.
+        """
+        memory: Tensor | None = None
+        with suppress(IndexError):  # popped, so that nobody else works in it
+            memory = self._memory.pop()
+
+        def apply(rows: Tensor) -> Tensor:
+            nonlocal memory
+            layer = self.layer
+            if not isinstance(layer, nn.Linear) or not _is_just_a_product(layer, rows):
+                return self(rows)
+            size, is_inference = len(rows) * layer.out_features, torch.is_inference_mode_enabled()
+            kind = rows.dtype, is_inference
+            if memory is None or memory.numel() < size or (memory.dtype, memory.is_inference()) != kind:
+                memory = torch.empty(size, dtype=rows.dtype, device=rows.device)
+            logits = memory[:size].view(len(rows), layer.out_features)
+            if layer.bias is None:
+                torch.mm(rows, layer.weight.T, out=logits)
+            else:
+                torch.addmm(layer.bias, rows, layer.weight.T, out=logits)
+            return logits.to(self.dtype)
+
+        try:
+            yield apply
+        finally:
+            if memory is not None:
+                self._memory[:] = [memory]
 
     def logits(self, output: Output) -> Tensor:
         """``(N, K, V)``."""
@@ -180,65 +219,14 @@ class Head:
                     handle.remove()
 
 
-class Passing:
-    """Applies an output layer to one chunk after the other; what it returns is good until the next call.
-
-    On a CPU all chunks, of all predictions, are in the same memory: fresh memory comes from the system page by page,
-    which takes a good part of the time of the product itself.
-
-    Args:
-        head: the output layer.
-    """
-
-    def __init__(self, head: Head) -> None:
-        self.head = head
-        self._memory: Tensor | None = None
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        """Logits ``(R, V)`` of hidden states ``(R, H)``."""
-        layer = self.head.layer
-        if not self._is_just_a_product(rows):
-            return self.head(rows)
-        assert isinstance(layer, nn.Linear)
-        size = len(rows) * layer.out_features
-        if self._memory is None:
-            self._memory = self._taken()
-        memory = self._memory
-        if (
-            memory is None
-            or memory.numel() < size
-            or memory.dtype != rows.dtype
-            or memory.is_inference() != torch.is_inference_mode_enabled()
-        ):
-            memory = self._memory = torch.empty(size, dtype=rows.dtype, device=rows.device)
-        logits = memory[:size].view(len(rows), layer.out_features)
-        if layer.bias is None:
-            torch.mm(rows, layer.weight.T, out=logits)
-        else:
-            torch.addmm(layer.bias, rows, layer.weight.T, out=logits)
-        return logits.to(self.head.dtype)
-
-    def _taken(self) -> Tensor | None:
-        """The memory, taken so that nobody else works in it; popped, because that cannot happen twice."""
-        try:
-            return self.head.memory.pop()
-        except IndexError:
-            return None
-
-    def release(self) -> None:
-        """Give the memory back."""
-        if self._memory is not None:
-            self.head.memory[:], self._memory = [self._memory], None
-
-    def _is_just_a_product(self, rows: Tensor) -> bool:
-        """Whether calling the layer, on a CPU, is nothing but its product: no hooks, no parameters of another kind."""
-        layer = self.head.layer
-        if rows.device.type != "cpu" or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
-            return False
-        if type(layer) is not nn.Linear or layer._forward_pre_hooks or layer._forward_hooks or "forward" in vars(layer):
-            return False
-        parameters = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
-        return all(_is_plain(p) and p.device.type == "cpu" and p.dtype == rows.dtype for p in parameters)
+def _is_just_a_product(layer: nn.Linear, rows: Tensor) -> bool:
+    """Whether calling a layer, on a CPU, is nothing but its product: no hooks, no parameters of another kind."""
+    if rows.device.type != "cpu" or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return False
+    if type(layer) is not nn.Linear or layer._forward_pre_hooks or layer._forward_hooks or "forward" in vars(layer):
+        return False
+    parameters = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
+    return all(_is_plain(p) and p.device.type == "cpu" and p.dtype == rows.dtype for p in parameters)
 
 
 def _fits(hidden: Tensor, layer: nn.Linear) -> bool:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from nap_decode.model.head import Passing
+from nap_decode.model.head import Head
 
 __all__ = ["Prediction"]
 
@@ -25,14 +26,14 @@ class Prediction:
     """Logits of the slots of a batch, after guidance and logits processors; made when they are looked at.
 
     Args:
-        shape: ``(B, K)``, slots of a batch; or ``(J, B, K)``, those of J alternatives.
+        shape: ``(N, K)``, slots of a batch.
         places: ``(T,)`` int64, which of the flattened slots are asked for; it may name one more than once.
         vocab_size: V, ids that are scored.
-        banned: ``(N,)`` int64, ids that must not be proposed.
+        banned: ``(n,)`` int64, ids that must not be proposed.
         dtype: precision of the logits.
         source: ``(S, H)`` hidden states or ``(S, V)`` logits of the S flattened slots; ``(2 * S, ...)`` under
             guidance, the second half being those without the prompt.
-        head: makes logits ``(R, V)`` of hidden states ``(R, H)``; None if the source is logits.
+        head: makes logits of hidden states; None if the source is logits.
         cfg_scale: strength of guidance; 0 is off.
         process: ``(places (R,), scores (R, V)) -> scores``, the logits processors; None if there are none.
 
@@ -45,27 +46,27 @@ class Prediction:
         torch.Size([1, 3, 2])
     """
 
-    shape: tuple[int, ...]
+    shape: tuple[int, int]
     places: Tensor
     vocab_size: int
     banned: Tensor
     dtype: torch.dtype
     source: Tensor
-    head: Callable[[Tensor], Tensor] | None = None
+    head: Head | None = None
     cfg_scale: float = 0.0
     process: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @classmethod
     def of(cls, logits: Tensor, *, banned: Tensor, places: Tensor | None = None) -> Prediction:
-        """That of logits ``(B, K, V)`` or ``(J, B, K, V)``, for all slots or those at ``places``."""
-        shape, source = tuple(logits.shape[:-1]), logits.flatten(0, -2)
+        """That of logits ``(N, K, V)``, for all slots or those at ``places``."""
+        number, width, vocab_size = logits.shape
         return cls(
-            shape=shape,
-            places=torch.arange(len(source), device=logits.device) if places is None else places,
-            vocab_size=logits.shape[-1],
+            shape=(number, width),
+            places=torch.arange(number * width, device=logits.device) if places is None else places,
+            vocab_size=vocab_size,
             banned=banned,
             dtype=logits.dtype,
-            source=source,
+            source=logits.flatten(0, 1),
         )
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
@@ -73,57 +74,50 @@ class Prediction:
 
         The caller may overwrite them, and must be done with them before taking the next.
         """
+        number, most = len(self.places), self._rows_at_once(_CACHED_NUMBERS)
         if "logits" in self.__dict__:
-            flat = self.logits.flatten(0, -2)
-            for part in self._parts(len(self.places), self._rows_at_once(_CACHED_NUMBERS)):
-                yield part, flat.index_select(0, self.places[part])
+            for part in _parts(number, most):
+                yield part, self.logits.flatten(0, 1).index_select(0, self.places[part])
             return
-        most = self._rows_at_once(_CACHED_NUMBERS)
         at_once = most if self.head is None else max(_HEAD_ROWS, self._rows_at_once(_HEAD_NUMBERS))
-        for part in self._parts(len(self.places), at_once if self.cfg_scale == 0 else max(1, at_once // 2)):
-            try:
-                branches = self._raw(self.places[part])
-                for few in self._parts(len(branches[0]), most):
+        with nullcontext() if self.head is None else self.head.passing() as head:
+            for part in _parts(number, at_once if self.cfg_scale == 0 else max(1, at_once // 2)):
+                branches = self._raw(self.places[part], head)
+                for few in _parts(len(branches[0]), most):
                     some = slice(part.start + few.start, part.start + few.stop)
                     yield some, self._processed([branch[few] for branch in branches], self.places[some])
-            finally:
-                if isinstance(self.head, Passing):
-                    self.head.release()
 
     @cached_property
     def logits(self) -> Tensor:
-        """``(B, K, V)`` or ``(J, B, K, V)``: everything at once; 0 for slots that were not asked for."""
-        number = torch.Size(self.shape).numel()
-        everything = torch.zeros(number, self.vocab_size, dtype=self.dtype, device=self.places.device)
+        """``(N, K, V)``: everything at once; 0 for slots that were not asked for."""
+        number, width = self.shape
+        everything = torch.zeros(number * width, self.vocab_size, dtype=self.dtype, device=self.places.device)
         for part, logits in self.chunks():
             everything.index_copy_(0, self.places[part], logits)
-        return everything.view(*self.shape, self.vocab_size)
+        return everything.view(number, width, self.vocab_size)
 
-    def _raw(self, places: Tensor) -> tuple[Tensor, ...]:
+    def _raw(self, places: Tensor, head: Callable[[Tensor], Tensor] | None) -> tuple[Tensor, ...]:
         """Fresh logits ``(R, V)`` as the model gives them: one tensor, or with guidance two."""
         guided = self.cfg_scale != 0
         index = torch.cat([places, places + len(self.source) // 2]) if guided else places
         rows = self.source.index_select(0, index.to(self.source.device))
-        logits = (rows if self.head is None else self.head(rows)).to(self.places.device)
+        logits = (rows if head is None else head(rows)).to(self.places.device)
         return logits.chunk(2) if guided else (logits,)
 
     def _processed(self, branches: list[Tensor], places: Tensor) -> Tensor:
         logits = branches[0]
         if self.cfg_scale != 0:
-            free = branches[1]
-            logits = (logits - free).mul_(self.cfg_scale + 1).add_(free)
-        if self.process is not None:
-            logits = self.process(places, logits).to(self.dtype)
-        return logits
+            logits = (logits - branches[1]).mul_(self.cfg_scale + 1).add_(branches[1])
+        return logits if self.process is None else self.process(places, logits).to(self.dtype)
 
     def _rows_at_once(self, numbers: int) -> int:
         if self.places.device.type != "cpu":
             numbers = _ACCELERATOR_NUMBERS
         return max(1, numbers // self.vocab_size)
 
-    @staticmethod
-    def _parts(number: int, most: int) -> Iterator[slice]:
-        """``number`` rows in parts of about one size, ``most`` at the most."""
-        size = -(-number // max(1, -(-number // most)))
-        for start in range(0, number, max(1, size)):
-            yield slice(start, min(start + size, number))
+
+def _parts(number: int, most: int) -> Iterator[slice]:
+    """``number`` rows in parts of about one size, ``most`` at the most."""
+    size = -(-number // max(1, -(-number // most)))
+    for start in range(0, number, max(1, size)):
+        yield slice(start, min(start + size, number))

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nap_decode.base.batching import append, copy_of, host_tensor, join, narrow, select, tensors, to_device
+from nap_decode.base.batching import host_tensor
 from nap_decode.canvas import Canvas
-
-__all__ = ["Rows", "append", "copy_of", "host_tensor", "join", "narrow", "select", "tensors", "to_device"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,11 +32,13 @@ class Rows:
     lengths: tuple[int, ...]
     prompt: Tensor
     mask: Tensor | None = None
+    made: dict[object, Any] = field(default_factory=dict, init=False, repr=False)
+    """What forward passes made of the rows and need again."""
 
     @classmethod
     def of(cls, canvas: Canvas) -> Rows:
         """Those of a canvas."""
-        return cls(tuple(canvas.attention_mask.sum(1).tolist()), canvas.prompt)
+        return cls(tuple(canvas.row_lengths.tolist()), canvas.prompt, canvas.attention_mask.bool())
 
     @property
     def width(self) -> int:

@@ -424,8 +424,9 @@ class AnyOrderScheduler(Scheduler):
 
 def in_blocks(block_length: int | None, *, on_grid: bool = False) -> Scheduler:
     """Semi-autoregressive blocks of this length; None decodes anywhere."""
-    if block_length is None:
+    if block_length is None and not on_grid:
         return AnyOrderScheduler()
+    check_integer("block_length", block_length, 1)
     return SemiAutoregressiveScheduler(block_length=block_length, on_grid=on_grid)
 
 

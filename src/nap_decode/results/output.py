@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nap_decode.base.errors import NapDecodeError
 from nap_decode.canvas import Canvas
-from nap_decode.model.cost import Cost
+from nap_decode.model.call import Cost
 from nap_decode.results.html import render
 from nap_decode.results.trace import DecodeTrace, ends_before
 

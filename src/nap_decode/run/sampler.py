@@ -34,7 +34,6 @@ from nap_decode.run.loop import Batch, Loop, Watch
 from nap_decode.run.state import Callback, DecodeState, State
 from nap_decode.run.watch import Streams, interrupts
 from nap_decode.speed.modes import prepare
-from nap_decode.speed.reuse import computed_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -169,7 +168,7 @@ class Sampler:
         output = self.decode(canvas, **options)
         # The one place with padding on the left.
         width = input_ids.shape[1] + int(canvas.row_lengths[0]) - len(rows[0])
-        columns = torch.arange(width) - (width - canvas.row_lengths[:, None])
+        columns = torch.arange(width, device="cpu") - (width - canvas.row_lengths[:, None])
         sequences = output.trace.tokens.gather(1, columns.clamp(min=0))
         sequences = sequences.masked_fill(columns < 0, self.denoiser.pad_token_id).to(input_ids.device)
         return replace(output, sequences=sequences) if return_dict_in_generate else sequences
@@ -602,7 +601,7 @@ class Sampler:
         turns, passes = batch.progress.spent.unbind(1)
         spent = passes[:, None]
         if self.denoiser.reuse is not None:
-            spent = torch.cat([spent, computed_positions(batch.kept, passes)], dim=1)
+            spent = torch.cat([spent, self.denoiser.reuse.computed(batch.kept, passes)], dim=1)
         return spent, batch.plan.busy_steps - turns
 
     def _check_result(self, canvas: Canvas, trace: DecodeTrace, expected: Tensor, is_masked: Tensor) -> None:

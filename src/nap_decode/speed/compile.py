@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from nap_decode.base.errors import NapDecodeError
+from nap_decode.model.call import ModelCall, Options
+from nap_decode.model.denoiser import Denoiser
+from nap_decode.model.head import take
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -41,6 +44,47 @@ def compiled(function: Function, **options: Any) -> Function:
     return cast(Function, call)
 
 
+def compiled_model(denoiser: Denoiser, **options: Any) -> Denoiser:
+    """The same model with everything before its output layer compiled by ``torch.compile``.
+
+    It is compiled when it is called: for the first shape ``(N, W)`` that it is called with, and at the first other one
+    once for all.  Rows with padding and without are compiled apart, and so is a single row.  The result is that of the
+    model as it is: weights that are trained are seen, and if modules are exchanged, such as for adapters, the next
+    :meth:`Denoiser.check` compiles anew.
+
+    Args:
+        denoiser: the model.
+        options: those of ``torch.compile``, such as ``mode="max-autotune"`` or ``fullgraph=True``.
+
+    Raises:
+        NapDecodeError: the output layer cannot be told from the rest of the model.
+
+    Example:
+        >>> from nap_decode import demo
+        >>> denoiser = compiled_model(Denoiser(*demo.load()), fullgraph=True)
+    """
+    return denoiser.through(functools.partial(_compiled_call, compiler_options=options))
+
+
+@torch.no_grad()
+def _compiled_call(call: ModelCall, tokens: Tensor | None, compiler_options: dict[str, Any]) -> ModelCall:
+    """See :meth:`Denoiser.through`."""
+    if tokens is None:
+        raise NapDecodeError(f"{call.name} cannot be compiled here; compile it before, with torch.compile")
+    if call.head.is_late and isinstance(call.head.layer, nn.Linear):
+        body = CompiledBody(call.module, call.head.layer, **compiler_options)
+        options, wanted = call.whole(tokens.shape, None, tokens.device), torch.zeros_like(tokens[:, :1])
+        if torch.equal(take(body.plain(tokens, options), wanted), call(tokens, options, wanted).rows):
+            other = copy.copy(call)
+            other.body = body
+            return other
+    raise NapDecodeError(
+        f"{call.name} cannot be compiled here, because its output layer cannot be told from the rest: it must be a "
+        "torch.nn.Linear that get_output_embeddings() names, whose output is returned as it is, in a model that is "
+        "neither compiled nor split over devices already. Use it as it is"
+    )
+
+
 class CompiledBody:
     """Everything before a model's output layer, compiled: for the first shape of its input, and for all others.
 
@@ -60,19 +104,14 @@ class CompiledBody:
         # Kernels for one shape are the faster ones, but a new shape must not cost a compilation each time.
         self._first, self._other = (compiled(self.plain, **{"dynamic": d} | options) for d in (False, True))
 
-    def plain(self, tokens: Tensor, options: dict[str, Any]) -> Tensor:
-        """``(N, W) -> (N, W, H)``, not compiled.
-
-        Args:
-            tokens: ``(N, W)`` int64.
-            options: arguments of the model besides.
-        """
+    def plain(self, tokens: Tensor, options: Options) -> Tensor:
+        """Hidden states of ids, ``(N, W) -> (N, W, H)``, not compiled."""
         output = self.module(input_ids=tokens, **options)
         hidden: Tensor
         hidden = output if isinstance(output, Tensor) else output[0] if isinstance(output, tuple) else output.logits
         return hidden
 
-    def __call__(self, tokens: Tensor, options: dict[str, Any]) -> Tensor:
+    def __call__(self, tokens: Tensor, options: Options) -> Tensor:
         """The same, compiled."""
         if self._first_shape is None:
             self._first_shape = tokens.shape

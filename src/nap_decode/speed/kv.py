@@ -1,10 +1,21 @@
-"""Keys and values that passes keep for the next ones."""
+"""Keys and values that calls of a model keep for the next ones."""
 
 from __future__ import annotations
 
+import copy
+import functools
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+from nap_decode.model.call import ModelCall, Options
+from nap_decode.model.foreign import parameters_of
+from nap_decode.model.head import Output
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,3 +57,83 @@ class Store:
         if self.rows is not None:
             kept.index_copy_(0, self.rows, some)
         return some
+
+
+def call_storing(call: ModelCall, tokens: Tensor, options: Options, wanted: Tensor, store: Store) -> Output:
+    """One call of a model that attends to what is in the store, too, and puts there what it makes; see ModelCall."""
+    name = cache_argument(parameters_of(call.module) or {})
+    if name is not None:
+        return call(tokens, options | {name: _cache_class()(store)}, wanted)
+    if call.body is not None:  # compiled attention does not pass where it could be caught
+        call = copy.copy(call)
+        call.body = None
+    with ThroughAttention(store):
+        return call(tokens, options, wanted)
+
+
+def cache_argument(parameters: Mapping[str, inspect.Parameter]) -> str | None:
+    """The argument by which a decoder takes a ``Cache``; None if there is none.
+
+    It is the one that is annotated so, since its name changes: ``cache`` from transformers 5.24 on,
+    ``past_key_values`` before, and in code without annotations.
+    """
+    for name, parameter in parameters.items():
+        if "Cache" in str(parameter.annotation):
+            return name
+    return next((name for name in ("cache", "past_key_values") if name in parameters), None)
+
+
+@functools.cache
+def _cache_class() -> type[Any]:
+    from transformers import Cache
+
+    class StoringCache(Cache):  # type: ignore[misc]
+        """What a decoder hands its keys and values to; knows of no past, so that positions are those passed."""
+
+        def __init__(self, store: Store) -> None:
+            if isinstance(self, nn.Module):  # in releases before 4.48; what it is made of does not matter
+                nn.Module.__init__(self)
+            self.store = store
+            self.layers: list[Any] = []  # none that transformers knows of
+
+        def update(
+            self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+        ) -> tuple[Tensor, Tensor]:
+            return self.store.update(layer_idx, key_states, value_states)
+
+        def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
+            return 0
+
+        def get_query_offset(self, *args: Any, **kwargs: Any) -> int:
+            return 0
+
+        def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+            return self.store.width, 0
+
+    return StoringCache
+
+
+class ThroughAttention(TorchFunctionMode):
+    """While open, torch's attention, in this thread alone, attends to what a store makes of its keys and values.
+
+    That is for models without a cache, such as encoders.  Nothing of the model is exchanged; attention that is written
+    out by hand does not pass here, and the store stays empty.
+
+    Args:
+        store: whatever has ``update``.
+    """
+
+    def __init__(self, store: Any) -> None:
+        super().__init__()
+        self.store, self.calls = store, 0
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        named = dict(kwargs or {})
+        if function is scaled_dot_product_attention:
+            named |= zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False)
+            named["key"], named["value"] = self.store.update(self.calls, named["key"], named["value"])
+            args = ()
+            self.calls += 1
+        return function(*args, **named)

@@ -7,7 +7,7 @@ from functools import partial
 from nap_decode.base.errors import NapDecodeError
 from nap_decode.model.denoiser import Denoiser
 from nap_decode.parts.decoder import Decoder
-from nap_decode.speed.compile import compiled
+from nap_decode.speed.compile import compiled, compiled_model
 from nap_decode.speed.graphs import CudaRecorder, Graphs
 
 
@@ -31,7 +31,7 @@ def prepare(denoiser: Denoiser, decoder: Decoder, mode: bool | str) -> tuple[Den
         _check_captured(denoiser, decoder)
     if kernels:
         committer = decoder.committer.compiled(partial(compiled, dynamic=True))
-        denoiser, decoder = denoiser.compiled(), Decoder(decoder.scheduler, committer, decoder.close_on)
+        denoiser, decoder = compiled_model(denoiser), Decoder(decoder.scheduler, committer, decoder.close_on)
     return denoiser, decoder, Graphs(CudaRecorder(device)) if graphs else None
 
 

@@ -12,78 +12,67 @@ policies but :class:`DriftReuse` every position where a prediction is wanted.
 from __future__ import annotations
 
 import abc
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn.functional import conv1d, pad
 
-from nap_decode.base.errors import check_between, check_flag, check_integer
-from nap_decode.model.rows import join, narrow
+from nap_decode.base.batching import host_tensor, join, narrow
+from nap_decode.base.errors import NapDecodeError, check_between, check_flag, check_integer
+from nap_decode.model.call import ModelCall, visibility
+from nap_decode.model.denoiser import Denoiser
+from nap_decode.model.foreign import attention_window
+from nap_decode.model.head import Output, take
+from nap_decode.model.probe import Probing, differ
+from nap_decode.model.rows import Rows
+from nap_decode.speed.kv import Store, call_storing
 
-__all__ = ["BlockReuse", "CommittedReuse", "DriftReuse", "Glance", "Kept", "PromptReuse", "Reuse", "computed_positions"]
+__all__ = ["BlockReuse", "CommittedReuse", "DriftReuse", "Glance", "Kept", "PromptReuse", "Reuse"]
+
+_BRANCHES = ("given", "free")
+"""What is kept apart: the rows, and under guidance those without their prompt."""
+Memory: TypeAlias = "dict[str, Kept]"
+"""What earlier passes found out, by branch; empty at first."""
 
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """What earlier passes found out about B rows of W columns.
+    """What earlier passes found out about B rows of W columns."""
 
-    Args:
-        tokens: ``(B, W)`` int64, what stood in each position when it was last computed; -1 if it never was.
-        repeats: ``(B, W)`` int64, passes that computed the position with this token.
-        age: ``(B, W)`` int64, passes since it was last computed.
-        pending: ``(B, W)`` float32, what has happened since then that concerns it, see :class:`DriftReuse`.
-        wanted: ``(B, W)`` bool, where predictions were wanted when the whole row was last computed.
-        opened: ``(B, W)`` bool, where predictions were wanted in any pass.
-        passes: ``(B,)`` int64, passes since then.
-        start: ``(B,)`` int64, passes of the batch before the row came.
-        counts: ``(B, S)`` int64, positions that each pass of the batch computed.
-        states: what the model made of them, each ``(B, heads, W, D)``: the keys and values of its layers, and for
-            policies that leave out wanted positions, of one head, what it put out.
-    """
-
-    tokens: Tensor
-    repeats: Tensor
-    age: Tensor
-    pending: Tensor
-    wanted: Tensor
-    opened: Tensor
-    passes: Tensor
-    start: Tensor
-    counts: Tensor
+    tokens: Tensor  # (B, W) int64, what stood there when the position was last computed; -1 if it never was
+    repeats: Tensor  # (B, W) int64, passes that computed the position with this token
+    age: Tensor  # (B, W) int64, passes since it was last computed
+    pending: Tensor  # (B, W) float32, what has happened since then that concerns it, see DriftReuse
+    wanted: Tensor  # (B, W) bool, where predictions were wanted when the whole row was last computed
+    opened: Tensor  # (B, W) bool, where predictions were wanted in any pass
+    passes: Tensor  # (B,) int64, passes since the whole row was last computed
+    start: Tensor  # (B,) int64, passes of the batch before the row came
+    counts: Tensor  # (B, S) int64, positions that each pass of the batch computed
     states: dict[str, Tensor] = field(default_factory=dict)
+    """``(B, heads, W, D)`` each: keys and values of the model's layers; and of one head, what it put out, for policies
+    that leave out wanted positions."""
 
     @classmethod
-    def nothing(cls, number: int, width: int, device: torch.device) -> Kept:
+    def nothing(cls, rows: Rows) -> Kept:
         """Of rows that no pass has seen."""
-        zeros = torch.zeros(number, width, dtype=torch.int64, device=device)
-        return cls(
-            tokens=zeros - 1,
-            repeats=zeros,
-            age=zeros,
-            pending=zeros.float(),
-            wanted=zeros.bool(),
-            opened=zeros.bool(),
-            passes=zeros[:, 0],
-            start=zeros[:, 0],
-            counts=zeros[:, :0],
-        )
+        zeros = torch.zeros_like(rows.prompt, dtype=torch.int64)
+        no = torch.zeros_like(rows.prompt)
+        return cls(zeros - 1, zeros, zeros, zeros.float(), no, no, zeros[:, 0], zeros[:, 0], zeros[:, :0])
 
     def with_rows(self, number: int, width: int) -> Kept:
         """These rows, and others that no pass has seen; all with at least ``width`` columns."""
-        others = Kept.nothing(number, width, self.tokens.device)
+        others = Kept.nothing(Rows((), torch.zeros(number, width, dtype=torch.bool, device=self.tokens.device)))
         both = join(self, replace(others, start=others.start + self.counts.shape[1]), {"tokens": -1})
         more = (0, 0, 0, max(0, width - self.tokens.shape[1]), 0, 0, 0, number)  # columns and rows
         return replace(both, states={name: pad(kept, more) for name, kept in self.states.items()})
 
     def narrowed(self, width: int) -> Kept:
         """The first columns."""
-        return replace(
-            narrow(replace(self, counts=self.start, states={}), width),
-            counts=self.counts,
-            states={name: kept[:, :, :width] for name, kept in self.states.items()},
-        )
+        states = {name: kept[:, :, :width] for name, kept in self.states.items()}
+        return replace(narrow(replace(self, counts=self.start, states={}), width), counts=self.counts, states=states)
 
     def counted(self, computed: Tensor) -> Kept:
         """With one pass more, of ``(B,)`` positions."""
@@ -92,25 +81,15 @@ class Kept:
 
 @dataclass(frozen=True, eq=False)
 class Glance:
-    """What a policy sees before a pass; all ``(B, W)``.
+    """What a policy sees before a pass; all ``(B, W)``."""
 
-    Args:
-        kept: of earlier passes.
-        tokens: int64, the rows as they stand.
-        wanted: bool, where predictions are wanted.
-        prompt: bool.
-        present: bool, false for padding.
-        changed: bool, where another token stands than when the position was last computed.
-        pending: float32, what concerns a position and was not computed yet, this pass's changes included.
-    """
-
-    kept: Kept
-    tokens: Tensor
-    wanted: Tensor
-    prompt: Tensor
-    present: Tensor
-    changed: Tensor
-    pending: Tensor
+    kept: Kept  # of earlier passes
+    tokens: Tensor  # int64, the rows as they stand
+    wanted: Tensor  # bool, where predictions are wanted
+    prompt: Tensor  # bool
+    present: Tensor  # bool, false for padding
+    changed: Tensor  # bool, where another token stands than when the position was last computed
+    pending: Tensor  # float32, what concerns a position and was not computed yet, this pass's changes included
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +104,7 @@ class Reuse(abc.ABC):
         NapDecodeError: options out of range.
 
     Example:
-        >>> from nap_decode import Denoiser, ParallelForcedSampler, Reuse, demo
+        >>> from nap_decode import Denoiser, ParallelForcedSampler, demo
         >>> class Neighbours(Reuse):
         ...     def select(self, glance: Glance) -> Tensor:  # what is next to what has changed
         ...         return glance.changed.roll(1, dims=1) | glance.changed.roll(-1, dims=1)
@@ -158,46 +137,139 @@ class Reuse(abc.ABC):
         """``(B, W)`` float32: how much changes, ``(B, W)`` bool, concern each position."""
         return changed.float()
 
-    def plan(
-        self, kept: Kept, tokens: Tensor, wanted: Tensor, prompt: Tensor, present: Tensor
-    ) -> tuple[Tensor, Tensor, Kept]:
+    def plan(self, kept: Kept, rows: Rows, tokens: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Kept]:
         """What the next pass computes.
 
         Args:
             kept: of earlier passes.
+            rows: B rows.
             tokens: ``(B, W)`` int64, the rows as they stand.
             wanted: ``(B, W)`` bool, where predictions are wanted.
-            prompt: ``(B, W)`` bool.
-            present: ``(B, W)`` bool, false for padding.
 
         Returns:
             ``(B, W)`` bool, positions to compute; ``(B,)`` bool, rows that are computed as a whole; and what is
             known after the pass, but for what the model says.
         """
-        changed = (tokens != kept.tokens) & present
+        changed = (tokens != kept.tokens) & rows.present
         pending = kept.pending + self.concerns(changed)
-        glance = Glance(kept, tokens, wanted, prompt, present, changed, pending)
+        glance = Glance(kept, tokens, wanted, rows.prompt, rows.present, changed, pending)
         whole = (kept.tokens[:, 0] < 0) | self.refreshes(glance)
         if self.refresh_every is not None:
             whole |= kept.passes + 1 >= self.refresh_every
         computed = whole[:, None] | changed | self.select(glance)
         if not self.leaves_out_wanted:
             computed |= wanted
-        computed &= present
-        return (
-            computed,
-            whole,
-            replace(
-                kept,
-                tokens=torch.where(computed, tokens, kept.tokens),
-                repeats=torch.where(computed, torch.where(changed, 0, kept.repeats) + 1, kept.repeats),
-                age=torch.where(computed, 0, kept.age + 1),
-                pending=torch.where(computed, 0, pending),
-                wanted=torch.where(whole[:, None], wanted, kept.wanted),
-                opened=kept.opened | wanted,
-                passes=torch.where(whole, 0, kept.passes + 1),
-            ).counted(computed.sum(1)),
+        computed &= rows.present
+        known = replace(
+            kept,
+            tokens=torch.where(computed, tokens, kept.tokens),
+            repeats=torch.where(computed, torch.where(changed, 0, kept.repeats) + 1, kept.repeats),
+            age=torch.where(computed, 0, kept.age + 1),
+            pending=torch.where(computed, 0, pending),
+            wanted=torch.where(whole[:, None], wanted, kept.wanted),
+            opened=kept.opened | wanted,
+            passes=torch.where(whole, 0, kept.passes + 1),
         )
+        return computed, whole, known.counted(computed.sum(1))
+
+    # ---------------------------------------------------------------------------------------- what a Denoiser asks
+
+    def check(self, denoiser: Denoiser) -> None:
+        """Raise unless the model can be called for some of the positions; a few small forward passes, made once.
+
+        Raises:
+            NapDecodeError: a model that takes no positions, hides no padding, attends to a window, keeps its keys and
+                values to itself, or needs its output layer at once where the policy needs it later.
+        """
+        name, probing = denoiser.call.name, denoiser.probing
+        if self.leaves_out_wanted and not denoiser.call.head.is_late:
+            raise NapDecodeError(
+                f"{type(self).__name__} keeps what goes into the output layer, which cannot be told from the rest of "
+                f"{name}; use CommittedReuse()"
+            )
+        reason = probing.why_not("compute some positions", lambda: _why_not(probing))
+        if reason is not None:
+            raise NapDecodeError(
+                f"{name} ({denoiser.family.name}) cannot reuse keys and values: {reason}. Decode it without reuse="
+            )
+
+    def forward(
+        self, call: ModelCall, rows: Rows, branches: Sequence[Tensor], wanted: Tensor, is_slot: Tensor, kept: Memory
+    ) -> Output:
+        """One forward pass, see :class:`nap_decode.model.denoiser.Reuse`.
+
+        It is one call for rows that are computed as a whole, and one for the others, of as many positions as it takes.
+        """
+        # Added up, as a position may stand there twice: as a slot, and to fill up.
+        where = torch.zeros_like(branches[0]).scatter_add_(1, wanted, is_slot.long()) > 0
+        outputs = []
+        for name, tokens in zip(_BRANCHES, branches, strict=False):
+            before = kept.get(name) or Kept.nothing(rows)
+            computed, is_whole, kept[name] = self.plan(before, rows, tokens, where)
+            counts, flags = torch.stack([computed.sum(1), is_whole.long()]).tolist()  # the one place that waits
+            parts, number = [], len(tokens)
+            for flag in (1, 0):
+                some = [row for row in range(number) if flags[row] == flag]
+                if some:
+                    index = torch.tensor(some, device=tokens.device)
+                    positions = None if flag else _packed(computed[index], max(1, *(counts[row] for row in some)))
+                    # Where all is called, all is made anew: compiled code would look at what was there before.
+                    states = {} if flag and len(some) == number else kept[name].states
+                    store = Store(states, number, rows.width, None if len(some) == number else index, positions)
+                    parts.append((index, self._call(call, rows, tokens, wanted, store)))
+                    kept[name].states.update(states)
+            outputs.append(parts[0][1] if len(parts) == 1 else Output.joined(parts))
+        if len(outputs) == 1:
+            return outputs[0]
+        return Output(torch.cat([output.rows for output in outputs]), outputs[0].is_hidden)
+
+    def _call(self, call: ModelCall, rows: Rows, tokens: Tensor, wanted: Tensor, store: Store) -> Output:
+        """One call of the model for the rows and positions that a store is to get."""
+        present, positions = rows.present, store.positions
+        if store.rows is not None:
+            tokens, wanted, present = (values[store.rows] for values in (tokens, wanted, present))
+        places = wanted
+        if positions is not None:
+            columns = torch.arange(rows.width, device=tokens.device).expand_as(present)
+            seen = visibility(columns, present, queries=positions, block_size=call.block_size)
+            options, tokens = call.some(positions, seen), tokens.gather(1, positions)
+            # Where each position stands among those that are called, 0 if it does not.
+            each = columns[:, : positions.shape[1]]
+            places = (
+                torch.zeros_like(tokens[:, :1]).repeat(1, rows.width).scatter_(1, positions, each).gather(1, wanted)
+            )
+        elif store.rows is None:
+            options = call.options(rows)
+        else:
+            options = call.whole(tokens.shape, present if rows.is_padded else None, tokens.device)
+        if not self.leaves_out_wanted:
+            return call_storing(call, tokens, options, places, store)
+        every = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        output = call_storing(call, tokens, options, every, store)
+        return output._replace(rows=take(store.put("outputs", output.rows[:, None])[:, 0], wanted))
+
+    def count(self, rows: Rows, branches: int, kept: Memory) -> None:
+        """Note down a pass that computed everything."""
+        for name in _BRANCHES[:branches]:
+            lengths = host_tensor(rows.lengths, rows.prompt.device)
+            kept[name] = (kept.get(name) or Kept.nothing(rows)).counted(lengths)
+
+    @staticmethod
+    def computed(kept: Memory, passes: Tensor) -> Tensor:
+        """``(B, S)``: positions that were computed in each of the passes ``(B,)`` of a row, 0 behind the last."""
+        if not kept or not len(passes):
+            return torch.zeros(len(passes), 0, dtype=torch.int64, device="cpu")
+        counts = torch.stack([known.counts for known in kept.values()]).sum(0).cpu()
+        number = torch.arange(int(passes.max()), device="cpu")
+        index = next(iter(kept.values())).start.cpu()[:, None] + number
+        own = counts.gather(1, index.clamp(max=counts.shape[1] - 1))
+        return torch.where(number < passes[:, None], own, 0)
+
+
+def _packed(computed: Tensor, most: int) -> Tensor:
+    """``(n, most)`` int64: the positions that are true; rows with fewer bring one of theirs more than once."""
+    positions = computed.long().argsort(dim=1, descending=True, stable=True)[:, :most]
+    return torch.where(computed.gather(1, positions), positions, positions[:, :1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,6 +399,39 @@ class DriftReuse(Reuse):
         return wanted & ((rank < most) | (age + 1 >= self.max_age) | ~glance.kept.opened)
 
 
+def _why_not(probing: Probing) -> str | None:
+    """What is wrong with calls for some positions, if anything: they must agree with calls for all positions."""
+    call, head = probing.call, probing.call.head
+    if probing.tokens is None or "position_ids" not in call.arguments:
+        return "it takes no position_ids"
+    if attention_window(call.config) is not None:
+        return "some of its layers attend to a window only"
+    if call.is_split:
+        return "it is split over devices"
+    if not probing.hides_padding:
+        return "it does not hide padding"
+    rows, tokens, wanted = probing.padded()
+    other = tokens.clone()
+    other[:, 1] = probing.tokens[2, 1]
+    before, after = (head.logits(call.with_rows(rows, one, wanted)) for one in (other, tokens))
+    kept: Memory = {}
+    # The whole of other rows; then all positions of these, called for as some; then one, though nothing is new.
+    steps = [(PromptReuse(refresh_every=1), other, before), (CommittedReuse(delay=9), tokens, after)]
+    try:
+        for policy, one, expected in (*steps, (CommittedReuse(), tokens, after)):
+            found = head.logits(policy.forward(call, rows, [one], wanted, wanted >= 0, kept))
+            if not kept[_BRANCHES[0]].states:
+                return (
+                    "it takes no cache, and its attention is not torch's scaled_dot_product_attention; "
+                    "attn_implementation='sdpa' may"
+                )
+            if differ(found, expected, effect=(before - after).abs().max()):
+                return "asked for some positions, it does not say what it says when it is asked for all"
+    except Exception as error:
+        return f"asked for some positions, it fails ({type(error).__name__}: {error})"
+    return None
+
+
 REUSES: dict[str, type[Reuse]] = {
     "prompt": PromptReuse,
     "committed": CommittedReuse,
@@ -334,14 +439,3 @@ REUSES: dict[str, type[Reuse]] = {
     "drift": DriftReuse,
 }
 """Policies by their names on the command line."""
-
-
-def computed_positions(kept: dict[str, Kept], passes: Tensor) -> Tensor:
-    """``(B, S)``: positions that were computed in each of the passes ``(B,)`` of a row, 0 behind the last."""
-    if not kept or not len(passes):
-        return torch.zeros(len(passes), 0, dtype=torch.int64, device="cpu")
-    counts = torch.stack([known.counts for known in kept.values()]).sum(0).cpu()
-    number = torch.arange(int(passes.max()), device="cpu")
-    index = next(iter(kept.values())).start.cpu()[:, None] + number
-    own = counts.gather(1, index.clamp(max=counts.shape[1] - 1))
-    return torch.where(number < passes[:, None], own, 0)
