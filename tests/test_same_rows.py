@@ -75,9 +75,7 @@ def denoisers():
                 model = tiny_model(attn_implementation="sdpa")
             else:
                 model = tiny_model().to(torch.bfloat16 if kind == "bfloat16" else torch.float64)
-            made[kind] = Denoiser(
-                model, Words(), reuse=POLICIES.get(policy), **options, family=FAMILIES.get(kind)
-            )
+            made[kind] = Denoiser(model, Words(), reuse=POLICIES.get(policy), **options, family=FAMILIES.get(kind))
         return made[kind]
 
     return make
