@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from nap_decode.base.errors import NapDecodeError
+from nap_decode.base.rows import Rows
 from nap_decode.model import foreign
 from nap_decode.model.families import ModelFamily, find_family
 from nap_decode.model.head import Head, Output, take
-from nap_decode.model.rows import Rows
 
 Model: TypeAlias = "nn.Module | Callable[..., Any]"
 """A transformers model, also in a wrapper (DataParallel, DDP, FSDP, PEFT, torch.compile), or anything called as

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nap_decode.base.errors import NapDecodeError, check_between, check_ids, check_integer, check_tokenizer
+from nap_decode.base.rows import Rows
 from nap_decode.canvas import Canvas
 from nap_decode.model import foreign
 from nap_decode.model.call import Cost, Model, ModelCall
@@ -20,7 +21,6 @@ from nap_decode.model.families import ModelFamily, find_mask
 from nap_decode.model.head import Output
 from nap_decode.model.prediction import Prediction
 from nap_decode.model.probe import Probe, Probing
-from nap_decode.model.rows import Rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -366,12 +366,13 @@ class Denoiser:
                 f"the canvas is on {canvas.tokens.device}, but the model takes its input on {self.device}; make the "
                 "canvas with device="
             )
-        lowest, highest, size = int(canvas.tokens.min()), int(canvas.tokens.max()), self.num_embeddings
+        tokens, block, _ = canvas.host
+        lowest, highest, size = int(tokens.min()), int(tokens.max()), self.num_embeddings
         if lowest < 0 or highest >= (size or highest + 1):
             wrong = lowest if lowest < 0 else highest
             ids = f"from 0 to {size - 1}" if size else "from 0"
             raise NapDecodeError(f"token id {wrong} is out of range: the model has ids {ids}. Wrong tokenizer?")
-        if bool((canvas.tokens[canvas.decodable] != self.mask_token_id).any()):
+        if bool(((tokens != self.mask_token_id) & (block >= 0)).any()):
             raise NapDecodeError(f"every slot to decode must hold the mask id {self.mask_token_id} at the start")
         self._check_length(canvas.tokens.shape[1])
         self._check_dropout(canvas.tokens)
@@ -458,7 +459,7 @@ class Denoiser:
         self.refresh()
         last = self._last_canvas
         if last is None or last[0] is not canvas:
-            self._last_canvas = last = canvas, Rows.of(canvas)
+            self._last_canvas = last = canvas, canvas.rows
         every = torch.arange(wanted.numel(), device=wanted.device)
         return self.predict(last[1], tokens, wanted, every, hidden=hidden).logits
 

@@ -13,9 +13,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from nap_decode.base.rows import Rows
 from nap_decode.model import foreign
 from nap_decode.model.call import ModelCall
-from nap_decode.model.rows import Rows
 
 
 @dataclass(kw_only=True)

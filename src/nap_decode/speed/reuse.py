@@ -22,12 +22,12 @@ from torch.nn.functional import conv1d, pad
 
 from nap_decode.base.batching import host_tensor, join, narrow
 from nap_decode.base.errors import NapDecodeError, check_between, check_flag, check_integer
+from nap_decode.base.rows import Rows
 from nap_decode.model.call import ModelCall, visibility
 from nap_decode.model.denoiser import Denoiser
 from nap_decode.model.foreign import attention_window
 from nap_decode.model.head import Output, take
 from nap_decode.model.probe import Probing, differ
-from nap_decode.model.rows import Rows
 from nap_decode.speed.kv import Store, call_storing
 
 __all__ = ["BlockReuse", "CommittedReuse", "DriftReuse", "Glance", "Kept", "PromptReuse", "Reuse"]
