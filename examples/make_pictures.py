@@ -29,10 +29,10 @@ from nap_decode import (
     SemiAutoregressiveScheduler,
     ThresholdSelection,
     demo,
-    html,
 )
 from nap_decode.demo.problems import NUM_PATHS, PATH_LENGTH, SUMMARY_LENGTH, NimSum, sample_problems
 from nap_decode.measure import viz
+from nap_decode.results import html
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 TEMPLATE = CanvasTemplate.nap(NUM_PATHS, path_length=PATH_LENGTH, summary_length=SUMMARY_LENGTH)
