@@ -17,15 +17,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from nap_decode import CanvasTemplate, Denoiser, ParallelForcedSampler, bulk, demo
+from nap_decode import CanvasTemplate, Sampler, bulk, decoders, demo
 from nap_decode.demo.problems import NUM_PATHS, PATH_LENGTH, SUMMARY_LENGTH, NimSum, sample_problems
 
 TEMPLATE = CanvasTemplate.nap(NUM_PATHS, path_length=PATH_LENGTH, summary_length=SUMMARY_LENGTH)
-
-
-def make_teacher(denoiser: Denoiser) -> ParallelForcedSampler:
-    """The decoder, which every worker makes for its own model."""
-    return ParallelForcedSampler(denoiser, template=TEMPLATE, tokens_per_step=12, temperature=1.2)
+DECODER = decoders.make("parallel_forced", tokens_per_step=12, temperature=1.2)
 
 
 def make_rows(problems: Iterable[NimSum], samples: int) -> list[dict[str, Any]]:
@@ -67,10 +63,16 @@ def main() -> None:
         from nap_decode.integrations.ray import generate
 
         generate(
-            rows, model=demo.load, sampler=make_teacher, output=directory, max_batch=32, concurrency=args.workers
+            rows,
+            model=demo.load,
+            sampler=DECODER,
+            template=TEMPLATE,
+            output=directory,
+            max_batch=32,
+            concurrency=args.workers,
         ).materialize()
     else:
-        print(bulk.generate(rows, make_teacher(Denoiser(*demo.load())), directory, max_batch=32))
+        print(bulk.generate(rows, Sampler(*demo.load(), DECODER, template=TEMPLATE), directory, max_batch=32))
 
     results = bulk.read_results(directory).to_pylist()
     training = curate(results)

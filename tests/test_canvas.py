@@ -13,13 +13,13 @@ from nap_decode.prompts import encode_prompts
 TEMPLATE = CanvasTemplate(((7,), Block("a", 2), (8, 9), Block("b", 1, held=True)))
 
 
-def test_prompts_are_padded_on_the_left():
+def test_rows_begin_in_column_0_and_are_padded_behind():
     canvas = Canvas.from_prompts([[5, 6, 4], [5]], TEMPLATE, mask_token_id=MASK, pad_token_id=PAD)
-    assert canvas.tokens.tolist() == [[5, 6, 4, 7, 1, 1, 8, 9, 1], [0, 0, 5, 7, 1, 1, 8, 9, 1]]
-    assert canvas.block.tolist() == [[-1, -1, -1, -1, 0, 0, -1, -1, 1]] * 2
-    assert canvas.attention_mask.tolist() == [[1] * 9, [0, 0] + [1] * 7]
-    assert canvas.position_ids.tolist() == [list(range(9)), [0, 0, *range(7)]]
-    assert canvas.prompt.tolist() == [[True] * 3 + [False] * 6, [False] * 2 + [True] + [False] * 6]
+    assert canvas.tokens.tolist() == [[5, 6, 4, 7, 1, 1, 8, 9, 1], [5, 7, 1, 1, 8, 9, 1, 0, 0]]
+    assert canvas.block.tolist() == [[-1, -1, -1, -1, 0, 0, -1, -1, 1], [-1, -1, 0, 0, -1, -1, 1, -1, -1]]
+    assert canvas.attention_mask.tolist() == [[1] * 9, [1] * 7 + [0, 0]]
+    assert canvas.row_lengths.tolist() == [9, 7]
+    assert canvas.prompt.tolist() == [[True] * 3 + [False] * 6, [True] + [False] * 8]
     assert canvas.lengths.tolist() == [[2, 1]] * 2
     assert canvas.block_names == ("a", "b")
     assert canvas.held == (False, True)
@@ -29,14 +29,14 @@ def test_prompts_are_padded_on_the_left():
 
 def test_infill_numbers_the_holes_of_each_row():
     canvas = Canvas.from_infill([[1, 5, 1, 1], [6, 1]], mask_token_id=MASK, pad_token_id=PAD)
-    assert canvas.block.tolist() == [[0, -1, 1, 1], [-1, -1, -1, 0]]
+    assert canvas.block.tolist() == [[0, -1, 1, 1], [-1, 0, -1, -1]]
     assert canvas.lengths.tolist() == [[1, 2], [1, 0]]
-    assert canvas.prompt.tolist() == [[False, True, False, False], [False, False, True, False]]
+    assert canvas.prompt.tolist() == [[False, True, False, False], [True, False, False, False]]
 
 
 def test_padding_with_the_mask_id_is_not_a_hole():
     canvas = Canvas.from_infill([[5, 1, 1], [1]], mask_token_id=MASK, pad_token_id=MASK)
-    assert canvas.block.tolist() == [[-1, 0, 0], [-1, -1, 0]]
+    assert canvas.block.tolist() == [[-1, 0, 0], [0, -1, -1]]
 
 
 def test_nap_template():
@@ -151,10 +151,10 @@ def test_bad_canvases():
         ({"tokens": ids[0]}, r"must be \(B, L\)"),
         ({"block": ids[:, :1]}, r"block and tokens of a canvas must have one shape, but block has \(1, 1\)"),
         ({"block": torch.tensor([[0, 1]])}, "block index 1 needs 2 block names and held flags"),
-        ({"attention_mask": torch.tensor([[0, 1]]), "block": torch.tensor([[0, -1]])}, "padding of a canvas cannot be"),
-        ({"attention_mask": torch.tensor([[1, 0]])}, "must be 0 for padding on the left, then 1 to the end"),
+        ({"attention_mask": torch.tensor([[1, 0]])}, "padding of a canvas cannot be decoded"),
+        ({"attention_mask": torch.tensor([[0, 1]])}, "must be 1 from column 0 on, then 0 for padding"),
         ({"block": torch.tensor([[-1, -1]])}, "no slot of the canvas is to be decoded"),
-        ({"attention_mask": torch.tensor([[1, 2]])}, "must be 0 for padding on the left, then 1 to the end"),
+        ({"attention_mask": torch.tensor([[1, 2]])}, "must be 1 from column 0 on, then 0 for padding"),
         ({"tokens": ids.double()}, "tokens of a canvas must be torch.int64, but is torch.float64"),
         ({"block": ids.int() * 0}, "block of a canvas must be torch.int64"),
         ({"attention_mask": torch.ones_like(ids).bool()}, "attention_mask of a canvas must be torch.int64"),

@@ -30,7 +30,7 @@ from typing import Any
 import pytest
 
 import nap_decode
-from nap_decode import NapDecodeError, cli
+from nap_decode import NapDecodeError, cli, decoders
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -152,7 +152,7 @@ def check_our_arguments(arguments: list[str]) -> None:
             raise AssertionError(f"nap-decode {shlex.join(arguments)}") from ended
         return
     if arguments[0] == "generate":
-        cli._composition(parsed)  # knows the presets and their options
+        cli._decoder(parsed)  # knows the decoders and their options
 
 
 def check_python(code: str, names: dict[str, Any]) -> None:
@@ -233,10 +233,9 @@ def test_commands_run(page, tmp_path, monkeypatch):
 
 
 MEASURED = {
-    "README.md": "examples/miniature/report.py",
     "docs/study.md": "examples/miniature/report.py",
     "docs/explanation.md": "examples/miniature/report.py",
-    "docs/presets.md": "examples/compare_presets.py",
+    "docs/decoders.md": "examples/compare_decoders.py",
     "docs/reuse.md": "examples/study_reuse.py",
     "docs/evaluation.md": "tests/integrations/test_lm_eval.py",
     "docs/compared.md": "tests/integrations/test_model_precision.py",  # what is run here; the rest ran others' code
@@ -296,6 +295,13 @@ def test_every_public_name_is_in_the_reference():
     assert set(re.findall(r"<!-- help: (\S+) -->", listed)) == set(commands)
 
 
+def test_every_decoder_is_in_the_table():
+    table, _ = (DOCS / "decoders.md").read_text().split("## On the embedded model")
+    named = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
+    assert named == list(decoders.DECODERS)
+    assert f"[{len(named)} decoders]" in (ROOT / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("text", "needs", "is_doctest"),
     [
@@ -317,7 +323,7 @@ def test_the_mark_belongs_to_the_block_behind_it(text, needs, is_doctest):
         "nap-decode nosuch",
         "nap-decode generate ... --nosuch",
         "accelerate launch -m nap_decode.cli arness",  # the file is missing
-        "nap-decode generate --model PATH --prompt x --preset klass --set nosuch=1",
+        "nap-decode generate --model PATH --prompt x --decoder klass --set nosuch=1",
         "cd x && nap_decode arness x",
         "python examples/nosuch.py",
         "python .ci/nosuch",
@@ -335,7 +341,7 @@ def test_bad_commands_are_found(code):
     [
         ("from nap_decode import NoSuch", ImportError),
         ("Sampler(model, nosuch=1)", AssertionError),
-        ("from nap_decode import presets as p\np.klass(model, nosuch=1)", AssertionError),
+        ("from nap_decode import decoders as d\nd.klass(nosuch=1)", AssertionError),
         ("CanvasTemplate.nosuch()", AttributeError),
     ],
 )

@@ -6,7 +6,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from nap_decode import AnyOrderScheduler, CanvasTemplate, Denoiser, NapDecodeError, Sampler
+from nap_decode import AnyOrderScheduler, CanvasTemplate, Decoder, Denoiser, NapDecodeError, Sampler
 from nap_decode.bulk import BulkDecoder
 from nap_decode.measure.likelihood import chain_log_likelihood
 from nap_decode.prompts import encode_prompts, render_chat
@@ -194,7 +194,7 @@ def test_wherever_chats_go_in(place, tmp_path):
 
     tokenizer = tokenizer_of(TEMPLATES["plain"], TestOptions.EXTRA.replace("|", " "))
     denoiser = Denoiser(model, tokenizer)
-    sampler = Sampler(denoiser, scheduler=AnyOrderScheduler(tokens_per_step=1), template=CanvasTemplate.plain(1))
+    sampler = Sampler(denoiser, decoder=Decoder(AnyOrderScheduler()), template=CanvasTemplate.plain(1))
     text = "The <mask>" if place == "infill" else "The answer is"
     seen.clear()
     PLACES[place](sampler, {"messages": [USER, says(text)], "enable_thinking": True}, tmp_path)

@@ -22,7 +22,7 @@ from examples.miniature.tables import TABLES as OWN_TABLES
 ROOT = Path(__file__).parents[2]
 STUDY = ROOT / "docs" / "study"
 RESULTS = STUDY / "results.csv"
-PAGES = (ROOT / "docs" / "study.md", ROOT / "docs" / "explanation.md", ROOT / "README.md")
+PAGES = (ROOT / "docs" / "study.md", ROOT / "docs" / "explanation.md")
 
 TABLES = OWN_TABLES | {
     "paper gaps": paper_gaps_table,

@@ -159,7 +159,7 @@ class CanvasTemplate:
         if summary_length:
             parts += [summary_header, Block("summary", summary_length, held=True)]
             parts += [] if summary_footer is None else [summary_footer]
-        return cls(tuple(part for part in parts if isinstance(part, Block) or len(part)))
+        return cls(tuple(part for part in cls(tuple(parts)).parts if part not in ("", ())))
 
     def encode(self, tokenizer: PreTrainedTokenizerBase | None, mask_token_id: int) -> tuple[list[int], list[int]]:
         """Token ids of the layout (masks in the blocks) and the block of every slot (-1: clamped).

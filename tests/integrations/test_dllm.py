@@ -250,7 +250,7 @@ class TestUsing:
             make("klas")
         with pytest.raises(NapDecodeError, match=r"must be a Sampler, a Decoder, .* but is <function"):
             make(decoders.klass)
-        with pytest.raises(NapDecodeError, match="threshold=0.5 would have no effect: the decoder is made already"):
+        with pytest.raises(NapDecodeError, match=r"threshold=0.5 would have no effect: the decoder is made already"):
             make(decoders.klass(), threshold=0.5)
         with pytest.raises(NapDecodeError, match="scheduler=3 would have no effect: the decoder has a scheduler"):
             Sampler.using("klass")(tiny, Tokenizer(), 3).sample(PROMPTS)

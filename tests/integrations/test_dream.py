@@ -529,5 +529,5 @@ class TestOtherSamplers:
     def test_a_sampler_of_another_model(self, tiny):
         with pytest.raises(NapDecodeError, match="the sampler is for another model"):
             install(tiny_model(), Sampler(tiny, decoder=decoders.klass(), mask_token_id=MASK))
-        with pytest.raises(NapDecodeError, match="there is no decoder 'klas'. Did you mean 'klass'"):
+        with pytest.raises(NapDecodeError, match=r"there is no decoder 'klas'. Did you mean 'klass'"):
             install(tiny, "klas")

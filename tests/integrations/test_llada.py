@@ -217,7 +217,7 @@ class TestOtherSamplers:
         assert torch.equal(got[:, 4:], sampler.generate(PROMPTS, PRESENT, max_new_tokens=6)[:, 4:])
         if kind == "file":
             assert torch.equal(generate(tiny, PROMPTS, PRESENT, gen_length=6, mask_id=MASK, sampler=given), got)
-            with pytest.raises(NapDecodeError, match="the file has cfg_scale 0.5, but 1.0 is asked for"):
+            with pytest.raises(NapDecodeError, match=r"the file has cfg_scale 0.5, but 1.0 is asked for"):
                 generate(tiny, PROMPTS, gen_length=6, cfg_scale=1.0, mask_id=MASK, sampler=given)
 
     def test_a_sampler(self, tiny):

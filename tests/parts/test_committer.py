@@ -6,19 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nap_decode import (
-    Credit,
-    EditReviser,
-    EntropyBoundSelection,
-    MicroConfidenceCommitter,
-    NapDecodeError,
-    Slots,
-    StableSelection,
-    prediction,
-)
+from nap_decode import MicroConfidenceCommitter, NapDecodeError
 from nap_decode.base.random import row_seeds
+from nap_decode.decoders.credit_decoding import Credit
+from nap_decode.decoders.eb_sampler import EntropyBoundSelection
+from nap_decode.decoders.llada_2 import EditReviser
+from nap_decode.decoders.stability import StableSelection
+from nap_decode.model import prediction
 from nap_decode.model.prediction import Prediction
 from nap_decode.model.statistics import Distribution
+from nap_decode.parts.slots import Slots
 
 NONE = torch.tensor([], dtype=torch.int64)
 
@@ -179,7 +176,7 @@ def ragged(total, step=0, memory=None):
         {},
         {"temperature": 0.8},
         {"confidence": "random", "reviser": EditReviser(0.3)},
-        {"selection": EntropyBoundSelection(), "credit": Credit()},
+        {"selection": EntropyBoundSelection(), "adjustment": Credit()},
         {"selection": StableSelection(), "temperature": 0.8, "top_k": 5, "scores_proposal": True},
     ],
     ids=str,
@@ -197,10 +194,10 @@ def test_only_slots_that_there_are_count(options, total):
             committer.propose(Prediction.of(scores, banned=torch.tensor([0]), places=slots.places), slots)
             for scores, slots in ((said, whole), (nothing, few))
         ]
-        for a, b in zip(*((p.tokens, p.confidence, *p.statistics) for p in proposals), strict=True):
+        for a, b in zip(*((p.tokens, p.confidence, *p.statistics.values()) for p in proposals), strict=True):
             assert a.shape == b.shape == (3, 4)
             torch.testing.assert_close(a[there], b[there], rtol=1e-5, atol=1e-6)
-        commits = [committer.commit(p, slots) for p, slots in zip(proposals, (whole, few), strict=True)]
+        commits = [committer.decide(p) for p in proposals]
         assert torch.equal(commits[0].chosen & there, commits[1].chosen & there)
 
 

@@ -7,27 +7,21 @@ import pytest
 import torch
 from reference import score
 
-from nap_decode import (
-    AnyOrderScheduler,
-    CalibratedConfidence,
-    MicroConfidenceCommitter,
-    NapDecodeError,
-    Sampler,
-    Slots,
-)
+from nap_decode import AnyOrderScheduler, Decoder, MicroConfidenceCommitter, NapDecodeError, Sampler
 from nap_decode.base.random import row_seeds
+from nap_decode.decoders.calibration import CalibratedConfidence
+from nap_decode.decoders.llada import ProbabilityWithout
 from nap_decode.model.statistics import Distribution
 from nap_decode.parts.confidence import (
     CONFIDENCES,
     STATISTICS,
     Candidates,
-    ProbabilityWithout,
-    background_frequencies,
     divergence,
     find_confidence,
     looked_at,
     support,
 )
+from nap_decode.parts.slots import Slots
 
 
 def candidates(banned=()):
@@ -134,9 +128,8 @@ def test_a_cut_that_leaves_one_id(name, cut, model_precision):
     logits = torch.tensor([[0.0, 0, 9, 1, 1], [0, 0, 1, 9, 1]])
     sampler = Sampler(
         lambda ids, mask: logits.expand(*ids.shape, 5) if ids.shape[1] == 2 else logits[[0, 0, 1]][None],
+        decoder=Decoder(AnyOrderScheduler(steps=2), committer),
         mask_token_id=1,
-        scheduler=AnyOrderScheduler(steps=2),
-        committer=committer,
     )
     out = sampler([[3]], max_new_tokens=2)
     assert out.sequences.tolist() == [[3, 2, 3]]
@@ -198,22 +191,3 @@ def test_divergence_survives_impossible_ids():
     given = make(logits, torch.tensor([0, 1]))
     before = torch.tensor([[0.0, 0.0, -torch.inf], [0.0, 0.0, -torch.inf]])
     assert divergence(replace(given, previous=before)).tolist() == [0.0, torch.inf]
-
-
-def test_calibrated_confidence_agrees_with_the_definition():
-    given = make(candidates().logits, torch.arange(6) + 40, first=40)  # offsets are those in the block
-    frequencies = (0.5, 0.25, 0.125, 1e-30, 0.1)
-    got = CalibratedConfidence(frequencies, decay=0.3, cap=2.0)(given).tolist()
-    capped = 0
-    for i in range(6):
-        token = int(given.tokens[i])
-        surprise = -float(given.logits[i].softmax(0)[token]) * math.log(frequencies[token])
-        capped += surprise > 2
-        assert got[i] == pytest.approx(math.exp(-0.3 * i) * min(2.0, surprise))
-    assert capped
-
-
-def test_background_frequencies():
-    assert background_frequencies([[0, 0, 2], [0]], 4) == (0.75, 0.25, 0.25, 0.25)
-    with pytest.raises(NapDecodeError, match="there is no token in the texts"):
-        background_frequencies([[], []], 4)

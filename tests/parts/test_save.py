@@ -1,29 +1,34 @@
 from __future__ import annotations
 
 import json
+import pickle
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from models import MASK, Words
+from models import Words
+from samplers import NAMES, decoder
 
 from nap_decode import (
     AnyOrderScheduler,
     Block,
-    BlockScheduler,
-    CalibratedConfidence,
+    BlockReuse,
     CanvasTemplate,
     Committer,
+    Decoder,
     Denoiser,
-    LookaheadCommitter,
     MicroConfidenceCommitter,
     NapDecodeError,
     Sampler,
+    Scheduler,
     ThresholdSelection,
 )
-from nap_decode.parts.confidence import CONFIDENCES, ProbabilityWithout, divergence, support
+from nap_decode.decoders.calibration import CalibratedConfidence
+from nap_decode.decoders.llada import ProbabilityWithout
+from nap_decode.decoders.lookahead import LookaheadCommitter
+from nap_decode.parts.confidence import CONFIDENCES, divergence, support
 from nap_decode.parts.save import describe, from_plain, to_plain
 
 
@@ -32,13 +37,13 @@ def prefer_low(candidates):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Backwards(BlockScheduler):
+class Backwards(Scheduler):
     """Decodes the blocks from the last to the first."""
 
     twice: bool = False
 
-    def phases(self, lengths, held):
-        return torch.diag_embed(lengths).flip(1)
+    def open(self, left, lengths, held):
+        return left * (left.flip(1).cumsum(1).flip(1) == left)
 
 
 @pytest.fixture
@@ -46,9 +51,29 @@ def denoiser(tiny):
     return Denoiser(tiny, Words())
 
 
-def sampler_of(denoiser, **parts):
-    parts = {"scheduler": AnyOrderScheduler(tokens_per_step=2), "template": CanvasTemplate.plain(6)} | parts
-    return Sampler(denoiser, **parts)
+def sampler_of(denoiser, scheduler=None, template=None, **parts):
+    scheduler = AnyOrderScheduler(tokens_per_step=2) if scheduler is None else scheduler
+    template = CanvasTemplate.plain(6) if template is None else template
+    return Sampler(denoiser, decoder=Decoder(scheduler, **parts), template=template)
+
+
+def through_json(value, parts=()):
+    return from_plain(json.loads(json.dumps(to_plain(value))), parts)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_decoder_comes_back_from_a_file_a_worker_and_words(name, denoiser, tmp_path):
+    original = decoder(name).set(close_on=[2, 7])
+    for again in (through_json(original), pickle.loads(pickle.dumps(original))):
+        assert again == original
+        assert hash(again) == hash(original)
+        assert describe(again) == describe(original)
+    sampler = Sampler(denoiser, decoder=original, template=CanvasTemplate.nap(2, path_length=5, summary_length=2))
+    sampler.save(tmp_path / "file")
+    loaded = Sampler.load(tmp_path / "file", denoiser)
+    assert loaded.decoder == original
+    assert loaded.template == sampler.template
+    assert loaded.describe() == sampler.describe()
 
 
 def test_parts_of_ones_own(denoiser, tmp_path):
@@ -60,8 +85,7 @@ def test_parts_of_ones_own(denoiser, tmp_path):
     )
     sampler.save(tmp_path / "file")
     loaded = Sampler.load(tmp_path / "file", denoiser, parts=[Backwards, prefer_low])
-    assert loaded.scheduler == sampler.scheduler
-    assert loaded.committer == sampler.committer
+    assert loaded.decoder == sampler.decoder
     assert loaded.template == sampler.template
     assert torch.equal(loaded([5, 6], seed=0).sequences, sampler([5, 6], seed=0).sequences)
     with pytest.raises(NapDecodeError, match=r"there is no part of yours .name them in parts=. 'Backwards'"):
@@ -72,27 +96,24 @@ def test_a_file_holds_what_was_chosen_and_no_defaults(denoiser, tmp_path):
     sampler_of(denoiser).save(tmp_path / "file")
     content = json.loads((tmp_path / "file").read_text())
     assert content == {
-        "format": 3,
+        "format": 4,
         "cfg_scale": 0.0,
-        "close_on": [],
-        "scheduler": {"part": "AnyOrderScheduler", "tokens_per_step": 2},
-        "committer": {"part": "MicroConfidenceCommitter"},
-        "template": {"part": "CanvasTemplate", "parts": [{"part": "Block", "name": "completion", "length": 6}]},
+        "decoder": {
+            "part": "parts.decoder.Decoder",
+            "scheduler": {"part": "parts.scheduler.AnyOrderScheduler", "tokens_per_step": 2},
+        },
+        "template": {
+            "part": "canvas.CanvasTemplate",
+            "parts": [{"part": "canvas.Block", "name": "completion", "length": 6}],
+        },
         "reuse": None,
     }
 
 
-def test_ends_are_saved(denoiser, tmp_path):
-    sampler_of(denoiser).replace(close_on=[2, 7]).save(tmp_path / "file")
-    assert Sampler.load(tmp_path / "file", denoiser).close_on == (2, 7)
-
-
-def test_files_of_the_first_format_can_be_read(denoiser, tmp_path):
-    sampler_of(denoiser).save(tmp_path / "file")
-    content = json.loads((tmp_path / "file").read_text())
-    del content["close_on"]
-    (tmp_path / "file").write_text(json.dumps(content | {"format": 1}))
-    assert Sampler.load(tmp_path / "file", denoiser).describe() == sampler_of(denoiser).describe()
+def test_reuse_is_saved(tiny, tmp_path):
+    reuse = BlockReuse()
+    sampler_of(Denoiser(tiny, Words(), reuse=reuse)).save(tmp_path / "file")
+    assert Sampler.load(tmp_path / "file", tiny, Words()).denoiser.reuse == reuse
 
 
 def test_guidance_is_saved(tiny, tmp_path):
@@ -134,26 +155,58 @@ def test_parts_with_the_names_of_ours_are_not_taken_for_them():
     assert from_plain(plain, [margin]).confidence is margin
     with pytest.raises(NapDecodeError, match="there is no part of yours"):
         from_plain(plain)
-    assert to_plain(CONFIDENCES["margin"]) == {"function": "margin"}
-    with pytest.raises(NapDecodeError, match="there is no part 'Counter'"):
-        from_plain({"part": "Counter"})
+    assert to_plain(CONFIDENCES["margin"]) == {"function": "parts.confidence.margin"}
+
+
+@pytest.mark.parametrize("kind", ["part", "function"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Counter",
+        "AnyOrderScheduler",
+        "cli.main",
+        "os.system",
+        "builtins.eval",
+        "base.errors.NapDecodeError",
+        "base.errors.check_name.__globals__",
+        "parts.scheduler.torch",
+        "parts.scheduler.replace",
+        "parts.scheduler.Canvas",
+        "parts.save._restore",
+        "parts.scheduler",
+        "..os.system",
+        "parts.scheduler.",
+        "",
+        ".",
+    ],
+)
+def test_a_file_names_nothing_but_parts_of_this_package(kind, name):
+    """Each where it is defined: what a module imports is not its own."""
+    with pytest.raises(NapDecodeError, match="there is no part"):
+        from_plain({kind: name})
+
+
+@pytest.mark.parametrize("name", [3, None, ["part"], {"part": "parts.scheduler.AnyOrderScheduler"}])
+def test_the_name_of_a_part_is_a_text(name):
+    with pytest.raises(NapDecodeError, match="is not a part: it has neither a 'part' nor a 'function'"):
+        from_plain({"part": name})
 
 
 def test_numbers_of_numpy_and_lists():
     assert to_plain(AnyOrderScheduler(steps=np.int64(4)))["steps"] == 4
     assert json.dumps(to_plain(ThresholdSelection(np.float32(0.5))))
     template = CanvasTemplate([[10], Block("a", 3)])
-    assert from_plain(json.loads(json.dumps(to_plain(template)))) == template
+    assert through_json(template) == template
 
 
 @pytest.mark.parametrize("part", [support, divergence, ProbabilityWithout((2,)), CalibratedConfidence((0.5, 0.25))])
 def test_the_confidences_of_the_package_load_by_themselves(part):
-    assert from_plain(json.loads(json.dumps(to_plain(part)))) == part
+    assert through_json(part) == part
 
 
 def test_a_lookahead_is_described_whole():
     text = describe(LookaheadCommitter())
-    assert "committer: MicroConfidenceCommitter" in text
+    assert "inner: MicroConfidenceCommitter" in text
     assert "selection: ThresholdSelection" in text
 
 
@@ -172,25 +225,17 @@ def test_what_cannot_be_saved(value):
         ("nonsense", "is not a file written by Sampler.save"),
         ("[]", "is not a file written by Sampler.save"),
         ('{"format": 1}', "is not a file written by Sampler.save"),
+        ('{"format": "4", "cfg_scale": 0, "decoder": 0, "template": 0}', "has format 4, but this version reads 4"),
+        ('{"format": 3, "cfg_scale": 0, "scheduler": 0, "committer": 0, "template": 0}', "has format 3, but this"),
+        ('{"format": 9, "cfg_scale": 0, "decoder": 0, "template": 0}', "has format 9, but this version reads 4"),
         (
-            '{"format": "1", "cfg_scale": 0, "scheduler": 0, "committer": 0, "template": 0}',
-            "has format 1, but this version reads 3",
+            '{"format": 4, "cfg_scale": 0, "decoder": {"part": "parts.decoder.Decodr"}, "template": 0, "reuse": null}',
+            "there is no part 'parts.decoder.Decodr' in this version; make it anew, or use the version that wrote it",
         ),
+        ('{"format": 4, "cfg_scale": 0, "decoder": {"a": 1}, "template": 0, "reuse": null}', "has neither"),
         (
-            '{"format": 9, "cfg_scale": 0, "scheduler": 0, "committer": 0, "template": 0}',
-            "has format 9, but this version reads 3",
-        ),
-        (
-            '{"format": 1, "cfg_scale": 0, "scheduler": {"part": "AnyOrderSchedular"}, "committer": 0, "template": 0}',
-            "Did you mean 'AnyOrderScheduler'",
-        ),
-        (
-            '{"format": 1, "cfg_scale": 0, "scheduler": {"a": 1}, "committer": 0, "template": 0}',
-            "is not a part: it has neither",
-        ),
-        (
-            '{"format": 1, "cfg_scale": 0, "scheduler": {"part": "AnyOrderScheduler", "step": 3}, "committer": 0, '
-            '"template": 0}',
+            '{"format": 4, "cfg_scale": 0, "decoder": {"part": "parts.scheduler.AnyOrderScheduler", "step": 3}, '
+            '"template": null, "reuse": null}',
             "AnyOrderScheduler cannot be made from {'step': 3}",
         ),
     ],
@@ -215,11 +260,11 @@ def test_functions_and_nested_parts():
     committer = MicroConfidenceCommitter(confidence=prefer_low, selection=ThresholdSelection(0.25))
     plain = to_plain(committer)
     assert plain == {
-        "part": "MicroConfidenceCommitter",
+        "part": "parts.committer.MicroConfidenceCommitter",
         "confidence": {"function": "prefer_low", "own": True},
-        "selection": {"part": "ThresholdSelection", "threshold": 0.25},
+        "selection": {"part": "parts.selection.ThresholdSelection", "threshold": 0.25},
     }
-    assert from_plain(json.loads(json.dumps(plain)), [prefer_low]) == committer
+    assert through_json(committer, [prefer_low]) == committer
 
 
 def test_a_description_names_every_choice(denoiser):
@@ -235,13 +280,3 @@ def test_a_description_names_every_choice(denoiser):
         "      Every slot that reaches a confidence (Fast-dLLM, arXiv 2505.22618, algorithm 1).",
     ]
     assert describe(Plain(3)) == "Plain()"
-
-
-def test_replacing_keeps_the_rest(denoiser):
-    sampler = sampler_of(denoiser)
-    other = sampler.replace(committer=MicroConfidenceCommitter(temperature=1.0))
-    assert other.denoiser is denoiser
-    assert other.scheduler is sampler.scheduler
-    assert other.template is sampler.template
-    assert sampler.committer == MicroConfidenceCommitter()
-    assert MASK not in other([5], seed=1).sequences

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,23 +9,37 @@ from hypothesis import strategies as st
 
 from nap_decode import (
     AnyOrderScheduler,
-    BlockScheduler,
     Canvas,
     CanvasTemplate,
     MacroParallelScheduler,
     NapDecodeError,
+    Scheduler,
     SemiAutoregressiveScheduler,
 )
-from nap_decode.parts.scheduler import divide_steps, fair_share
+from nap_decode.decoders.discrete_forcing import PipelineScheduler
+from nap_decode.parts.scheduler import Left, divide_steps, fair_share
 
 
-def roll_out(plan):
-    """Quotas of all steps, ``(S, B, M)``."""
-    remaining, quotas = plan.lengths, []
-    for step in range(int(plan.steps.max())):
-        quotas.append(plan.quota(remaining, step))
-        remaining = remaining - quotas[-1]
+def play(scheduler, lengths, held=None, **options):
+    """Quotas of all steps of a fixed schedule, ``(S, B, M)``."""
+    plan = scheduler.plan(torch.tensor(lengths) if isinstance(lengths, list) else lengths, held, **options)
+    left, quotas = Left.all(plan.lengths), []
+    for _ in range(int(plan.steps.max())):
+        quota, left = scheduler.next(plan, left)
+        quotas.append(quota)
+        left = replace(left, step=left.step + 1)
     return torch.stack(quotas)
+
+
+def phases(scheduler, lengths, held):
+    """Slots of each block that open when everything before is done, ``[[...], ...]``, by playing ``open``."""
+    lengths = torch.tensor([lengths])
+    left, found = lengths, []
+    while left.any():
+        opened = scheduler.open(left, lengths, torch.tensor([held]))
+        found += opened.tolist()
+        left = left - opened
+    return found
 
 
 def rows_of(length, rows=3, blocks=6):
@@ -63,24 +79,22 @@ def test_macro_parallel_totals_are_exact(lengths, hold_until, share_last_step, d
         steps=data.draw(st.integers(least, most)), hold_until=hold_until, share_last_step=share_last_step
     )
     try:
-        plan = scheduler.plan(lengths, held)
+        quotas = play(scheduler, lengths, held)
     except NapDecodeError:
         assert most == 1  # one token, one step, but two phases in another row
         return
-    quotas = roll_out(plan)
     assert quotas.shape[0] == scheduler.steps
     assert (quotas.sum(0) == lengths).all()
     assert (quotas >= 0).all()
     assert (quotas.sum(2) >= 1).all()
-    phases = plan.phase_tokens.sum(2)
     for row in range(len(lengths)):
         sizes = quotas[:, row].sum(1).tolist()
-        if share_last_step:
-            groups = [sizes]
-        else:
-            first = int(plan.step_ends[row, 0])
-            groups = [sizes[:first], sizes[first:]]
-            assert [sum(g) for g in groups] == phases[row].tolist()
+        groups = [sizes]
+        if not share_last_step:
+            # A step ends each phase exactly, and inside a phase steps differ by one token at most.
+            first = sum(phases(scheduler, lengths[row].tolist(), held)[0])
+            reached = torch.tensor(sizes).cumsum(0).tolist()
+            groups = [sizes[: reached.index(first) + 1], sizes[reached.index(first) + 1 :]]
         for group in filter(None, groups):
             assert max(group) - min(group) <= 1
             assert group == sorted(group, reverse=True)  # the remainder goes to the first steps
@@ -90,8 +104,7 @@ def test_macro_parallel_totals_are_exact(lengths, hold_until, share_last_step, d
 @given(st.lists(st.integers(1, 15), min_size=1, max_size=6), st.data())
 def test_macro_parallel_blocks_stay_within_one_token_of_their_share(lengths, data):
     total = sum(lengths)
-    plan = MacroParallelScheduler(steps=data.draw(st.integers(1, total))).plan(torch.tensor([lengths]))
-    given_out = roll_out(plan)[:, 0].cumsum(0)
+    given_out = play(MacroParallelScheduler(steps=data.draw(st.integers(1, total))), [lengths])[:, 0].cumsum(0)
     ideal = given_out.sum(1, keepdim=True) * torch.tensor(lengths) / total
     assert ((given_out - ideal).abs() < 1).all()
 
@@ -99,8 +112,7 @@ def test_macro_parallel_blocks_stay_within_one_token_of_their_share(lengths, dat
 @settings(max_examples=300)
 @given(st.integers(2, 8), st.integers(1, 20), st.integers(1, 7))
 def test_fewer_tokens_per_step_than_blocks_starve_no_block(blocks, length, tokens_per_step):
-    plan = MacroParallelScheduler(tokens_per_step=tokens_per_step).plan(torch.full((1, blocks), length))
-    visited = roll_out(plan)[:, 0].cumsum(0)
+    visited = play(MacroParallelScheduler(tokens_per_step=tokens_per_step), [[length] * blocks])[:, 0].cumsum(0)
     assert (visited.amax(1) - visited.amin(1) <= 1).all()  # equal blocks take turns
 
 
@@ -111,9 +123,8 @@ def test_semi_autoregressive_finishes_a_block_before_the_next(lengths, data):
     least, most = int((lengths > 0).sum(1).max()), int(lengths.sum(1).min())
     if least > most:
         return
-    plan = SemiAutoregressiveScheduler(steps=data.draw(st.integers(least, most))).plan(lengths)
     remaining = lengths
-    for quota in roll_out(plan):
+    for quota in play(SemiAutoregressiveScheduler(steps=data.draw(st.integers(least, most))), lengths):
         for row in range(len(lengths)):
             visited = [b for b, q in enumerate(quota[row].tolist()) if q]
             assert visited == [next(b for b, r in enumerate(remaining[row].tolist()) if r)]
@@ -139,7 +150,7 @@ def test_steps_are_divided_in_proportion_and_every_phase_gets_one(tokens, data):
 def test_the_papers_canvas_at_256_steps():
     lengths = torch.tensor([[330, 330, 330, 32]])
     held = (False, False, False, True)
-    quotas = roll_out(MacroParallelScheduler(steps=256).plan(lengths, held))[:, 0]
+    quotas = play(MacroParallelScheduler(steps=256), lengths, held)[:, 0]
     assert (quotas[:248, 3] == 0).all()
     assert (quotas[248:, :3] == 0).all()
     assert quotas[248:, 3].tolist() == [4] * 8
@@ -151,47 +162,84 @@ def test_the_papers_canvas_at_256_steps():
     ("hold_until", "opens_after"), [(1.0, 20), (0.8, 16), (0.75, 15), (0.7, 14), (0.01, 1), (0.0, 0)]
 )
 def test_the_summary_opens_when_its_share_of_the_paths_is_committed(hold_until, opens_after):
-    plan = MacroParallelScheduler(steps=24, hold_until=hold_until).plan(
-        torch.tensor([[10, 10, 4]]), (False, False, True)
-    )
-    quotas = roll_out(plan)[:, 0]
+    scheduler, held = MacroParallelScheduler(steps=24, hold_until=hold_until), (False, False, True)
+    quotas = play(scheduler, [[10, 10, 4]], held)[:, 0]
     committed_before = quotas[:, :2].sum(1).cumsum(0) - quotas[:, :2].sum(1)
     opened = int((quotas[:, 2] > 0).nonzero()[0])
     assert committed_before[opened] >= opens_after
-    phase_tokens = plan.phase_tokens[0].sum(1).tolist()
-    assert phase_tokens == [opens_after, 24 - opens_after]
-    assert plan.phase_tokens[0, 0, 2] == 0
+    played = phases(scheduler, [10, 10, 4], held)
+    assert [sum(phase) for phase in played] == [n for n in (opens_after, 24 - opens_after) if n]
+    assert (played[0][2] == 0) == (opens_after > 0)
 
 
 def test_the_last_path_step_can_be_shared_with_the_summary():
-    lengths, held = torch.tensor([[3, 3, 2]]), (False, False, True)
-    shared = roll_out(MacroParallelScheduler(tokens_per_step=4, share_last_step=True).plan(lengths, held))
+    lengths, held = [[3, 3, 2]], (False, False, True)
+    shared = play(MacroParallelScheduler(tokens_per_step=4, share_last_step=True), lengths, held)
     assert shared[:, 0].tolist() == [[2, 2, 0], [1, 1, 2]]
-    alone = roll_out(MacroParallelScheduler(tokens_per_step=4).plan(lengths, held))
+    alone = play(MacroParallelScheduler(tokens_per_step=4), lengths, held)
     assert alone[:, 0].tolist() == [[3, 3, 0], [0, 0, 2]]
 
 
 def test_rows_have_their_own_number_of_steps():
-    plan = AnyOrderScheduler(tokens_per_step=3).plan(torch.tensor([[7], [2]]))
-    assert plan.steps.tolist() == [3, 1]
-    assert roll_out(plan)[:, :, 0].tolist() == [[3, 2], [2, 0], [2, 0]]
+    quotas = play(AnyOrderScheduler(tokens_per_step=3), [[7], [2]])
+    assert quotas[:, :, 0].tolist() == [[3, 2], [2, 0], [2, 0]]
 
 
-def test_a_quota_returns_to_the_plan_when_the_canvas_was_edited():
-    plan = AnyOrderScheduler(steps=4).plan(torch.tensor([[8]]))
-    assert plan.quota(torch.tensor([[8]]), 1).tolist() == [[4]]  # two tokens were masked again
-    assert plan.quota(torch.tensor([[3]]), 1).tolist() == [[0]]  # ahead of the plan
-    assert plan.quota(torch.tensor([[5]]), 3).tolist() == [[5]]  # the last step takes what remains
+def after(plan, masked, step, closed=0):
+    """What is left at a step when so much is masked, with nothing remembered."""
+    left = Left.all(plan.lengths)
+    return replace(left, masked=torch.tensor([masked]), step=torch.tensor([step]), closed=left.closed + closed)
+
+
+def test_a_budget_returns_to_the_plan_when_the_canvas_was_edited():
+    scheduler = AnyOrderScheduler(steps=4)
+    plan = scheduler.plan(torch.tensor([[8]]))
+    assert scheduler.next(plan, after(plan, [8], 1))[0].tolist() == [[4]]  # two tokens were masked again
+    assert scheduler.next(plan, after(plan, [5], 3))[0].tolist() == [[5]]  # the last step takes what remains
+    quota, left = scheduler.next(plan, after(plan, [3], 1))  # ahead of the plan: the step after the next is the first
+    assert quota.tolist() == [[1]]
+    assert left.step.tolist() == [2]
+
+
+def test_what_is_closed_does_not_count_and_the_row_keeps_its_pace():
+    """Three of twelve slots were filled without being decoded: two tokens per step all the same, to the end."""
+    scheduler = MacroParallelScheduler(tokens_per_step=2)
+    plan = scheduler.plan(torch.tensor([[6, 6]]))
+    left = replace(Left.all(plan.lengths), masked=torch.tensor([[2, 5]]), closed=torch.tensor([[3, 0]]))
+    left, sizes, last = replace(left, step=torch.tensor([1])), [], None
+    while left.masked.any():
+        last, left = scheduler.next(plan, left)
+        sizes.append(int(last.sum()))
+        left = replace(left, step=left.step + 1)
+    assert sizes == [2, 2, 2, 1]
+    assert int(left.step) < int(plan.steps)  # and comes to its end earlier
+
+
+def test_shares_start_anew_where_something_closes():
+    """The budget goes to what is open, in proportion to what that has left then."""
+    scheduler = MacroParallelScheduler(tokens_per_step=4)
+    plan = scheduler.plan(torch.tensor([[8, 8, 8]]))
+    first, left = scheduler.next(plan, Left.all(plan.lengths))
+    assert first.tolist() == [[2, 1, 1]]
+    closed = replace(left, masked=left.masked * torch.tensor([[0, 1, 1]]), closed=torch.tensor([[6, 0, 0]]))
+    second, left = scheduler.next(plan, replace(closed, step=closed.step + 1))
+    assert second.tolist() == [[0, 2, 2]]
+    assert left.weights.tolist() == [[0, 7, 7]]
 
 
 def test_the_least_of_an_adaptive_step_stops_at_the_gate():
     scheduler = MacroParallelScheduler(tokens_per_step=2)
     plan = scheduler.plan(torch.tensor([[3, 3, 4]]), (False, False, True), adaptive=True)
-    assert plan.open(torch.tensor([[3, 3, 4]])).tolist() == [[True, True, False]]
-    assert plan.least(torch.tensor([[3, 3, 4]])).tolist() == [[1, 1, 0]]
-    assert plan.least(torch.tensor([[0, 1, 4]])).tolist() == [[0, 1, 0]]
-    assert plan.open(torch.tensor([[0, 0, 4]])).tolist() == [[False, False, True]]
-    assert plan.least(torch.tensor([[0, 0, 4]])).tolist() == [[0, 0, 2]]
+
+    def ask(what, *left):
+        return what(plan, torch.tensor([left])).tolist()
+
+    assert ask(scheduler.may_commit, 3, 3, 4) == [[True, True, False]]
+    assert ask(scheduler.least, 3, 3, 4) == [[1, 1, 0]]
+    assert ask(scheduler.least, 0, 1, 4) == [[0, 1, 0]]
+    assert ask(scheduler.may_commit, 0, 0, 4) == [[False, False, True]]
+    assert ask(scheduler.least, 0, 0, 4) == [[0, 0, 2]]
+    assert ask(scheduler.may_commit, 2, 3, 3) == [[True, True, True]]  # a block that has begun may go on
 
 
 @settings(max_examples=600)
@@ -202,12 +250,13 @@ def test_the_least_never_exceeds_tokens_per_step_however_uneven_the_blocks(lengt
     for scheduler in (
         MacroParallelScheduler(tokens_per_step=tokens_per_step, hold_until=hold),
         SemiAutoregressiveScheduler(tokens_per_step=tokens_per_step),
+        PipelineScheduler(tokens_per_step=tokens_per_step, done_before_next=hold),
         AnyOrderScheduler(tokens_per_step=tokens_per_step),
     ):
         plan = scheduler.plan(lengths, held, adaptive=True)
         remaining = lengths
         while remaining.any():
-            least, is_open = plan.least(remaining), plan.open(remaining)
+            least, is_open = scheduler.least(plan, remaining), scheduler.may_commit(plan, remaining)
             assert (least.sum(1) <= tokens_per_step).all()
             assert ((least > 0).any(1) == (remaining > 0).any(1)).all()
             assert (least <= remaining * is_open).all()
@@ -217,7 +266,7 @@ def test_the_least_never_exceeds_tokens_per_step_however_uneven_the_blocks(lengt
 
 
 def test_macro_parallel_needs_one_phase_only_where_nothing_is_held_back():
-    assert roll_out(MacroParallelScheduler(steps=1, hold_until=0.5).plan(torch.tensor([[2, 2]]))).tolist() == [[[2, 2]]]
+    assert play(MacroParallelScheduler(steps=1, hold_until=0.5), [[2, 2]]).tolist() == [[[2, 2]]]
 
 
 def test_adaptive_plans_have_no_steps_to_be_too_few():
@@ -232,10 +281,10 @@ def test_partitions_of_a_canvas():
     assert MacroParallelScheduler(steps=8).partition(canvas).held == (False, False, True)
     any_order = AnyOrderScheduler(steps=8).partition(canvas)
     assert any_order.lengths.tolist() == [[8], [8]]
-    assert any_order.block[0].tolist() == [-1, -1, -1, 0, 0, 0, -1, 0, 0, 0, -1, 0, 0]
+    assert any_order.block[0].tolist() == [-1, -1, 0, 0, 0, -1, 0, 0, 0, -1, 0, 0, -1]
     cut = SemiAutoregressiveScheduler(steps=8, block_length=3).partition(canvas)
     assert cut.lengths.tolist() == [[3, 3, 2]] * 2
-    assert cut.block[0].tolist() == [-1, -1, -1, 0, 0, 0, -1, 1, 1, 1, -1, 2, 2]
+    assert cut.block[0].tolist() == [-1, -1, 0, 0, 0, -1, 1, 1, 1, -1, 2, 2, -1]
     whole = SemiAutoregressiveScheduler(steps=8).partition(canvas)
     assert whole.lengths.tolist() == [[3, 3, 2]] * 2
 
@@ -281,10 +330,154 @@ def test_fewer_steps_than_phases():
         SemiAutoregressiveScheduler(steps=2).plan(lengths)
 
 
-def test_phases_that_do_not_add_up():
-    class Forgetful(BlockScheduler):
-        def phases(self, lengths, held):
-            return lengths[:, None] - 1
+def test_one_token_per_step_is_the_default():
+    for scheduler in (MacroParallelScheduler(), SemiAutoregressiveScheduler()):
+        assert play(scheduler, [[3, 2]]).sum(2).tolist() == [[1]] * 5
 
-    with pytest.raises(NapDecodeError, match="phases of Forgetful must add up"):
-        Forgetful(steps=1).plan(torch.tensor([[4]]))
+
+# ---------------------------------------------------------------------------------------- any scheduler
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gated(Scheduler):
+    """Opens a block, for good, when a share of the one before is done; the first one is open."""
+
+    gates: tuple[float, ...]
+
+    def open(self, left, lengths, held):
+        gates = torch.tensor((0.0, *self.gates))[: left.shape[1]]
+        done = torch.nn.functional.pad((lengths - left)[:, :-1], (1, 0))
+        is_open = done >= gates * torch.nn.functional.pad(lengths[:, :-1], (1, 0))
+        return left * is_open.long().cumprod(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arbitrary(Scheduler):
+    """Opens an arbitrary part of what is left, and may change its mind."""
+
+    table: tuple[tuple[int, ...], ...]
+    """By the number of slots left (cyclically), the share of each block that is open, in quarters."""
+
+    def open(self, left, lengths, held):
+        table = torch.tensor(self.table)
+        opened = -(-left * table[left.sum(1) % len(table)][:, : left.shape[1]] // 4)
+        first = left * ((left > 0).long().cumsum(1) == 1)
+        return torch.where(opened.sum(1, keepdim=True) == 0, first, opened)
+
+
+gated = st.tuples(*[st.sampled_from([0.0, 0.2, 0.5, 1.0])] * 5).map(lambda gates: Gated(gates=gates))
+arbitrary = st.lists(st.tuples(*[st.integers(0, 4)] * 6), min_size=1, max_size=7).map(
+    lambda rows: Arbitrary(table=tuple(rows))
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(rows_of(8), gated, st.data())
+def test_what_opens_for_good_is_decoded_in_exactly_the_steps_asked_for(lengths, scheduler, data):
+    lengths = torch.tensor(lengths)
+    num_phases = max(len(phases(scheduler, row, [False] * len(row))) for row in lengths.tolist())
+    most = int(lengths.sum(1).min())
+    if num_phases > most:
+        return
+    scheduler = replace(scheduler, steps=data.draw(st.integers(num_phases, most)))
+    plan = scheduler.plan(lengths)
+    left, shown = Left.all(lengths), torch.zeros_like(lengths)
+    for step in range(scheduler.steps):
+        opened = scheduler.open(left.masked, lengths, plan.held)
+        quota, left = scheduler.next(plan, left)
+        assert (quota <= opened).all()
+        assert (quota.sum(1) >= 1).all()
+        shown = shown + quota
+        assert torch.equal(shown.sum(1), plan.targets[:, step])
+        assert torch.equal(left.masked, lengths - shown)
+        # Since the last block opened, each has got its ideal share of what was open then, within a token.
+        ideal = left.given.sum(1, keepdim=True) * left.weights / left.weights.sum(1, keepdim=True).clamp(min=1)
+        assert ((left.given - ideal).abs() < 1).all()
+        left = replace(left, step=left.step + 1)
+    assert torch.equal(shown, lengths)
+
+
+@settings(max_examples=500, deadline=None)
+@given(rows_of(8), arbitrary, st.data())
+def test_any_scheduler_finishes(lengths, scheduler, data):
+    lengths = torch.tensor(lengths)
+    scheduler = replace(scheduler, steps=data.draw(st.integers(1, int(lengths.sum(1).min()))))
+    needed = max(len(phases(scheduler, row, [False] * len(row))) for row in lengths.tolist())
+    if scheduler.steps < needed:
+        with pytest.raises(NapDecodeError, match="phases of at least one step each"):
+            scheduler.plan(lengths)
+        return
+    plan = scheduler.plan(lengths)
+    left, turns = Left.all(lengths), 0
+    while left.masked.any():
+        is_busy, opened = left.masked.sum(1) > 0, scheduler.open(left.masked, lengths, plan.held)
+        before = (lengths - left.masked).sum(1)
+        quota, left = scheduler.next(plan, left)
+        assert (quota <= opened).all()
+        assert torch.equal(quota.sum(1) > 0, is_busy)
+        # What the row is behind its plan, as far as that much is open.
+        assert torch.equal(quota.sum(1), torch.minimum(plan.due(left.step) - before, opened.sum(1)))
+        left, turns = replace(left, step=left.step + 1), turns + 1
+    assert turns <= lengths.sum(1).max()
+
+
+@settings(max_examples=300, deadline=None)
+@given(rows_of(8), st.one_of(gated, arbitrary), st.integers(1, 5), st.data())
+def test_any_adaptive_scheduler_finishes(lengths, scheduler, tokens_per_step, data):
+    lengths, scheduler = torch.tensor(lengths), replace(scheduler, tokens_per_step=tokens_per_step)
+    plan = scheduler.plan(lengths, adaptive=True)
+    remaining, turns = lengths, 0
+    while remaining.any():
+        least, is_open = scheduler.least(plan, remaining), scheduler.may_commit(plan, remaining)
+        opened = scheduler.open(remaining, lengths, plan.held)
+        assert torch.equal(least.sum(1), opened.sum(1).clamp(max=tokens_per_step))
+        assert (least <= opened).all()
+        assert not ((least > 0) & ~is_open).any()
+        assert (is_open <= (remaining > 0)).all()
+        more = (data.draw(st.floats(0, 1)) * (remaining * is_open - least)).long()
+        remaining, turns = remaining - least - more, turns + 1
+    assert turns <= int(lengths.sum(1).max())
+
+
+class Wrong(AnyOrderScheduler):
+    """Opens whatever it is told to."""
+
+    def open(self, left, lengths, held):
+        return WRONG[self.tokens_per_step](left)
+
+
+WRONG = {
+    1: lambda left: left * 0,  # nothing
+    2: lambda left: left + 1,  # more than there is
+    3: lambda left: left * torch.tensor([1, -1]),  # less than nothing
+    4: lambda left: left * torch.tensor([[1], [0]]),  # nothing in a row
+}
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_wrong_open_is_refused_with_its_name(kind, adaptive):
+    with pytest.raises(NapDecodeError, match=r"slots left, Wrong.open must open at least one in each row.* but opens"):
+        Wrong(tokens_per_step=kind).plan(torch.tensor([[4, 2], [3, 3]]), adaptive=adaptive)
+
+
+def test_a_pipeline_opens_a_block_when_the_one_before_is_half_done():
+    scheduler, held = PipelineScheduler(), torch.zeros(1, 3, dtype=torch.bool)
+    lengths = torch.tensor([[4, 5, 4]])
+    for left, opened in (
+        ([4, 5, 4], [4, 0, 0]),
+        ([3, 5, 4], [3, 0, 0]),
+        ([2, 5, 4], [2, 5, 0]),
+        ([2, 3, 4], [2, 3, 0]),  # two of five are less than half
+        ([2, 2, 4], [2, 2, 4]),
+        ([3, 2, 4], [3, 0, 0]),
+        ([0, 0, 1], [0, 0, 1]),
+    ):
+        assert scheduler.open(torch.tensor([left]), lengths, held).tolist() == [opened]
+    alone = PipelineScheduler(done_before_next=1.0)
+    after_another = SemiAutoregressiveScheduler()
+    for left in ([4, 5, 4], [1, 5, 4], [0, 5, 4], [0, 1, 4], [0, 0, 2]):
+        left = torch.tensor([left])
+        assert torch.equal(alone.open(left, lengths, held), after_another.open(left, lengths, held))
+    at_once = PipelineScheduler(done_before_next=0.0)
+    assert torch.equal(at_once.open(lengths, lengths, held), lengths)

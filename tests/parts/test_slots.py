@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nap_decode import Canvas, CanvasTemplate, Slots
+from nap_decode import Canvas, CanvasTemplate
 from nap_decode.base.random import row_seeds, uniform
-from nap_decode.model.rows import to_rows
+from nap_decode.parts.slots import Slots
 
 BLOCKS = 3
 
@@ -15,9 +15,9 @@ BLOCKS = 3
 def test_slots_are_packed_to_the_left():
     template = CanvasTemplate.nap(2, path_length=2, summary_length=1, path_header=[(7,), (7,)], summary_header=(7,))
     canvas = Canvas.from_prompts([[5, 5], [5]], template, mask_token_id=1)
-    masked = to_rows(canvas, canvas.decodable, False)
+    masked = canvas.decodable.clone()
     masked[0, 3] = False  # the first slot of path 1 is committed
-    block = to_rows(canvas, canvas.block, -1)
+    block = canvas.block
     is_open = torch.tensor([[True, False, True], [False, True, False]])
     quota = torch.tensor([[1, 0, 1], [0, 2, 0]])
     packed = Slots.pack(
@@ -28,8 +28,8 @@ def test_slots_are_packed_to_the_left():
         total=4,
         seeds=row_seeds(0, range(2)),
         step=torch.tensor([4, 4]),
-        row_tokens=to_rows(canvas, canvas.tokens, 0),
-        row_offsets=to_rows(canvas, canvas.position_ids, 0),
+        row_tokens=canvas.tokens,
+        row_offsets=torch.arange(10).expand(2, -1),
     )
     # Columns are positions: the second row is a token shorter, and has its padding behind.
     assert packed.index.tolist() == [[4, 9], [5, 6]]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from os import PathLike
 from typing import Any, TypeAlias
@@ -13,8 +13,11 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from nap_decode import decoders
-from nap_decode.base.errors import NapDecodeError, refuse
-from nap_decode.model.denoiser import Denoiser
+from nap_decode.base.errors import NapDecodeError, check_name, refuse
+from nap_decode.canvas import CanvasTemplate
+from nap_decode.model.denoiser import Denoiser, LogitsProcessor
+from nap_decode.model.families import find_family
+from nap_decode.model.foreign import innermost
 from nap_decode.parts.decoder import Decoder
 from nap_decode.run.generate import check_same_model
 from nap_decode.run.sampler import Sampler
@@ -50,13 +53,10 @@ def find(given: Decoder | str | PathLike[str], options: Mapping[str, Any] | None
     return {"decoder": decoders.make(name, **options or {})}
 
 
-def make(how: Mapping[str, Any], denoiser: Denoiser, **options: Any) -> Sampler:
-    """The sampler of a model.
-
-    Args:
-        how: what :func:`find` found.
-        denoiser: the model; a file's guidance and reuse go into it.
-        options: those of the sampler; a template is for what has none of its own.
+def make(
+    how: Mapping[str, Any], denoiser: Denoiser, *, template: CanvasTemplate | None = None, **options: Any
+) -> Sampler:
+    """The sampler of what :func:`find` found and a model; a file's guidance and reuse go into the Denoiser.
 
     Raises:
         NapDecodeError: two templates, or a Denoiser with other guidance or reuse than the file.
@@ -66,18 +66,13 @@ def make(how: Mapping[str, Any], denoiser: Denoiser, **options: Any) -> Sampler:
         if getattr(denoiser, name) not in (value, 0.0, None):
             raise NapDecodeError(f"the file has {name} {value}, but {getattr(denoiser, name)} is asked for")
     if how.get("template") is not None:
-        refuse({"template": options.get("template")}, {}, "the file has a template")
-        options["template"] = how["template"]
-    return Sampler(denoiser.replace(**own) if own else denoiser, decoder=how["decoder"], **options)
+        refuse({"template": template}, {}, "the file has a template")
+        template = how["template"]
+    return Sampler(denoiser.replace(**own) if own else denoiser, decoder=how["decoder"], template=template, **options)
 
 
-def bind(given: AnySampler, model: Any, denoiser: Callable[[], Denoiser]) -> Sampler:
-    """The sampler to run for a model.
-
-    Args:
-        given: see :data:`AnySampler`.
-        model: the model that shall be decoded.
-        denoiser: makes the Denoiser of what is no sampler.
+def bind(given: AnySampler, denoiser: Callable[[], Denoiser], model: Any) -> Sampler:
+    """The sampler to run for a model, whose Denoiser is made for what is no sampler.
 
     Raises:
         NapDecodeError: see :func:`find`; a sampler of another model.
@@ -88,10 +83,31 @@ def bind(given: AnySampler, model: Any, denoiser: Callable[[], Denoiser]) -> Sam
     return given
 
 
+def make_denoiser(
+    model: Any, tokenizer: Any = None, *, is_shifted: bool = False, never: Sequence[int] = (), **options: Any
+) -> Denoiser:
+    """A Denoiser of a model that is said to be shifted, or that shall never emit some ids."""
+    processors: list[LogitsProcessor] = []
+    if never:
+        from transformers import SuppressTokensLogitsProcessor
+
+        processors.append(SuppressTokensLogitsProcessor(list(never)))
+    if is_shifted:
+        options["family"] = replace(find_family(getattr(innermost(model), "config", None)), shift=True)
+    return Denoiser(model, tokenizer, logits_processor=processors, **options)
+
+
+def dream_decoder(alg: str, known: Iterable[str], rule: Mapping[str, Any]) -> Decoder:
+    """One of Dream's algorithms with its options, of which a ``top_p`` of 1 cuts off nothing."""
+    check_name("alg", alg, known)
+    cuts = rule["top_p"] is not None and rule["top_p"] < 1
+    return decoders.make(f"dream_{alg}", **{**rule, "top_p": rule["top_p"] if cuts else None})
+
+
 def option(decoder: Decoder, name: str) -> Any:
-    """What a decoder has under the name of an option; None if it has no such option."""
-    path, *others = decoder.options().get(name, [("",)])
-    return None if path == ("",) or others else getattr(reduce(getattr, path, decoder), name)
+    """What a decoder has under the name of an option; None if no part has it, or several."""
+    paths = decoder.options().get(name, [])
+    return getattr(reduce(getattr, paths[0], decoder), name) if len(paths) == 1 else None
 
 
 @dataclass(frozen=True, eq=False)

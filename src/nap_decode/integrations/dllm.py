@@ -21,11 +21,8 @@ from nap_decode import decoders
 from nap_decode.base.errors import NapDecodeError, check_integer, check_name, refuse
 from nap_decode.canvas import Canvas, CanvasTemplate
 from nap_decode.decoders.dream import AncestralSchedule
-from nap_decode.decoders.llada import ProbabilityWithout
-from nap_decode.integrations._shared import PUBLISHED_PRECISION, Padded, find, make
-from nap_decode.model.denoiser import Denoiser, LogitsProcessor
-from nap_decode.model.families import find_family
-from nap_decode.model.foreign import innermost
+from nap_decode.decoders.llada import ProbabilityWithout, llada_low_confidence, llada_random
+from nap_decode.integrations._shared import PUBLISHED_PRECISION, Padded, dream_decoder, find, make, make_denoiser
 from nap_decode.parts.decoder import Decoder
 from nap_decode.parts.schedule import Schedule
 from nap_decode.parts.scheduler import AnyOrderScheduler, SemiAutoregressiveScheduler
@@ -136,16 +133,11 @@ class Sampler:
     def using(
         cls, decoder: Decoder | str | PathLike[str], *, template: CanvasTemplate | None = None, **options: Any
     ) -> type[Sampler]:
-        """A class that decodes with one of our decoders.
+        """A class that decodes with a decoder of ours, its name and options, or a file written by ``Sampler.save``.
 
         What belongs to the model, the canvas or the output still comes from dLLM's config.  Its other options have a
         say only if they are not what the config's class has by default: those that a decoder given by its name has too
         (``block_size`` is its ``block_length``) go to it, all others are refused.
-
-        Args:
-            decoder: a :class:`Decoder`, the name of one, or a file written by ``Sampler.save``.
-            template: what follows each prompt, instead of ``max_new_tokens`` slots.
-            options: of a decoder that is given by its name, see :func:`nap_decode.decoders.make`.
 
         Raises:
             NapDecodeError: no decoder, or an option that it does not have.
@@ -156,10 +148,7 @@ class Sampler:
         return type(f"{cls.__name__}[{name}]", (cls,), members)
 
     def check(self, config: Any = None, **kwargs: Any) -> None:
-        """Raise what :meth:`sample` would raise about its options, without a prompt.
-
-        A harness makes its sampler first and samples last, after all likelihoods, so have it call this when it is made.
-        """
+        """Raise what :meth:`sample`, which harnesses call last, would raise about its options, without a prompt."""
         options, given = self._options(config, kwargs)
         self._to_sample(options, given, longest=0)
 
@@ -192,12 +181,7 @@ class Sampler:
     def infill(self, inputs: Sequence[Tensor | Sequence[int]], config: Any = None, **kwargs: Any) -> Any:
         """Decode the mask tokens in texts, in windows of ``block_size`` counted from the start of each.
 
-        ``DreamSampler`` has no windows, and all masks are decoded in any order.
-
-        Args:
-            inputs: token ids of each text.
-            config: see :meth:`sample`.
-            kwargs: see :meth:`sample`; without ``max_new_tokens`` and ``max_length``.
+        Arguments are those of :meth:`sample` but for lengths.  ``DreamSampler`` has no windows.
         """
         lengths: dict[str, Any] = {name: kwargs[name] for name in ("max_new_tokens", "max_length") if name in kwargs}
         refuse(lengths, {}, "infill decodes the masks in the text")
@@ -206,9 +190,9 @@ class Sampler:
             refuse({"cfg_scale": options["cfg_scale"] or None}, {}, "DreamSampler's infill has no guidance")
         rows = self._rows(inputs, options)
         bound = self._bind(options, given, max(map(len, rows), default=1), on_grid=True)
-        denoiser = bound.denoiser
-        ids = {"mask_token_id": denoiser.mask_token_id, "pad_token_id": denoiser.pad_token_id}
-        return self._decode(bound, Canvas.from_infill(rows, **ids, device=denoiser.device), options)
+        mask, pad, device = bound.denoiser.mask_token_id, bound.denoiser.pad_token_id, bound.denoiser.device
+        canvas = Canvas.from_infill(rows, mask_token_id=mask, pad_token_id=pad, device=device)
+        return self._decode(bound, canvas, options)
 
     def _options(self, config: Any, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """All options, and the names of those that are not what the config's class has by default."""
@@ -259,30 +243,22 @@ class Sampler:
             decided = [n for n, own in names.items() if own not in known or own in self.decoder_options]
             refuse({n: options[n] for n in decided}, {}, "the decoder, or its options in using(...), decide that")
             how = find(self.decoder, {own: options[name] for name, own in names.items()} | dict(self.decoder_options))
-        processors: list[LogitsProcessor] = []
-        if options.get("suppress_tokens"):
-            from transformers import SuppressTokensLogitsProcessor
-
-            processors.append(SuppressTokensLogitsProcessor(options["suppress_tokens"]))
-        family = find_family(getattr(innermost(self.model), "config", None))
-        denoiser = Denoiser(
+        denoiser = make_denoiser(
             self.model,
             self.tokenizer,
+            is_shifted=options["right_shift_logits"],
+            never=options.get("suppress_tokens") or (),
             mask_token_id=self.tokenizer.mask_token_id,
-            family=replace(family, shift=True) if options["right_shift_logits"] else family,
             cfg_scale=options["cfg_scale"],
-            logits_processor=processors,
         )
         return make(how, denoiser, template=self.template)
 
     def _dream(self, options: dict[str, Any]) -> Decoder:
         """What ``DreamSampler`` does."""
-        check_name("alg", options["alg"], ("maskgit_plus", "topk_margin", "entropy"))  # it has no other
         refuse({"eps": options["eps"]}, {"eps": _DREAM["eps"]}, "DreamSampler does not use it")
         rule = {name: options[name] for name in ("temperature", "top_p", "top_k", "alg_temp")}
-        rule["top_p"] = None if rule["top_p"] is not None and rule["top_p"] >= 1 else rule["top_p"]
-        scheduler = AnyOrderScheduler(steps=options["steps"], schedule=self._schedule(options))
-        return decoders.make(f"dream_{options['alg']}", **rule).set(scheduler=scheduler)
+        decoder = dream_decoder(options["alg"], ("maskgit_plus", "topk_margin", "entropy"), rule)  # it has no other
+        return decoder.set(scheduler=AnyOrderScheduler(steps=options["steps"], schedule=self._schedule(options)))
 
     def _mdlm(self, options: dict[str, Any], length: int, on_grid: bool) -> Decoder:
         """What ``MDLMSampler`` does."""
@@ -291,11 +267,9 @@ class Sampler:
         without = tuple(options["begin_suppress_tokens"] or ())
         if options["remasking"] == "random":
             refuse({"begin_suppress_tokens": without}, {"begin_suppress_tokens": ()}, "remasking is random")
-            decoder = decoders.llada_random()
+            decoder = llada_random()
         else:
-            decoder = decoders.llada_low_confidence(
-                confidence=ProbabilityWithout(without) if without else "probability"
-            )
+            decoder = llada_low_confidence(confidence=ProbabilityWithout(without) if without else "probability")
         block_size = options["block_size"] or length
         check_integer("block_size", block_size, 1)
         num_blocks = math.ceil(length / block_size)

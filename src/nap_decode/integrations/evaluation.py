@@ -20,22 +20,25 @@ from nap_decode.integrations.lm_eval import LIKELIHOODS, TASKS, add_costs, harne
 __all__ = ["add_arguments", "run"]
 
 
+_OF_MODEL = ("sampler", "sampler_args", "likelihood", "samples", "seed", "cfg_scale", "mask_token_id", "bidirectional")
+_OF_HARNESS = ("num_fewshot", "apply_chat_template", "system_instruction", "fewshot_as_multiturn")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``nap-decode eval``."""
     add = parser.add_argument_group("model").add_argument
     add("--model", required=True, help="directory or hub name of a transformers checkpoint")
     add("--device", help="where to run (default: cuda if there is one, else cpu; accelerate launch decides itself)")
-    add(
-        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="default: as the checkpoint"
-    )
+    precisions = ("auto", "float32", "bfloat16", "float16")
+    add("--dtype", choices=precisions, default="auto", help="default: as the checkpoint")
     add("--mask-token-id", type=int, help="the mask id, if neither tokenizer nor config names it")
     add("--bidirectional", action="store_true", help="set is_causal = False in the config of a decoder")
     add("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
     add("--cfg-scale", type=float, help="classifier-free guidance (default: 0)")
     add("--model-args", default="", metavar="NAME=VALUE,...", help="other options of the harness's HFLM")
     add = parser.add_argument_group("how").add_argument
-    add("--sampler", default="parallel_forced", help="name of a preset, or file written by Sampler.save")
-    add("--sampler-args", default="", metavar="NAME=VALUE,...", help="options of the preset, and of NAP's canvas")
+    add("--sampler", default="parallel_forced", help="name of a decoder, or file written by Sampler.save")
+    add("--sampler-args", default="", metavar="NAME=VALUE,...", help="options of the decoder, and of NAP's canvas")
     add("--likelihood", choices=LIKELIHOODS, default="bound", help="how completions are scored (default: bound)")
     add("--samples", type=int, default=128, help="masks drawn for the bound of a completion (default: 128)")
     add("--seed", type=int, default=0)
@@ -59,9 +62,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run ``nap-decode eval``.
 
-    Args:
-        args: the options.
-
     Raises:
         NapDecodeError: options that do not go together, names that are not known, or the harness is not installed.
     """
@@ -84,36 +84,27 @@ def run(args: argparse.Namespace) -> None:
     from lm_eval.utils import handle_non_serializable, make_table, simple_parse_args_string
 
     manager, tasks = _find_tasks(args)
+    given = vars(args)
     lm = harness_model()(
         args.model,
-        sampler=args.sampler,
-        sampler_args=args.sampler_args,
-        likelihood=args.likelihood,
-        samples=args.samples,
-        seed=args.seed,
-        cfg_scale=args.cfg_scale,
-        mask_token_id=args.mask_token_id,
-        bidirectional=args.bidirectional,
         device=args.device,
-        batch_size=args.batch_size,
         dtype=args.dtype,
+        batch_size=args.batch_size,
         trust_remote_code=args.trust_remote_code,
+        **{name: given[name] for name in _OF_MODEL},
         **options,
     )
     results = simple_evaluate(
         model=lm,
         tasks=tasks,
         task_manager=manager,
-        num_fewshot=args.num_fewshot,
         batch_size=args.batch_size,
         use_cache=None if args.use_cache is None else str(Path(args.use_cache) / lm.fingerprint),
         limit=limit,
         log_samples=True,
         gen_kwargs=simple_parse_args_string(args.gen_kwargs) or None,
-        apply_chat_template=args.apply_chat_template,
-        system_instruction=args.system_instruction,
-        fewshot_as_multiturn=args.fewshot_as_multiturn,
         confirm_run_unsafe_code=args.confirm_run_unsafe_code,
+        **{name: given[name] for name in _OF_HARNESS},
     )
     if results is not None:  # else another process has them
         add_costs(results)

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nap_decode import decoders
 from nap_decode.base.errors import check_name, refuse
-from nap_decode.decoders.llada import ProbabilityWithout
-from nap_decode.integrations._shared import PUBLISHED_PRECISION, AnySampler, bind
-from nap_decode.model.denoiser import Denoiser, LogitsProcessor
+from nap_decode.decoders.llada import ProbabilityWithout, llada_low_confidence, llada_random
+from nap_decode.integrations._shared import PUBLISHED_PRECISION, AnySampler, bind, make_denoiser
+from nap_decode.model.denoiser import Denoiser
 from nap_decode.parts.decoder import Decoder
 from nap_decode.run.sampler import Sampler
 
@@ -72,12 +71,8 @@ def generate(
         refuse({name: given[name] for name in names}, defaults, why)
 
     def denoiser() -> Denoiser:
-        processors: list[LogitsProcessor] = []
-        if logits_eos_inf:
-            from transformers import SuppressTokensLogitsProcessor
-
-            processors.append(SuppressTokensLogitsProcessor([EOS_TOKEN_ID]))
-        return Denoiser(model, mask_token_id=mask_id, cfg_scale=cfg_scale, logits_processor=processors)
+        never = [EOS_TOKEN_ID] if logits_eos_inf else []
+        return make_denoiser(model, never=never, mask_token_id=mask_id, cfg_scale=cfg_scale)
 
     if sampler is None:
         decoder = _published(block_length, remasking, confidence_eos_eot_inf)
@@ -86,7 +81,7 @@ def generate(
     else:
         own = ("steps", "block_length", "temperature", "remasking", "confidence_eos_eot_inf", "model_precision")
         check(own, "the sampler decides that")
-        bound = bind(sampler, model, denoiser)
+        bound = bind(sampler, denoiser, model)
         if isinstance(sampler, Sampler):
             own_mask = ("mask_id",) if mask_id != bound.denoiser.mask_token_id else ()
             check((*own_mask, "cfg_scale", "logits_eos_inf"), "the sampler has a Denoiser of its own, with its options")
@@ -101,6 +96,6 @@ def _published(block_length: int, remasking: str, ends_last: bool) -> Decoder:
     check_name("remasking", remasking, ("low_confidence", "random"))
     if remasking == "random":
         refuse({"confidence_eos_eot_inf": ends_last}, {"confidence_eos_eot_inf": False}, "remasking is random")
-        return decoders.llada_random(block_length=block_length)
+        return llada_random(block_length=block_length)
     confidence = ProbabilityWithout((EOS_TOKEN_ID, EOT_TOKEN_ID)) if ends_last else "probability"
-    return decoders.llada_low_confidence(block_length=block_length, confidence=confidence)
+    return llada_low_confidence(block_length=block_length, confidence=confidence)

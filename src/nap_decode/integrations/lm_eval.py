@@ -34,11 +34,12 @@ from nap_decode.base.random import wrap
 from nap_decode.canvas import Block, CanvasTemplate
 from nap_decode.checkpoints import auto_class, load_all
 from nap_decode.decoders import parse_value
-from nap_decode.integrations._shared import AnySampler, bind, find, make, option
+from nap_decode.integrations._shared import AnySampler, find, make, option
 from nap_decode.measure.arness import ARnessMeter
 from nap_decode.measure.likelihood import chain_log_likelihood, check_samples, log_likelihood_bound
 from nap_decode.model.denoiser import Denoiser
 from nap_decode.results.output import SamplerOutput
+from nap_decode.run.generate import check_same_model
 from nap_decode.run.sampler import Sampler
 
 __all__ = ["TASKS", "DecodeCost", "Generation", "add_costs", "harness_model"]
@@ -148,11 +149,9 @@ def harness_model() -> Any:
     It takes, besides what ``HFLM`` takes:
 
     * ``pretrained``: path or hub name, or a loaded model;
-    * ``sampler``: the name of a decoder, the path of a file written by ``Sampler.save``, a :class:`Decoder`, or a
-      :class:`Sampler` of a loaded model;
+    * ``sampler``: the name of a decoder, a file written by ``Sampler.save``, a :class:`Decoder`, or a :class:`Sampler`;
     * ``sampler_args``: options of the decoder, of NAP's canvas (``num_paths``, ``path_length``, ``summary_length``,
-      ``total_length``), and ``compile``; a mapping, or a text ``name=value,...`` with JSON values (as part of a text
-      of model arguments ``name:value;...``);
+      ``total_length``), and ``compile``; a mapping, or a text, see :func:`parse_options`;
     * ``likelihood``: ``"bound"`` (with its ``samples``) or ``"chain"``, see :mod:`nap_decode.measure.likelihood`;
     * ``seed``: everything that is drawn derives from it and from the request;
     * ``mask_token_id`` and ``cfg_scale``, see :class:`Denoiser`, and ``bidirectional``: set ``is_causal = False``.
@@ -220,8 +219,7 @@ class _NapDecode(_HFLM):  # type: ignore[misc]
         arguments = parse_options(sampler_args) if isinstance(sampler_args, str | None) else dict(sampler_args)
         if isinstance(sampler, Sampler):
             refuse({"sampler_args": arguments or None}, {}, "the sampler is made already")
-            own = {"mask_token_id": mask_token_id, "cfg_scale": cfg_scale}
-            refuse(own, {}, "the sampler's Denoiser has its own")
+            refuse({"mask_token_id": mask_token_id, "cfg_scale": cfg_scale}, {}, "the sampler's Denoiser has its own")
         else:
             lengths = {name: arguments.pop(name) for name in _CANVAS if name in arguments}
             ours = {"template": CanvasTemplate.nap(**lengths)} if lengths else {}
@@ -229,17 +227,14 @@ class _NapDecode(_HFLM):  # type: ignore[misc]
             how = find(sampler, arguments)
             if cfg_scale not in (None, how.get("cfg_scale", cfg_scale)):
                 raise NapDecodeError(f"{sampler} has cfg_scale {how['cfg_scale']}, but {cfg_scale} is asked for")
-        super().__init__(
-            pretrained,
-            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-            batch_size=int(batch_size),
-            **options,
-        )
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        super().__init__(pretrained, device=device, batch_size=int(batch_size), **options)
         accelerator = getattr(self, "accelerator", None)
         if accelerator is not None:  # HFLM counts the processes of several GPUs of one machine only
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
         if isinstance(sampler, Sampler):
-            self.sampler = bind(sampler, self.model, lambda: sampler.denoiser)
+            check_same_model(sampler, self.model)
+            self.sampler = sampler
         else:
             denoiser = Denoiser(self.model, self.tokenizer, mask_token_id=mask_token_id, cfg_scale=guidance)
             self.sampler = make(how, denoiser, **ours)
@@ -370,22 +365,21 @@ class _NapDecode(_HFLM):  # type: ignore[misc]
         """The sampler with what a task says about drawing."""
         asks = {n: options[n] for n, values in _NEUTRAL.items() if n in options and options[n] not in values}
         refuse(asks, {}, "samplers do not implement it")
-        own = option(self.sampler.decoder, "temperature")
+        draws, own = options.get("do_sample"), option(self.sampler.decoder, "temperature")
         # Where a task says nothing about drawing, the harness adds do_sample=False, but no temperature.
-        says, draws = "temperature" in options, options.get("do_sample")
-        temperature = (options.get("temperature") if draws else None) or 0.0
-        if draws and not temperature and not own:
+        asked = options.get("temperature") if draws else 0.0 if "temperature" in options else None
+        if draws and not asked and not own:
             raise NapDecodeError(
                 "the task says do_sample=True, but neither it nor the sampler has a temperature; add one "
                 "(--gen-kwargs temperature=1.0)"
             )
-        if own and ((says and not draws) or (temperature and temperature != own)):
-            wanted = f"temperature {temperature:g}" if temperature else "greedy decoding (temperature 0)"
+        if own and asked not in (None, own):
+            wanted = f"temperature {asked:g}" if asked else "greedy decoding (temperature 0)"
             raise NapDecodeError(
                 f"the task asks for {wanted}, but the sampler draws at temperature {own:g}; leave the temperature out "
                 f"of the sampler, or tell the task too (--gen-kwargs do_sample=True,temperature={own:g})"
             )
-        changes = {"temperature": temperature} if temperature else {}
+        changes = {"temperature": asked} if asked else {}
         for name, neutral in (("top_p", (1,)), ("top_k", (0, -1))):
             value = options.get(name)
             asks_nothing = value is None or (value in neutral and not isinstance(value, bool))
@@ -469,12 +463,8 @@ class _NapDecode(_HFLM):  # type: ignore[misc]
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
 
     def _facts(self) -> dict[str, Any]:
-        return {
-            "sampler": self.sampler.describe(),
-            "likelihood": self.likelihood,
-            "likelihood_samples": self.samples,
-            "decoding_seed": self.seed,
-        }
+        facts = {"sampler": self.sampler.describe(), "likelihood": self.likelihood}
+        return facts | {"likelihood_samples": self.samples, "decoding_seed": self.seed}
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes into its results."""

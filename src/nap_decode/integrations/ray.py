@@ -73,20 +73,20 @@ def generate(
 
     Args:
         dataset: rows with the columns of :meth:`BulkPrompt.parse <nap_decode.bulk.BulkPrompt.parse>`: a Ray dataset, a
-            file that :func:`~nap_decode.bulk.read_prompts` reads, or an iterable.  Ids must be different; of a Ray
-            dataset that is found out only when the results are read.
+            file that :func:`~nap_decode.bulk.read_prompts` reads, or an iterable.  That ids of a Ray dataset are
+            different is found out only when the results are read.
         model: directory or hub name of a checkpoint, as every worker sees it; it goes to CUDA if ``num_gpus`` is not 0.
             Or a function without arguments that loads in the worker: a model, a model and its tokenizer, a Denoiser, or
             a whole Sampler.
         sampler: how to decode: a :class:`Decoder`, the name of one, or a file written by :meth:`Sampler.save`, which
             is read here.  To be left out if the function returns a Sampler.
-        output: directory for the Parquet files, on a file system that all workers share.
+        output: see :class:`~nap_decode.bulk.BulkDecoder`.
         template: what follows each prompt, unless the file has one.
         mask_token_id: see :class:`Denoiser`.
-        seed: rows that have no ``seed`` of their own get one from this and their id.
+        seed: see :class:`~nap_decode.bulk.BulkDecoder`.
         rows_per_part: rows of a Parquet file: what a worker that dies loses at most.
-        max_batch: rows that a worker decodes at a time, at most.
-        max_tokens: rows of a batch by tokens of the longest (prompt and canvas), at most.
+        max_batch: see :class:`~nap_decode.bulk.BulkDecoder`.
+        max_tokens: see :class:`~nap_decode.bulk.BulkDecoder`.
         concurrency: workers; a pair is the least and the most.
         num_cpus: CPU cores for each worker, and threads.
         num_gpus: GPUs for each worker; 0.5 puts two workers on one.
@@ -121,19 +121,20 @@ def generate(
         check_between(name, share, 0, math.inf)
     data = _ray().data
     packed = not isinstance(dataset, data.Dataset)
+    stage: Any = dataset
     if packed:
         import pyarrow as pa
 
-        rows = bulk.read_prompts(dataset) if isinstance(dataset, str | PathLike) else dataset
+        rows: Any = bulk.read_prompts(dataset) if isinstance(dataset, str | PathLike) else dataset
         parts = [list(map(json.dumps, part)) for part in bulk.cut_into_parts(rows, rows_per_part)]
-        dataset = data.from_arrow([pa.table({_PACKED: part}) for part in parts])  # each a block of its own
+        stage = data.from_arrow([pa.table({_PACKED: part}) for part in parts])  # each a block of its own
     worker = {
         "make": partial(_load, model, how, template, mask_token_id, "cuda" if num_gpus else "cpu"),
         "output": os.path.abspath(output),
         "options": {"seed": seed, "max_batch": max_batch, "max_tokens": max_tokens},
         "packed": packed,
     }
-    return dataset.map_batches(
+    return stage.map_batches(
         _Worker,
         fn_constructor_kwargs=worker,
         batch_format="pyarrow",

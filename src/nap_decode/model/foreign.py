@@ -115,6 +115,11 @@ def wrappers_of_others(model: Any) -> list[Any]:
     return [one for one in unwrapped(model)[:-1] if type(one).__module__.split(".")[0] not in known]
 
 
+def owner_of_attributes(model: Any) -> Any:
+    """The module that gets what is set on a model: torch.compile's wrapper hands it on."""
+    return getattr(model, "_orig_mod", model)
+
+
 def state_of(model: nn.Module | None, layer: nn.Module | None) -> tuple[object, ...]:
     """Changes when modules of a model are exchanged, or what makes its output of them: forwards, hooks, autocast.
 

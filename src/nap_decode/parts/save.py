@@ -14,11 +14,14 @@ from types import FunctionType
 from typing import Any, TypeAlias
 
 from nap_decode.base.errors import NapDecodeError, check_name
+from nap_decode.parts.confidence import STATISTICS
 
 Part: TypeAlias = "type[Any] | Callable[..., Any]"
 """A class or function of yours, which a file names."""
 
 _PACKAGE = "nap_decode."
+_HOMES = ("canvas", "parts", "decoders", "speed")
+"""Where the package has its parts."""
 
 
 def to_plain(value: Any) -> Any:
@@ -83,7 +86,7 @@ def describe(part: Any) -> str:
     """
     options = _options(part) if is_dataclass(part) else {}
     inner = {name: option for name, option in options.items() if is_dataclass(option)}
-    for name in ("selection", "committer"):  # they matter so much that they are shown even if they are the default
+    for name in ("selection", "inner", "committer"):  # which are shown even if they are the default
         if hasattr(part, name):
             inner = {name: getattr(part, name)} | inner
     shown = ", ".join(f"{name}={_short(option)}" for name, option in options.items() if name not in inner)
@@ -151,10 +154,11 @@ def _of_package(name: str, kind: type) -> Any:
     """A part of this package; nothing else of it, or of any other, can be named by a file."""
     module, _, thing = name.rpartition(".")
     try:
-        part = getattr(import_module(_PACKAGE + module), thing)
-    except (ImportError, AttributeError, TypeError):
+        part = getattr(import_module(_PACKAGE + module), thing) if module.split(".")[0] in _HOMES else None
+    except (ImportError, AttributeError):
         part = None
-    if not isinstance(part, kind) or part.__module__ != _PACKAGE + module or (kind is type and not is_dataclass(part)):
+    is_known = is_dataclass(part) if kind is type else part in STATISTICS.values()
+    if not is_known or not isinstance(part, kind) or part.__module__ != _PACKAGE + module:
         raise NapDecodeError(
             f"there is no part {name!r} in this version; make it anew, or use the version that wrote it"
         )
