@@ -116,7 +116,7 @@ class Head:
         return Output(take(logits, wanted), False)
 
     def learn(self, call: Callable[[], Any], shape: torch.Size, wanted: Tensor) -> tuple[Tensor, bool]:
-        """Logits ``(N, K, V)`` of a call, and whether the output layer can be applied later (:attr:`is_late` is told then).
+        """Logits ``(N, K, V)`` of a call; and whether the output layer can be applied later, for :attr:`is_late`.
 
         A layer that is called more than once is forgotten, so that logits are taken from all there are.
         """
