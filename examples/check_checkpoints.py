@@ -26,7 +26,7 @@ import transformers
 from torch import Tensor
 
 from nap_decode import AnyOrderScheduler, Decoder, Denoiser, ModelFamily, NapDecodeError, Sampler
-from nap_decode.model.load import auto_class
+from nap_decode.checkpoints import auto_class
 
 DOCS = Path(__file__).parents[1] / "docs"
 RECORD = DOCS / "families.json"

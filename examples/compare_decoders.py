@@ -65,7 +65,7 @@ def measure(sampler: Sampler, problems: list[NimSum]) -> dict[str, float]:
 
 def table(results: dict[str, dict[str, float]]) -> str:
     """A Markdown table with a line for every decoder."""
-    lines = ["| preset | " + " | ".join(COLUMNS.values()) + " |", "|---" * (1 + len(COLUMNS)) + "|"]
+    lines = ["| decoder | " + " | ".join(COLUMNS.values()) + " |", "|---" * (1 + len(COLUMNS)) + "|"]
     for name, measured in results.items():
         lines.append(f"| `{name}` | " + " | ".join(f"{measured[column]}" for column in COLUMNS) + " |")
     return "\n".join(lines)

@@ -37,8 +37,8 @@ from nap_decode import Canvas, CanvasTemplate, NapDecodeError
 from nap_decode.base.errors import check_between, check_integer
 from nap_decode.base.random import TOKEN_STREAM, uniform
 from nap_decode.bulk import BulkPrompt, cut_into_parts, read_prompts, row_seed
+from nap_decode.checkpoints import load_checkpoint
 from nap_decode.model.families import find_family
-from nap_decode.model.load import load_checkpoint
 from nap_decode.prompts import encode_prompts
 
 SUMMARY_REQUEST = (

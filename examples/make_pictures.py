@@ -29,10 +29,10 @@ from nap_decode import (
     SemiAutoregressiveScheduler,
     ThresholdSelection,
     demo,
-    html,
-    viz,
 )
 from nap_decode.demo.problems import NUM_PATHS, PATH_LENGTH, SUMMARY_LENGTH, NimSum, sample_problems
+from nap_decode.measure import viz
+from nap_decode.results.html import to_page
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 TEMPLATE = CanvasTemplate.nap(NUM_PATHS, path_length=PATH_LENGTH, summary_length=SUMMARY_LENGTH)
@@ -48,7 +48,7 @@ def draw_order(outputs: dict[str, SamplerOutput], path: Path) -> None:
 
     figure, axes = pyplot.subplots(1, len(outputs), figsize=(11, 3.6), layout="constrained", sharey=True)
     for ax, (name, output) in zip(axes, outputs.items(), strict=True):
-        output.plot(ax=ax)
+        viz.plot_order(output, ax=ax)
         ax.set_title(name)
         ax.label_outer()
     figure.savefig(path, dpi=100)
@@ -112,7 +112,7 @@ def take_screenshots(output: SamplerOutput, browser: str) -> None:
     """What a notebook shows for an output, on a light and on a dark page."""
     for name, colours in (("light", "#ffffff;color:#111111"), ("dark", "#111111;color:#e0e0e0")):
         with tempfile.TemporaryDirectory() as folder:
-            page = html.to_page(f"<style>body{{background:{colours}}}</style>{output._repr_html_()}", "nap_decode")
+            page = to_page(f"<style>body{{background:{colours}}}</style>{output._repr_html_()}", "nap_decode")
             (Path(folder) / "page.html").write_text(page, encoding="utf-8")
             options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=760,470"]
             options += ["--no-first-run", "--disable-background-networking", f"--user-data-dir={folder}/profile"]
@@ -151,8 +151,8 @@ def main() -> None:
     pyplot.savefig(IMAGES / "frontier.png", dpi=100)
 
     output = decode(MacroParallelScheduler(tokens_per_step=3))
-    output.animate().save(IMAGES / "canvas.gif")
-    output.animate().save(IMAGES / "canvas.html")
+    viz.animate(output).save(IMAGES / "canvas.gif")
+    viz.animate(output).save(IMAGES / "canvas.html")
     if args.browser:
         take_screenshots(output, args.browser)
     total = sum(file.stat().st_size for file in IMAGES.iterdir())

@@ -36,7 +36,7 @@ from nap_decode import (
     demo,
 )
 from nap_decode.bench import Shape, Workload, environment
-from nap_decode.bench.observing import interleave
+from nap_decode.bench.observation import interleave
 from nap_decode.demo.problems import NUM_PATHS, PATH_LENGTH, SUMMARY_LENGTH, sample_problems
 from nap_decode.model.rows import Rows
 from nap_decode.speed.reuse import Kept, Reuse

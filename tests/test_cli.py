@@ -231,7 +231,7 @@ def options_of_generate():
 def test_a_falsy_value_reaches_its_part_or_is_refused_by_name(capsys, monkeypatch, option, value):
     """With a decoder, and in bulk."""
     made = []
-    monkeypatch.setattr("nap_decode.cli._load", lambda args: (lambda input_ids: None, None))
+    monkeypatch.setattr("nap_decode.cli.load_named", lambda args: (lambda input_ids: None, None))
     monkeypatch.setattr("nap_decode.cli.ray.run_bulk", lambda args, make: made.append((make(args), args)))
     make = _make_sampler
 

@@ -30,7 +30,7 @@ from typing import Any
 import pytest
 
 import nap_decode
-from nap_decode import NapDecodeError, cli
+from nap_decode import NapDecodeError, cli, decoders
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -293,6 +293,13 @@ def test_every_public_name_is_in_the_reference():
         assert f"::: nap_decode.{name}\n" in listed, name
     commands = cli._parser()._subparsers._group_actions[0].choices
     assert set(re.findall(r"<!-- help: (\S+) -->", listed)) == set(commands)
+
+
+def test_every_decoder_is_in_the_table():
+    table, _ = (DOCS / "decoders.md").read_text().split("## On the embedded model")
+    named = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
+    assert named == list(decoders.DECODERS)
+    assert f"[{len(named)} decoders]" in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import importlib.metadata
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,58 +14,87 @@ import nap_decode
 
 SOURCE = Path(nap_decode.__file__).parent
 CONSTRAINTS = Path(__file__).parents[1] / ".ci" / "constraints.txt"
-
-# The parts, and those that each may import; every one may import what its imports may.
 LAYERS = [
-    {"errors", "foreign", "lazy"},
-    {"attention", "chats", "compiling", "cost", "distribution", "families", "heads", "keeping"},
-    {"loading", "randomness", "schedules"},
-    {"token_texts", "trace"},
-    {"watching"},
-    {"arness", "calling", "canvas", "parallelism", "prediction"},
-    {"rows", "schedulers"},
-    {"reuse", "slots"},
-    {"passes"},
-    {"probing"},
-    {"confidence", "denoiser", "state"},
-    {"capturing", "credit", "likelihood", "selections"},
-    {"revisers"},
-    {"committers"},
-    {"decoding", "lookahead"},
-    {"html", "saving"},
-    {"viz"},
-    {"output"},
-    {"live"},
-    {"sampler"},
-    {"bench", "bulk", "demo", "presets"},
+    {"base"},
+    {"canvas", "prompts"},
+    {"model"},
+    {"parts"},
+    {"speed"},
+    {"results"},
+    {"run"},
+    {"decoders", "nap"},
+    {"measure"},
+    {"bulk", "demo", "bench"},
     {"integrations"},
     {"cli"},
 ]
+"""Folders and files; each imports only itself and what stands before it.  The package's own face imports any."""
+FILES = {
+    ".".join(("nap_decode", *path.relative_to(SOURCE).with_suffix("").parts)).removesuffix(".__init__"): path
+    for path in sorted(SOURCE.rglob("*.py"))
+}
+FACES = {name for name, path in FILES.items() if path.stem == "__init__"}
 
 
-EXCEPTIONS = {("sampler", "integrations"), ("trace", "viz"), ("capturing", "decoding")}
-"""``Sampler.custom_generate`` is a door to its integration, which is imported when somebody goes through, and so is
-``DecodeTrace.plot``; and what captures steps names the type of their inputs, for the type checker alone."""
+@cache
+def imports(name):
+    """Files of the package that a file imports, wherever in it, for whatever reason."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(FILES[name].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{name} imports by a relative path"
+            whole = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {one if one in FILES else node.module for one in whole}
+    return sorted(found & set(FILES))
+
+
+@cache
+def levels(name):
+    """The longest chain of imports below a file, faces not counted, from the file on; raises in a circle."""
+    return max(map(levels, imports(name)), key=len, default=()) + (() if name in FACES else (name,))
+
+
+def arrows_upward():
+    place = {f"nap_decode.{name}": i for i, layer in enumerate(LAYERS) for name in layer}
+    folder = {name: ".".join(name.split(".")[:2]) for name in FILES}
+    for name in sorted(FILES.keys() - {"nap_decode"}):
+        for other in imports(name):
+            if other == "nap_decode" or (folder[other] != folder[name] and place[folder[other]] >= place[folder[name]]):
+                yield f"{name} -> {other}"
+
+
+def circles():
+    """Files that can be reached from themselves."""
+    for start in sorted(FILES):
+        seen, coming = set(), set(imports(start))
+        while coming:
+            seen |= coming
+            coming = {other for name in coming for other in imports(name)} - seen
+        if start in seen:
+            yield start
+
+
+@pytest.mark.xfail(strict=True, reason="results imports measure.viz; cli and bench take __version__ from the face")
+def test_imports_point_one_way():
+    assert [*arrows_upward()] == []
+
+
+@pytest.mark.xfail(strict=True, reason="results.trace and results.html import measure.viz, which imports them")
+def test_no_circle_of_imports():
+    assert [*circles()] == []
+
+
+@pytest.mark.xfail(strict=True, reason="there are 13, from base.errors to cli")
+def test_at_most_eight_levels_of_imports():
+    longest = max(map(levels, FILES), key=len)
+    assert len(longest) <= 8, " <- ".join(longest)
 
 
 @pytest.mark.parametrize("name", nap_decode.__all__)
 def test_every_public_object_has_an_example(name):
     assert ">>>" in getattr(nap_decode, name).__doc__
-
-
-def test_imports_point_one_way():
-    place = {name: i for i, layer in enumerate(LAYERS) for name in layer}
-    for path in SOURCE.rglob("*.py"):
-        part = path.relative_to(SOURCE).parts[0].removesuffix(".py")
-        if part == "__init__":
-            continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(node, ast.ImportFrom) or not node.module or node.module.split(".")[0] != "nap_decode":
-                continue
-            others = node.module.split(".")[1:2] or [alias.name for alias in node.names if alias.name in place]
-            for other in others:
-                allowed = other == part or place[other] < place[part] or (part, other) in EXCEPTIONS
-                assert allowed, f"{path.name} imports {other}"
 
 
 def test_importing_runs_nothing_heavy():

@@ -18,6 +18,7 @@ import json
 import os
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -56,8 +57,6 @@ class BulkPrompt:
         >>> row = BulkPrompt.parse({"id": 7, "prompt": "1 2 =", "answer": 3}, seed=0)
         >>> row.id, row.extra
         ('7', '{"answer": 3}')
-        >>> row.seed == BulkPrompt.parse({"id": "7", "prompt": "another"}, seed=0).seed
-        True
     """
 
     id: str
@@ -91,12 +90,18 @@ class BulkPrompt:
         if len(kinds) != 1:
             has = " and ".join(kinds) or f"none of them, but {', '.join(given) or 'nothing else'}"
             raise NapDecodeError(f"row {name!r}: a row has either prompt, messages or input_ids; this one has {has}")
-        return cls(
-            id=str(name),
-            prompt=_check_prompt(name, kinds[0], given.pop(kinds[0])),
-            seed=wrap(given.pop("seed")) if "seed" in given else row_seed(seed, str(name)),
-            extra=_as_json(name, given),
-        )
+        prompt = _check_prompt(name, kinds[0], given.pop(kinds[0]))
+        seed = wrap(given.pop("seed")) if "seed" in given else row_seed(seed, str(name))
+        return cls(id=str(name), prompt=prompt, seed=seed, extra=_as_json(name, given))
+
+    @staticmethod
+    def parse_all(rows: Iterable[Mapping[str, Any]], seed: int) -> list[BulkPrompt]:
+        """Check rows, whose ids must be different, too."""
+        prompts = [BulkPrompt.parse(row, seed) for row in rows]
+        for name, count in Counter(prompt.id for prompt in prompts).items():
+            if count > 1:
+                raise NapDecodeError(f"two rows have the id {name!r}; ids must be different")
+        return prompts
 
     @property
     def text(self) -> str:
@@ -123,41 +128,29 @@ def read_prompts(path: str | PathLike[str]) -> list[dict[str, Any]]:
 
     Raises:
         NapDecodeError: another kind of file, or a line that is no JSON object.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
-        ...     print('{"id": "a", "prompt": "1 2 ="}', file=file)
-        ...     print('{"id": "b", "input_ids": [5, 6]}', file=file, flush=True)
-        ...     read_prompts(file.name)
-        [{'id': 'a', 'prompt': '1 2 ='}, {'id': 'b', 'input_ids': [5, 6]}]
     """
     file = Path(path)
     if not file.exists():
         raise NapDecodeError(f"there is no file {file}")
     if file.is_dir() or file.suffix == ".parquet":
-        _pyarrow()
-        from pyarrow import dataset
-
         files = sorted(file.glob("*.parquet")) if file.is_dir() else [file]
         if not files:
             raise NapDecodeError(f"there is no .parquet file in the directory {file}")
-        table = dataset.dataset([str(each) for each in files], format="parquet").to_table()
+        table = _pyarrow().dataset.dataset([str(each) for each in files], format="parquet").to_table()
         return list(table.to_pylist())
     if file.suffix != ".jsonl":
         raise NapDecodeError(f"prompts are read from .jsonl and .parquet files, and directories of these, not {file}")
     rows = []
     with file.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
             try:
-                row = json.loads(line)
+                row = json.loads(line) if line.strip() else None
             except ValueError as error:
                 raise NapDecodeError(f"{file}, line {number} is not JSON: {error}") from error
-            if not isinstance(row, dict):
+            if isinstance(row, dict):
+                rows.append(row)
+            elif line.strip():
                 raise NapDecodeError(f"{file}, line {number} must be a JSON object, but is {line.strip():.80}")
-            rows.append(row)
     return rows
 
 
@@ -172,17 +165,12 @@ def cut_into_parts(
 
     Raises:
         NapDecodeError: no rows at all, a row that is none, or two with one id.
-
-    Example:
-        >>> rows = [{"id": name, "prompt": "1 2 ="} for name in "abcde"]
-        >>> [[row["id"] for row in part] for part in cut_into_parts(rows, 2)]
-        [['a', 'b'], ['c', 'd'], ['e']]
     """
     check_integer("rows_per_part", rows_per_part, 1)
     rows = list(rows)
     if not rows:
         raise NapDecodeError("there are no prompts")
-    _check_different(BulkPrompt.parse(row, 0).id for row in rows)
+    BulkPrompt.parse_all(rows, 0)
     rows = [{name: _plain(value) for name, value in row.items()} for row in rows]
     return [rows[start : start + rows_per_part] for start in range(0, len(rows), rows_per_part)]
 
@@ -200,15 +188,6 @@ class BulkDecoder:
     Raises:
         NapDecodeError: no pyarrow, a sampler without a template, or a directory that was written by another sampler
             or with another seed.
-
-    Example:
-        >>> import tempfile
-        >>> from nap_decode import ParallelForcedSampler, demo
-        >>> sampler = ParallelForcedSampler(*demo.load(), path_length=11, summary_length=2, tokens_per_step=6)
-        >>> with tempfile.TemporaryDirectory() as directory:
-        ...     decoder = BulkDecoder(sampler, directory)
-        ...     decoder([{"id": 1, "prompt": "6 0 6 4 6 2 1 2 4 7 0 6 ="}])["summary"].to_pylist()
-        ['6']
     """
 
     def __init__(
@@ -228,14 +207,33 @@ class BulkDecoder:
                 "bulk generation needs a sampler with a template, which says what to decode; give it one, such as "
                 "CanvasTemplate.plain(256)"
             )
-        self.sampler = sampler
-        self.seed = wrap(seed)
+        self.sampler, self.directory, self.seed = sampler, Path(output), wrap(seed)
         self.max_batch, self.max_tokens = max_batch, max_tokens
         self._layout = len(sampler.template.encode(sampler.tokenizer, sampler.denoiser.mask_token_id)[0])
         self._schema = _schema([block.name for block in sampler.template.blocks])
-        self._parts = _Parts(output)
-        self._parts.claim(self._run())
         self._places: dict[str, Path] | None = None  # of rows that were there when this worker began, and of its own
+        self._claim()
+
+    def _claim(self) -> None:
+        """Note what the rows of the directory depend on, as far as that can be written down, or compare with it."""
+        run = {
+            "format": _FORMAT,
+            "seed": self.seed,
+            "model": str(getattr(self.sampler.denoiser.config, "_name_or_path", "")),
+            "template": repr(self.sampler.template),
+            "sampler": self.sampler.describe().splitlines(),
+        }
+        file = self.directory / _RUN_FILE
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            _write_at_once(file, (json.dumps(run, indent=1) + "\n").encode())
+        found = json.loads(file.read_text(encoding="utf-8"))
+        for name in {**run, **found}:
+            if found.get(name) != run.get(name):
+                raise NapDecodeError(
+                    f"{self.directory} has rows of another run, whose {name} is {found.get(name)!r} instead of "
+                    f"{run.get(name)!r}; write to another directory, or use the same options"
+                )
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
         """Decode a part.
@@ -249,15 +247,13 @@ class BulkDecoder:
         Raises:
             NapDecodeError: a row that is none or that cannot be decoded, or two with one id.
         """
-        prompts = [BulkPrompt.parse(row, self.seed) for row in rows]
-        _check_different(prompt.id for prompt in prompts)
+        prompts = BulkPrompt.parse_all(rows, self.seed)
         table = self._find_or_decode(prompts)
-        for column in ("prompt", "seed", "extra"):
-            given = [prompt.text if column == "prompt" else getattr(prompt, column) for prompt in prompts]
-            for prompt, old, new in zip(prompts, table[column].to_pylist(), given, strict=True):
-                if old != new:
+        for column, of in (("prompt", "text"), ("seed", "seed"), ("extra", "extra")):
+            for prompt, old in zip(prompts, table[column].to_pylist(), strict=True):
+                if old != (new := getattr(prompt, of)):
                     raise NapDecodeError(
-                        f"row {prompt.id!r} is in {self._parts.directory} already, but with {column} {old!r:.80} "
+                        f"row {prompt.id!r} is in {self.directory} already, but with {column} {old!r:.80} "
                         f"instead of {new!r:.80}; give it another id, or write to another directory"
                     )
         return table
@@ -265,28 +261,21 @@ class BulkDecoder:
     def _find_or_decode(self, prompts: Sequence[BulkPrompt]) -> pa.Table:
         pa = _pyarrow()
         if self._places is None:
-            self._places = self._parts.places()
+            self._places = _places(self.directory)
         places = self._places
         missing = [prompt for prompt in prompts if prompt.id not in places]
         if missing:
-            path = self._parts.path([prompt.id for prompt in missing])
+            names = json.dumps([prompt.id for prompt in missing]).encode()
+            path = self.directory / f"part-{hashlib.blake2b(names, digest_size=16).hexdigest()}.parquet"
             if not path.exists():  # unless it was written since this worker began, by one that died of the next part
-                self._parts.write(pa.Table.from_pylist(self._decode(missing), schema=self._schema), path)
+                content = io.BytesIO()
+                pa.parquet.write_table(pa.Table.from_pylist(self._decode(missing), schema=self._schema), content)
+                _write_at_once(path, content.getvalue())
             places.update((prompt.id, path) for prompt in missing)
         paths = {places[prompt.id] for prompt in prompts}
-        table = pa.concat_tables([self._schema.empty_table(), *map(self._parts.read, sorted(paths))])
+        table = pa.concat_tables([self._schema.empty_table(), *map(_read, sorted(paths))])
         row_of = {name: number for number, name in enumerate(table["id"].to_pylist())}
         return table.take(pa.array([row_of[prompt.id] for prompt in prompts], pa.int64()))
-
-    def _run(self) -> dict[str, Any]:
-        """What rows depend on, as far as that can be written down."""
-        return {
-            "format": _FORMAT,
-            "seed": self.seed,
-            "model": str(getattr(self.sampler.denoiser.config, "_name_or_path", "")),
-            "template": repr(self.sampler.template),
-            "sampler": self.sampler.describe().splitlines(),
-        }
 
     def _decode(self, prompts: Sequence[BulkPrompt]) -> list[dict[str, Any]]:
         outputs = self.sampler.stream(
@@ -321,10 +310,6 @@ class BulkSummary:
         rows: rows in the input.
         decoded: those that were not there before.
         seconds: wall time of the run; on Ray, the start of the workers is in it.
-
-    Example:
-        >>> print(BulkSummary(rows=2000, decoded=500, seconds=25.0))
-        2000 rows, of which 500 were decoded now, in 25.0 s (20.0 rows/s)
     """
 
     rows: int
@@ -389,16 +374,9 @@ def run_parts(
     output: str | PathLike[str],
     progress: Callable[[str], None] | None,
 ) -> BulkSummary:
-    """Decode parts, count and report.
-
-    Args:
-        parts: rows, see :func:`cut_into_parts`.
-        decode: gives the decoded rows of all parts, in any order.
-        output: where it writes them.
-        progress: see :func:`generate`.
-    """
+    """Have parts decoded, count and report; ``decode`` gives the decoded rows of all parts, in any order."""
     started, done, total = time.perf_counter(), 0, sum(map(len, parts))
-    before = _Parts(output).places()
+    before = _places(Path(output))
     there = sum(str(row["id"]) in before for part in parts for row in part)
     for table in decode(parts):
         done += table.num_rows
@@ -415,78 +393,37 @@ def read_results(output: str | PathLike[str]) -> pa.Table:
 
     Raises:
         NapDecodeError: no such directory, or one id with two prompts.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as directory:
-        ...     read_results(directory)
-        Traceback (most recent call last):
-        ...
-        nap_decode.base.errors.NapDecodeError: there are no results in ...
     """
     pa = _pyarrow()
-    parts = _Parts(output)
-    tables = [parts.read(path) for path in parts.paths()]
-    if not tables:
-        raise NapDecodeError(f"there are no results in {parts.directory}")
-    table = pa.concat_tables(tables)
+    paths = _paths(Path(output))
+    if not paths:
+        raise NapDecodeError(f"there are no results in {output}")
+    table = pa.concat_tables(map(_read, paths))
     # Only runs that overlapped in one directory, with other parts, leave a row in two files.
     first: dict[str, int] = {}
     prompts = table["prompt"]
     for number, name in enumerate(table["id"].to_pylist()):
         if prompts[first.setdefault(name, number)] != prompts[number]:
-            raise NapDecodeError(f"{parts.directory} has two prompts with the id {name!r}; ids must be different")
+            raise NapDecodeError(f"{output} has two prompts with the id {name!r}; ids must be different")
     return table.take(list(first.values()))
 
 
-class _Parts:
-    """The Parquet files of a directory."""
+def _paths(directory: Path) -> list[Path]:
+    """The parts that are there."""
+    return sorted(directory.glob("part-*.parquet"))
 
-    def __init__(self, directory: str | PathLike[str]) -> None:
-        self.directory = Path(directory)
 
-    def claim(self, run: dict[str, Any]) -> None:
-        """Note what the rows of this directory depend on, or compare with what is noted."""
-        file = self.directory / _RUN_FILE
-        self.directory.mkdir(parents=True, exist_ok=True)
-        if not file.exists():
-            _write_at_once(file, (json.dumps(run, indent=1) + "\n").encode())
-        found = json.loads(file.read_text(encoding="utf-8"))
-        for name in {**run, **found}:
-            if found.get(name) != run.get(name):
-                raise NapDecodeError(
-                    f"{self.directory} has rows of another run, whose {name} is {found.get(name)!r} instead of "
-                    f"{run.get(name)!r}; write to another directory, or use the same options"
-                )
+def _places(directory: Path) -> dict[str, Path]:
+    """The part of every id that is there."""
+    return {name: path for path in _paths(directory) for name in _read(path, columns=["id"])["id"].to_pylist()}
 
-    def path(self, names: Sequence[str]) -> Path:
-        """Of the part with these ids."""
-        digest = hashlib.blake2b(json.dumps(list(names)).encode(), digest_size=16).hexdigest()
-        return self.directory / f"part-{digest}.parquet"
 
-    def paths(self) -> list[Path]:
-        return sorted(self.directory.glob("part-*.parquet"))
-
-    def places(self) -> dict[str, Path]:
-        """The file of every id."""
-        _pyarrow()
-        return {name: path for path in self.paths() for name in self.read(path, columns=["id"])["id"].to_pylist()}
-
-    def read(self, path: Path, columns: list[str] | None = None) -> pa.Table:
-        pa = _pyarrow()
-        from pyarrow import parquet
-
-        try:
-            return parquet.ParquetFile(path).read(columns=columns)
-        except pa.ArrowInvalid as error:
-            raise NapDecodeError(f"{path} is damaged ({error}); delete it, and its rows are decoded again") from error
-
-    def write(self, table: pa.Table, path: Path) -> None:
-        from pyarrow import parquet
-
-        content = io.BytesIO()
-        parquet.write_table(table, content)
-        _write_at_once(path, content.getvalue())
+def _read(path: Path, columns: list[str] | None = None) -> pa.Table:
+    pa = _pyarrow()
+    try:
+        return pa.parquet.ParquetFile(path).read(columns=columns)
+    except pa.ArrowInvalid as error:
+        raise NapDecodeError(f"{path} is damaged ({error}); delete it, and its rows are decoded again") from error
 
 
 def _write_at_once(path: Path, content: bytes) -> None:
@@ -566,14 +503,6 @@ def _as_json(name: Any, values: Mapping[str, Any]) -> str:
         ) from error
 
 
-def _check_different(names: Iterable[str]) -> None:
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            raise NapDecodeError(f"two rows have the id {name!r}; ids must be different")
-        seen.add(name)
-
-
 def _plain(value: Any) -> Any:
     """Numpy's arrays and numbers as Python's."""
     return value.tolist() if hasattr(value, "tolist") else value
@@ -582,6 +511,8 @@ def _plain(value: Any) -> Any:
 def _pyarrow() -> Any:
     try:
         import pyarrow
+        import pyarrow.dataset
+        import pyarrow.parquet
     except ImportError as error:
         raise NapDecodeError(
             "bulk generation writes Parquet files, which needs pyarrow; run pip install 'nap_decode[ray]'"

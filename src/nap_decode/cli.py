@@ -9,35 +9,24 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
-
-import torch
 
 from nap_decode import __version__, bench, decoders
 from nap_decode.base.errors import NapDecodeError, check_between, check_integer
+from nap_decode.bench.workload import SCHEDULERS
 from nap_decode.canvas import CanvasTemplate
+from nap_decode.checkpoints import add_model_arguments, check_device, load_named
 from nap_decode.integrations import evaluation, ray
 from nap_decode.integrations._shared import find, given
 from nap_decode.measure.arness import ARnessMeter
 from nap_decode.model.denoiser import Denoiser
-from nap_decode.model.load import load_checkpoint
 from nap_decode.parts.decoder import Decoder
-from nap_decode.parts.scheduler import (
-    AnyOrderScheduler,
-    MacroParallelScheduler,
-    Scheduler,
-    SemiAutoregressiveScheduler,
-)
+from nap_decode.parts.scheduler import AnyOrderScheduler, Scheduler
 from nap_decode.results.trace import DecodeTrace
 from nap_decode.run.sampler import Sampler
 from nap_decode.speed.reuse import REUSES
 
-_SCHEDULERS: dict[str, type[Scheduler]] = {
-    "macro-parallel": MacroParallelScheduler,
-    "semi-autoregressive": SemiAutoregressiveScheduler,
-    "any-order": AnyOrderScheduler,
-}
+_SCHEDULERS: dict[str, type[Scheduler]] = {**SCHEDULERS, "any-order": AnyOrderScheduler}
 _SHORTHANDS = ("tokens_per_step", "steps", "temperature")  # for --set
 _MAY_BE_EMPTY = ("model_args", "sampler_args", "gen_kwargs")  # lists of options
 
@@ -72,15 +61,7 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = commands.add_parser("generate", help="decode prompts with any checkpoint")
     generate.set_defaults(run=_generate)
-    add = generate.add_argument_group("model").add_argument
-    add("--model", required=True, help="directory or hub name of a transformers checkpoint")
-    add("--device", default="cpu", help="where to run, for example cuda (default: cpu)")
-    add(
-        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="default: as the checkpoint"
-    )
-    add("--mask-token-id", type=int, help="the mask id, if neither tokenizer nor config names it")
-    add("--bidirectional", action="store_true", help="set is_causal = False in the config of a decoder")
-    add("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
+    add_model_arguments(generate)
     add = generate.add_argument_group("what to decode").add_argument
     add("--prompt", action="append", help="text; may be given several times")
     add("--chat", action="store_true", help="put each prompt through the chat template, as a user's message")
@@ -99,11 +80,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=int, help="short for --set steps=...")
     add("--temperature", type=float, help="short for --set temperature=...")
     add("--cfg-scale", type=float, help="classifier-free guidance (default: 0)")
-    add(
-        "--reuse", choices=sorted(REUSES), help="compute some positions of a pass only; approximate (see docs/reuse.md)"
-    )
+    some = "compute some positions of a pass only; approximate (see docs/reuse.md)"
+    add("--reuse", choices=sorted(REUSES), help=some)
     add("--refresh-every", type=int, metavar="PASSES", help="with --reuse, compute everything every so many passes")
-    add("--compile", choices=("kernels", "graphs"), help="compile the model's body, or capture steps as CUDA graphs")
+    add(
+        "--compile",
+        choices=("kernels", "graphs"),
+        default=False,
+        help="compile the model's body, or capture steps as CUDA graphs",
+    )
     add("--seed", type=int, default=0)
     add = generate.add_argument_group("output").add_argument
     add("--trace", help="write what happened when to this file")
@@ -113,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
 
     measure = commands.add_parser("bench", help="what a decode costs, beside bare forwards and the textbook loop")
     bench.add_arguments(measure)
-    measure.set_defaults(run=partial(bench.run, load=_load))
+    measure.set_defaults(run=bench.run)
 
     evaluate = commands.add_parser("eval", help="accuracy and cost on tasks of the lm-evaluation-harness")
     evaluation.add_arguments(evaluate)
@@ -188,10 +173,9 @@ def _generate(args: argparse.Namespace) -> None:
 def _make_sampler(args: argparse.Namespace) -> Sampler:
     """Load the model, and make the sampler that the options of ``generate`` name."""
     how = _compose(args)  # before the model is loaded, which may take minutes
-    model, tokenizer = _load(args)
-    own = {name: how[name] for name in ("cfg_scale", "reuse")}
-    denoiser = Denoiser(model, tokenizer, mask_token_id=args.mask_token_id, **own)
-    return Sampler(denoiser, decoder=how["decoder"], template=how["template"], compile=args.compile or False)
+    model, tokenizer = load_named(args)
+    own = {name: how.pop(name) for name in ("cfg_scale", "reuse")}
+    return Sampler(Denoiser(model, tokenizer, mask_token_id=args.mask_token_id, **own), compile=args.compile, **how)
 
 
 def _compose(args: argparse.Namespace) -> dict[str, Any]:
@@ -205,12 +189,13 @@ def _compose(args: argparse.Namespace) -> dict[str, Any]:
     elif args.refresh_every is not None:
         raise NapDecodeError("--refresh-every goes with --reuse")
     how["template"] = _template(args, how["template"])
-    if args.device.startswith("cuda") and not torch.cuda.is_available() and args.ray_address is None:
-        raise NapDecodeError(f"--device {args.device}: this torch sees no CUDA device")
+    if args.ray_address is None:  # else the workers' device is meant
+        check_device(args)
     return how
 
 
 def _decoder(args: argparse.Namespace) -> dict[str, Any]:
+    """The decoder that the options name, and what else its file says."""
     options = given(args, _SHORTHANDS)
     for option in args.set or ():
         name, separator, value = option.partition("=")
@@ -220,8 +205,8 @@ def _decoder(args: argparse.Namespace) -> dict[str, Any]:
     name = args.decoder or "parallel_forced"
     scheduler = {} if args.scheduler is None else {"scheduler": _SCHEDULERS[args.scheduler]()}
     if name in decoders.DECODERS:
-        if args.scheduler is not None and name == "parallel_forced" and not {"tokens_per_step", "steps"} & {*options}:
-            options["tokens_per_step"] = 4  # its own
+        if name == "parallel_forced" and not {"tokens_per_step", "steps"} & {*options}:
+            options["tokens_per_step"] = 4  # its own, also for another scheduler
         return {"decoder": decoders.make(name, **scheduler, **options)}
     found = find(name)
     decoder: Decoder = found["decoder"]
@@ -241,16 +226,6 @@ def _template(args: argparse.Namespace, default: CanvasTemplate | None) -> Canva
         return None
     check_integer("--max-new-tokens", args.max_new_tokens, 1)
     return CanvasTemplate.plain(args.max_new_tokens)
-
-
-def _load(args: argparse.Namespace) -> tuple[Any, Any]:
-    return load_checkpoint(
-        args.model,
-        device=args.device,
-        dtype=args.dtype,
-        bidirectional=args.bidirectional,
-        trust_remote_code=args.trust_remote_code,
-    )
 
 
 def _arness(args: argparse.Namespace) -> None:

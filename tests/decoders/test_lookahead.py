@@ -1,25 +1,76 @@
+"""LoPA."""
+
 from __future__ import annotations
 
+import pytest
+import reference
 import torch
-from models import MASK, TableModel
+from models import MASK, TableModel, Words
+from papers import BANNED
+from samplers import make
 
 from nap_decode import (
     AnyOrderScheduler,
-    LookaheadCommitter,
+    Committer,
+    Decoder,
+    Denoiser,
     MicroConfidenceCommitter,
+    NapDecodeError,
+    Needs,
     Sampler,
     SemiAutoregressiveScheduler,
-    Slots,
     ThresholdSelection,
+    decoders,
 )
-from nap_decode.decoders.lookahead import _Branches
-from nap_decode.parts.committer import Committer
+from nap_decode.decoders.llada_2 import EditReviser
+from nap_decode.decoders.lookahead import LookaheadCommitter, _Branches
+from nap_decode.parts.slots import Slots
+
+
+@pytest.fixture(scope="module")
+def denoiser(tiny):
+    return Denoiser(tiny, Words())
+
+
+def test_lookahead_agrees_with_the_reference(tiny, denoiser):
+    threshold, branches, weight, weakest, length = 0.5, 2, 0.1, 0.5, 10
+    sampler = make(denoiser, "lopa", block_length=None, weight=weight)
+    won = 0
+    for prompt in ([5, 6, 7], [8], [9, 9, 5, 6], [7, 6, 5, 8, 9]):
+        out = sampler(prompt, max_new_tokens=length)
+        tokens, passes, offers = [*prompt, *[MASK] * length], 0, []
+        while MASK in tokens:
+            passes += 1
+            best = None
+            for position, token, creation in [(None, None, 1.0), *offers]:
+                branch = list(tokens)
+                if position is not None:
+                    branch[position] = token
+                with torch.no_grad():
+                    logits = tiny(torch.tensor([branch])).logits[0].tolist()
+                proposals = {p: reference.propose(logits[p], BANNED) for p, t in enumerate(branch) if t == MASK}
+                c = sorted(reference.confidences(proposals).values())
+                counted = c[: max(1, int(len(c) * weakest))]
+                future = sum(counted) / len(counted) if counted else 1.0
+                worth = weight * creation + (1 - weight) * future
+                if best is None or worth > best[0] + 1e-12:
+                    best = worth, branch, proposals, position
+            _, tokens, proposals, position = best
+            won += position is not None
+            chosen = reference.threshold_rule(threshold)(proposals, {}) if proposals else set()
+            for p in chosen:
+                tokens[p] = proposals[p][0]
+            c = reference.confidences({p: proposals[p] for p in proposals if p not in chosen})
+            offers = [(p, proposals[p][0], c[p]) for p in sorted(c, key=lambda p: (-c[p], p))[:branches]]
+        assert out.sequences[0].tolist() == tokens
+        assert out.forward_passes == passes
+    assert won > 3
 
 
 class Recorder(Committer):
     """Asks as another committer does, and keeps what it asked."""
 
-    is_adaptive = True
+    needs = Needs(adaptive=True, memory=True)
 
     def __init__(self, committer):
         self.committer, self.asked = committer, []
@@ -33,11 +84,11 @@ class Recorder(Committer):
 
 
 def sampler_of(scheduler, committer, length=4, seed=0):
-    return Sampler(TableModel(3, length, seed=seed), scheduler=scheduler, committer=committer, mask_token_id=MASK)
+    return Sampler(TableModel(3, length, seed=seed), decoder=Decoder(scheduler, committer), mask_token_id=MASK)
 
 
 def lookahead(threshold=2.0, **options):
-    return LookaheadCommitter(committer=MicroConfidenceCommitter(selection=ThresholdSelection(threshold)), **options)
+    return LookaheadCommitter(inner=MicroConfidenceCommitter(selection=ThresholdSelection(threshold)), **options)
 
 
 def test_the_anchor_comes_first_and_branches_fill_one_slot_more():
@@ -116,3 +167,23 @@ def test_weakest_counts_the_least_certain_slots():
     assert lookahead(weakest=0.7)._certainty(confidence, is_open).item() == torch.tensor([0.1, 0.5]).mean().item()
     assert lookahead(weakest=0.0)._certainty(confidence, is_open).item() == torch.tensor(0.1).item()
     assert lookahead()._certainty(confidence, ~is_open & False).item() == 1.0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: LookaheadCommitter(inner=decoders.credit().committer),
+            "a committer that looks ahead cannot revise, give credit or compare steps",
+        ),
+        (lambda: LookaheadCommitter(inner=decoders.klass().committer), "cannot revise, give credit or compare"),
+        (lambda: decoders.lopa().set(reviser=EditReviser()), "cannot revise, give credit or compare"),
+        (lambda: LookaheadCommitter(inner="best"), "inner must be a MicroConfidenceCommitter, but is 'best'"),
+        (lambda: LookaheadCommitter(branches=0), "branches must be a whole number of at least 1"),
+        (lambda: LookaheadCommitter(weight=2), "weight must be a number from 0 to 1, but is 2"),
+        (lambda: LookaheadCommitter(weakest=-1), "weakest must be a number from 0 to 1, but is -1"),
+    ],
+)
+def test_errors(make, message):
+    with pytest.raises(NapDecodeError, match=message):
+        make()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import subprocess
 import sys
 
 import numpy as np
@@ -137,8 +138,8 @@ class TestOrder:
         viz.plot_order(trace([-1, -1], block=[[0, 0]]), ax=ax)
         assert points(ax) == {}
 
-    def test_by_the_output_and_the_trace(self, plt):
-        for drawn in (TWO.plot(1), output(TWO).plot(1)):
+    def test_from_an_output_or_a_trace_in_axes_of_its_own(self, plt):
+        for drawn in (viz.plot_order(TWO, 1), viz.plot_order(output(TWO), 1)):
             assert points(drawn) == {0: 0, 1: 1, 2: 2, 3: 3, 4: 4}
             plt.close(drawn.figure)
 
@@ -288,7 +289,7 @@ class TestAnimation:
                 return "".join(chr(97 + i) for i in ids)
 
         assert ">j</span>" in viz.animate(TWO, tokenizer=Letters()).to_html()
-        assert ">9</span>" in output(TWO).animate(seconds_per_step=1).to_html()
+        assert ">9</span>" in viz.animate(output(TWO), seconds_per_step=1).to_html()
 
     def test_a_gif_has_a_frame_for_every_step(self, plt, tmp_path):
         image = pytest.importorskip("PIL.Image")
@@ -306,7 +307,7 @@ class TestAnimation:
         from nap_decode.measure.viz.animation import _MASKED, _Drawing
         from nap_decode.results.html import lay_out
 
-        drawing = _Drawing.of(lay_out(TWO, 1))
+        drawing = _Drawing(lay_out(TWO, 1))
         faces = []
         for done in range(6):
             drawing.show(max(done - 1, 0), done, 5)
@@ -355,3 +356,8 @@ def test_a_plain_template_has_one_block(ax):
     record = trace([-1, -1, 0, 1, 2], block=canvas.block.tolist(), names=canvas.block_names)
     viz.plot_order(record, ax=ax)
     assert points(ax) == {0: 0, 1: 1, 2: 2}
+
+
+def test_meters_and_pictures_are_imported_without_what_draws_or_loads():
+    code = "import sys; from nap_decode.measure import viz; print({'matplotlib', 'transformers'} & {*sys.modules})"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -29,64 +28,6 @@ def test_even(tokens, data):
     steps = data.draw(st.integers(1, tokens))
     base, rest = divmod(tokens, steps)
     assert spread(EvenSchedule(), tokens, steps) == [base + (i < rest) for i in range(steps)]
-
-
-@settings(max_examples=300)
-@given(st.integers(1, 60), st.data())
-def test_cosine_commits_at_every_step_and_follows_the_curve(tokens, data):
-    steps = data.draw(st.integers(1, tokens))
-    got = spread(CosineSchedule(), tokens, steps)
-    assert sum(got) == tokens
-    assert min(got) >= 1
-    for i in range(steps):
-        masked = math.ceil(tokens * math.cos(math.pi / 2 * (i + 1) / steps) - 1e-9)
-        expected = min(max(tokens - masked, i + 1), tokens - (steps - i - 1))
-        assert sum(got[: i + 1]) == expected
-
-
-@settings(max_examples=300)
-@given(st.integers(1, 60), st.integers(1, 80), st.sampled_from([1e-3, 0.05]))
-def test_dream_rounds_as_dream_does(tokens, steps, eps):
-    times = torch.linspace(1, eps, steps + 1)
-    left, expected = tokens, []
-    for i in range(steps):
-        # As in DreamGenerationMixin._sample: float32 tensors, truncated.
-        number = int(torch.tensor(left).float() * (1 - times[i + 1] / times[i])) if i < steps - 1 else left
-        expected.append(number)
-        left -= number
-    assert spread(DreamSchedule(eps), tokens, steps) == expected
-
-
-@pytest.mark.parametrize("steps", [1, 2, 5])
-def test_ancestral_counts_have_the_law_of_independent_reveals(steps):
-    rows, tokens, eps = 20_000, 6, 1e-3
-    plan = AnyOrderScheduler(steps=steps, schedule=AncestralSchedule(eps)).plan(
-        torch.full((rows, 1), tokens), seeds=row_seeds(0, range(rows))
-    )
-    times = torch.linspace(1, eps, steps + 1, dtype=torch.float64)
-    assert (plan.targets[:, -1] == tokens).all()
-    for i in range(steps - 1):
-        revealed = 1 - times[i + 1]  # of each token, by itself
-        expected = torch.tensor([math.comb(tokens, n) * revealed**n * (1 - revealed) ** (tokens - n) for n in range(7)])
-        seen = torch.bincount(plan.targets[:, i], minlength=tokens + 1) / rows
-        error = (expected * (1 - expected) / rows).sqrt().clamp(min=1e-6)
-        assert ((seen - expected).abs() < 4.5 * error + 1e-4).all()
-
-
-def test_reveals_do_not_depend_on_the_other_rows():
-    scheduler = AnyOrderScheduler(steps=7, schedule=AncestralSchedule())
-    seeds = row_seeds(1, range(3))
-    together = scheduler.plan(torch.tensor([[9], [4], [20]]), seeds=seeds).targets
-    alone = scheduler.plan(torch.tensor([[4]]), seeds=seeds[1:2]).targets
-    assert torch.equal(together[1:2], alone)
-
-
-def test_the_blocks_of_a_row_draw_for_themselves():
-    scheduler = SemiAutoregressiveScheduler(steps=8, schedule=AncestralSchedule())
-    targets = scheduler.plan(torch.full((200, 2), 6), seeds=row_seeds(0, range(200))).targets
-    first, second = targets[:, :4], targets[:, 4:] - 6
-    assert (first[:, -1] == 6).all()
-    assert (first != second).any(1).double().mean() > 0.5
 
 
 @settings(max_examples=200)

@@ -402,11 +402,12 @@ def test_what_opens_for_good_is_decoded_in_exactly_the_steps_asked_for(lengths, 
 def test_any_scheduler_finishes(lengths, scheduler, data):
     lengths = torch.tensor(lengths)
     scheduler = replace(scheduler, steps=data.draw(st.integers(1, int(lengths.sum(1).min()))))
-    try:
-        plan = scheduler.plan(lengths)
-    except NapDecodeError as error:
-        assert "phases of at least one step each" in str(error)
+    needed = max(len(phases(scheduler, row, [False] * len(row))) for row in lengths.tolist())
+    if scheduler.steps < needed:
+        with pytest.raises(NapDecodeError, match="phases of at least one step each"):
+            scheduler.plan(lengths)
         return
+    plan = scheduler.plan(lengths)
     left, turns = Left.all(lengths), 0
     while left.masked.any():
         is_busy, opened = left.masked.sum(1) > 0, scheduler.open(left.masked, lengths, plan.held)

@@ -1,9 +1,8 @@
-"""How the cost of a step grows with the sizes of a decode."""
+"""Growth of a step's cost with the sizes of a decode."""
 
 from __future__ import annotations
 
 import dataclasses
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 
 from nap_decode.base.errors import NapDecodeError, check_between, check_integer, check_name
 from nap_decode.bench.loops import make_loops
-from nap_decode.bench.observing import Say, environment, interleave, seconds_of
+from nap_decode.bench.observation import Say, environment, interleave, seconds_of
 from nap_decode.bench.workload import SHAPES, Shape, Workload
 from nap_decode.model.denoiser import Denoiser
 
@@ -22,7 +21,7 @@ _STEPS, _PROMPT = 8, 64
 
 @dataclass(frozen=True)
 class Fit:
-    """How a cost grows with a size, by least squares.
+    """Growth of a cost with a size, by least squares.
 
     Args:
         intercept: a of cost = a + b size.
@@ -69,19 +68,13 @@ tokens in 8 steps, so that each of 32 blocks commits at every step), one row, on
 
 @dataclass(frozen=True)
 class LadderResult:
-    """What :func:`ladder` measured; ``str()`` is a table for each dimension.
+    """Measurements by :func:`ladder`; ``str()`` is a table for each dimension.
 
     Args:
         shape: of the model.
         seconds: dimension -> size -> ``"bare"`` and ``"ours"`` -> seconds per step in each repetition.
         skipped: dimension -> sizes that would have taken longer than the limit.
         environment: see :func:`environment`, with dtype, options and seed.
-
-    Example:
-        >>> points = {1: {"bare": [1.0, 1.0], "ours": [1.2, 1.1]}, 2: {"bare": [1.1, 1.0], "ours": [1.2, 1.1]}}
-        >>> result = LadderResult(Shape(), {"blocks": points}, {"blocks": []})
-        >>> result.spread("blocks")
-        0.0
     """
 
     shape: Shape
@@ -92,11 +85,9 @@ class LadderResult:
     def costs(self, dimension: str) -> dict[str, list[float]]:
         """Median seconds per step at each size: of bare and ours, and of what ours takes longer in a repetition."""
         points = self.seconds[dimension].values()
-        costs = {name: [statistics.median(point[name]) for point in points] for name in ("bare", "ours")}
-        costs["overhead"] = [
-            statistics.median(o - b for o, b in zip(point["ours"], point["bare"], strict=True)) for point in points
-        ]
-        return costs
+        times = {name: [np.array(point[name]) for point in points] for name in ("bare", "ours")}
+        times["overhead"] = [ours - bare for bare, ours in zip(times["bare"], times["ours"], strict=True)]
+        return {name: [float(np.median(one)) for one in values] for name, values in times.items()}
 
     def fits(self, dimension: str) -> dict[str, Fit]:
         """Fits of all costs; none with fewer than two sizes."""
@@ -105,10 +96,9 @@ class LadderResult:
 
     def spread(self, dimension: str) -> float:
         """The largest median, over sizes, of our cost by that of the smallest size in the same repetition, less 1."""
-        points = list(self.seconds[dimension].values())
-        first = points[0]["ours"]
-        ratios = [statistics.median(o / f for o, f in zip(p["ours"], first, strict=True)) for p in points]
-        return max(ratios) / min(ratios) - 1
+        ours = np.array([point["ours"] for point in self.seconds[dimension].values()])  # sizes x repetitions
+        ratios = np.median(ours / ours[0], axis=1)
+        return float(ratios.max() / ratios.min() - 1)
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain values."""
@@ -123,12 +113,10 @@ class LadderResult:
             for i, size in enumerate(points):
                 lines.append(f"{size:<14}" + "".join(f"{1e3 * cost[i]:>12.3f}" for cost in costs.values()))
             for name, fit in self.fits(dimension).items():
+                line = f"{1e3 * fit.intercept:.3g} + {1e3 * fit.slope:.3g} x {dimension}"
                 r_squared = "-" if fit.r_squared is None else f"{fit.r_squared:.3f}"
                 exponent = "-" if fit.exponent is None else f"{fit.exponent:.2f}"
-                lines.append(
-                    f"{name}: {1e3 * fit.intercept:.3g} + {1e3 * fit.slope:.3g} x {dimension} (R² {r_squared}); "
-                    f"exponent {exponent}"
-                )
+                lines.append(f"{name}: {line} (R² {r_squared}); exponent {exponent}")
             if dimension == "blocks" and points:
                 lines.append(f"ours, largest over smallest: {100 * self.spread(dimension):+.1f}%")
             if self.skipped[dimension]:
@@ -176,12 +164,14 @@ def ladder(
     shape, sizes, say = shape or SHAPES["tiny"], LADDER if sizes is None else sizes, progress or (lambda _: None)
     for dimension in sizes:
         check_name("dimension of the ladder", dimension, LADDER)
+    base = Workload(prompt_length=_PROMPT, steps=_STEPS, temperature=temperature, seed=seed)
+    names = ("bare", "ours")
     seconds: dict[str, dict[int, dict[str, list[float]]]] = {}
     skipped: dict[str, list[int]] = {}
-    for dimension, steps_up in sizes.items():
+    for dimension, rungs in sizes.items():
         functions: dict[tuple[int, str], Callable[[], Any]] = {}
         skipped[dimension], denoiser = [], None
-        for size in sorted(steps_up):
+        for size in sorted(rungs):
             if skipped[dimension]:
                 skipped[dimension].append(size)
                 continue
@@ -189,29 +179,22 @@ def ladder(
             if denoiser is None or dimension == "vocabulary":
                 own = dataclasses.replace(shape, vocab=size) if dimension == "vocabulary" else shape
                 denoiser = Denoiser(own.build(dtype=dtype, device=device, seed=seed))
-            workload = _rung(dimension, size, temperature, seed)
-            canvas = workload.canvas(denoiser)
-            loops = make_loops(denoiser, canvas, workload, compile)
-            loops["ours"]()
-            loops["bare"]()
-            if sum(seconds_of(loops[name], denoiser.device) for name in ("bare", "ours")) * repeats > limit:
+            changed: dict[str, dict[str, Any]] = {
+                "canvas": {"new_tokens": size - _PROMPT},
+                "batch": {"batch_size": size},
+                "blocks": {"blocks": size},
+            }
+            workload = dataclasses.replace(base, **changed.get(dimension, {}))
+            loops = make_loops(denoiser, workload.canvas(denoiser), workload, compile)
+            for name in names:
+                loops[name]()
+            if sum(seconds_of(loops[name], denoiser.device) for name in names) * repeats > limit:
                 skipped[dimension].append(size)
             else:
-                functions |= {(size, name): loops[name] for name in ("bare", "ours")}
+                functions |= {(size, name): loops[name] for name in names}
         times = interleave(functions, repeats, torch.device(device), say)
         seconds[dimension] = {
-            size: {name: [t / _STEPS for t in times[size, name]] for name in ("bare", "ours")}
-            for size in dict.fromkeys(size for size, _ in functions)
+            size: {name: [t / _STEPS for t in times[size, name]] for name in names} for size, _ in functions
         }
     about = {"dtype": str(dtype).removeprefix("torch."), "temperature": temperature, "seed": seed, "compile": compile}
     return LadderResult(shape, seconds, skipped, environment(device) | about)
-
-
-def _rung(dimension: str, size: int, temperature: float, seed: int) -> Workload:
-    base = Workload(prompt_length=_PROMPT, steps=_STEPS, temperature=temperature, seed=seed)
-    options: dict[str, dict[str, Any]] = {
-        "canvas": {"new_tokens": size - _PROMPT},
-        "batch": {"batch_size": size},
-        "blocks": {"blocks": size},
-    }
-    return dataclasses.replace(base, **options.get(dimension, {}))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from nap_decode.base.errors import NapDecodeError
-from nap_decode.bench.workload import Workload, banned_ids
+from nap_decode.bench.workload import Workload
 from nap_decode.canvas import Canvas
 from nap_decode.model.call import additive
 from nap_decode.model.denoiser import Denoiser
@@ -30,7 +30,7 @@ class Parts:
 
     def __init__(self, denoiser: Denoiser, canvas: Canvas) -> None:
         self.model = cast(Any, denoiser.model)
-        family = denoiser.family
+        family, tokens = denoiser.family, canvas.tokens
         if family.block_size is not None or (canvas.is_padded and family.attention != "2d"):
             raise NapDecodeError(
                 f"{family.name} models need an attention mask ({family.attention!r}) that the benchmark does not make; "
@@ -39,15 +39,21 @@ class Parts:
         self.shift = family.shift
         self.options: dict[str, Any] = {"attention_mask": canvas.attention_mask} if canvas.is_padded else {}
         if denoiser.must_be_told:
-            seen = canvas.attention_mask.bool()[:, None, None].expand(-1, -1, canvas.tokens.shape[1], -1)
+            seen = canvas.attention_mask.bool()[:, None, None].expand(-1, -1, tokens.shape[1], -1)
             self.options["attention_mask"] = additive(seen, self.model.dtype)
-        if "use_cache" in inspect.signature(self.model.forward).parameters:
+        if "use_cache" in denoiser.call.arguments:
             self.options["use_cache"] = False
-        self.head = self._head()
+        self.head = denoiser.call.head.layer
+        self.is_split = False
+        """Whether body and output layer make the model: not so if something stands between or behind them."""
         with torch.no_grad():
-            logits = self.model(input_ids=canvas.tokens, **self.options).logits
+            logits = self.model(input_ids=tokens, **self.options).logits
             self.vocab_size: int = logits.shape[-1]
-            self.is_split = self.head is not None and self._adds_up(canvas.tokens, logits)
+            if isinstance(self.head, nn.Linear) and self.model.base_model is not self.model:
+                hidden = self._body(tokens)
+                rounding = 64 * torch.finfo(logits.dtype).eps * logits.abs().max()
+                fits = hidden.shape[-1] == self.head.in_features
+                self.is_split = fits and bool((self.head(hidden) - logits).abs().max() <= rounding)
 
     def full(self, tokens: Tensor) -> Tensor:
         """``(B, L) -> (B, L, V)``."""
@@ -61,23 +67,6 @@ class Parts:
 
     def _body(self, tokens: Tensor) -> Tensor:
         return self.model.base_model(input_ids=tokens, **self.options)[0]  # type: ignore[no-any-return]
-
-    def _head(self) -> nn.Module | None:
-        try:
-            head = self.model.get_output_embeddings()
-        except (AttributeError, NotImplementedError):  # the second is how transformers' own say that they do not know
-            return None
-        return head if isinstance(head, nn.Module) else None
-
-    def _adds_up(self, tokens: Tensor, logits: Tensor) -> bool:
-        """Whether body and output layer make the model: not so if something stands between or behind them."""
-        if self.model.base_model is self.model:
-            return False
-        hidden = self._body(tokens)
-        if not isinstance(self.head, nn.Linear) or hidden.shape[-1] != self.head.in_features:
-            return False
-        rounding = 64 * torch.finfo(logits.dtype).eps * logits.abs().max()
-        return bool((self.head(hidden) - logits).abs().max() <= rounding)
 
 
 def add_gumbel_noise(logits: Tensor, temperature: float) -> Tensor:
@@ -112,7 +101,7 @@ def textbook_loop(
 
     Args:
         forward: ``(B, L) -> (B, L, V)`` logits, which may be overwritten.
-        tokens: ``(B, L)`` int64, padded on the left; not changed.
+        tokens: ``(B, L)`` int64; not changed.
         block: ``(B, L)`` int64, the block of every slot to decode, -1 elsewhere.
         quotas: ``(S, B, M)`` int64 on the CPU, tokens that each block commits at each step.
         mask_token_id: what slots hold.
@@ -166,7 +155,7 @@ def make_loops(
     parts = Parts(denoiser, canvas)
     sampler = Sampler(denoiser, decoder=workload.decoder(), compile=False if mode is None else mode)
     quotas, widths = workload.quotas(), workload.widths()
-    banned = torch.tensor(banned_ids(denoiser, parts.vocab_size), device=canvas.tokens.device)
+    banned = denoiser.banned(parts.vocab_size, canvas.tokens.device)
 
     @torch.no_grad()
     def bare() -> None:
@@ -178,19 +167,12 @@ def make_loops(
         for _ in widths:
             parts.full(canvas.tokens)
 
-    def textbook() -> Tensor:
-        return textbook_loop(
-            parts.full,
-            canvas.tokens,
-            canvas.block,
-            quotas,
-            mask_token_id=denoiser.mask_token_id,
-            banned=banned,
-            temperature=workload.temperature,
-        )
-
-    def ours() -> Any:
-        return sampler.decode(canvas, seed=workload.seed, progress=False)
-
-    loops: dict[str, Callable[[], Any]] = {"full": full, "textbook": textbook, "ours": ours}
+    textbook = partial(
+        textbook_loop, mask_token_id=denoiser.mask_token_id, banned=banned, temperature=workload.temperature
+    )
+    loops: dict[str, Callable[[], Any]] = {
+        "full": full,
+        "textbook": partial(textbook, parts.full, canvas.tokens, canvas.block, quotas),
+        "ours": partial(sampler.decode, canvas, seed=workload.seed, progress=False),
+    }
     return {"bare": bare} | loops if parts.is_split else loops

@@ -1,4 +1,4 @@
-"""What a benchmark decodes, and with which model."""
+"""Workloads of a benchmark, and models of random weights."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from nap_decode.base.errors import NapDecodeError, check_integer, check_name
 from nap_decode.canvas import Block, Canvas, CanvasTemplate
+from nap_decode.checkpoints import precision_argument
 from nap_decode.model.denoiser import Denoiser
-from nap_decode.model.foreign import precision_argument
 from nap_decode.parts.committer import MicroConfidenceCommitter
 from nap_decode.parts.decoder import Decoder
 from nap_decode.parts.scheduler import Left, MacroParallelScheduler, Scheduler, SemiAutoregressiveScheduler
@@ -71,10 +71,11 @@ class Shape:
         sizes: dict[str, int] = {}
         for pair in text.split(","):
             name, _, value = pair.partition("=")
-            check_name("size of a shape", name.strip(), (f.name for f in dataclasses.fields(cls)))
+            name = name.strip()
+            check_name("size of a shape", name, (f.name for f in dataclasses.fields(cls)))
             if not value.strip().isdecimal():
-                raise NapDecodeError(f"{name.strip()} must be a whole number, but is {value!r}")
-            sizes[name.strip()] = int(value)
+                raise NapDecodeError(f"{name} must be a whole number, but is {value!r}")
+            sizes[name] = int(value)
         return cls(**sizes)
 
     def build(self, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0) -> Any:
@@ -169,7 +170,7 @@ class Workload:
         plan = scheduler.plan(self.lengths())
         left = Left.all(plan.lengths)
         for step in range(self.steps):
-            quota, left = scheduler.next(plan, replace(left, step=left.step.new_full((self.batch_size,), step)))
+            quota, left = scheduler.next(plan, replace(left, step=torch.full_like(left.step, step)))
             quotas.append(quota)
         return torch.stack(quotas)
 
@@ -181,25 +182,19 @@ class Workload:
 
     def canvas(self, denoiser: Denoiser) -> Canvas:
         """The rows to decode, with prompts of random ids."""
-        special = {denoiser.mask_token_id, denoiser.pad_token_id, *denoiser.end_token_ids}
-        size = int(denoiser.num_embeddings or 0)
-        ids = np.setdiff1d(np.arange(size), [*special, *banned_ids(denoiser, size)])
+        size = denoiser.num_embeddings or 0
+        banned = denoiser.banned(size, torch.device("cpu")).tolist()
+        ids = np.setdiff1d(np.arange(size), [*banned, denoiser.pad_token_id, *denoiser.end_token_ids])
         if not len(ids):
             raise NapDecodeError("the model does not say how many token ids it has, so there are none for a prompt")
         draw = np.random.default_rng(self.seed)
-        shortest = self.prompt_length - self.prompt_length // 2 if self.ragged else self.prompt_length
+        shortest = self.prompt_length - self.ragged * (self.prompt_length // 2)
         lengths = np.linspace(shortest, self.prompt_length, self.batch_size).round().astype(int)
-        blocks = (Block(f"block {j + 1}", int(length)) for j, length in enumerate(self.lengths()[0]))
+        blocks = tuple(Block(f"block {j + 1}", int(length)) for j, length in enumerate(self.lengths()[0]))
         return Canvas.from_prompts(
             [draw.choice(ids, length).tolist() for length in lengths],
-            CanvasTemplate(tuple(blocks)),
+            CanvasTemplate(blocks),
             mask_token_id=denoiser.mask_token_id,
             pad_token_id=denoiser.pad_token_id,
             device=denoiser.device,
         )
-
-
-def banned_ids(denoiser: Denoiser, size: int) -> list[int]:
-    """Ids below ``size`` that must not be emitted: the mask, and those that the tokenizer does not have."""
-    known = range(size) if denoiser.tokenizer is None else denoiser.tokenizer.get_vocab().values()
-    return sorted({denoiser.mask_token_id} | set(range(size)).difference(known))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nap_decode.base.errors import check_name
+from nap_decode.checkpoints import load_checkpoint
 from nap_decode.demo.problems import NUM_DIGITS, NUM_PATHS, PATH_LENGTH, SUMMARY_LENGTH, NimSum, sample_problems
 
 __all__ = [
@@ -50,9 +51,6 @@ def load(trained_on: str = "paths") -> tuple[Any, Any]:
         >>> sampler("6 0 6 4 6 2 1 2 4 7 0 6 =", max_new_tokens=35).text
         ' 6 0 6 6 6 0 0 4 4 4 6 2 2 2 0 0 1 1 1 2 3 3 4 7 7 7 0 0 0 0 0 6 6 6'
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    check_name("embedded model", trained_on, ("paths", "chain"))
-    directory = CHECKPOINT if trained_on == "paths" else CHAIN_CHECKPOINT
-    model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True)
-    return model.eval(), AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    directories = {"paths": CHECKPOINT, "chain": CHAIN_CHECKPOINT}
+    check_name("embedded model", trained_on, directories)
+    return load_checkpoint(directories[trained_on])

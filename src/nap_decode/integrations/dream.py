@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from nap_decode import decoders
 from nap_decode.base.errors import NapDecodeError, check_integer, check_name, refuse
+from nap_decode.base.random import SCHEDULE_STREAM
 from nap_decode.canvas import Canvas, CanvasTemplate
-from nap_decode.integrations._hooks import Hook, HookedDenoiser, Recounting, edited
-from nap_decode.integrations._shared import PUBLISHED_PRECISION, AnySampler, Padded, bind, find
+from nap_decode.integrations._shared import (
+    PUBLISHED_PRECISION,
+    AnySampler,
+    Padded,
+    bind,
+    dream_decoder,
+    find,
+    make_denoiser,
+)
 from nap_decode.model.denoiser import Denoiser
-from nap_decode.model.families import find_family
 from nap_decode.model.foreign import innermost
+from nap_decode.model.prediction import Prediction
+from nap_decode.model.rows import Rows
+from nap_decode.parts.committer import Committer, Predict
+from nap_decode.parts.decoder import Decoder
+from nap_decode.parts.needs import Needs
+from nap_decode.parts.scheduler import AnyOrderScheduler
+from nap_decode.parts.slots import Decision, Slots
 from nap_decode.run.generate import check_same_model
 from nap_decode.run.sampler import Sampler
+from nap_decode.run.state import DecodeState
 
 ALGORITHMS = ("origin", "maskgit_plus", "topk_margin", "entropy")
 _RULE = {"alg": "origin", "steps": 512, "eps": 1e-3, "temperature": 0.0, "top_p": None, "top_k": None, "alg_temp": None}
@@ -27,6 +43,9 @@ _TOKENS = {"mask_token_id": None, "pad_token_id": None, "bos_token_id": None, "e
 _OUTPUT = {"num_return_sequences": 1, "output_history": False, "return_dict_in_generate": False, "return_dict": False}
 _CONFIG: dict[str, Any] = _RULE | _LENGTH | _TOKENS | _OUTPUT  # DreamGenerationConfig's fields and their defaults
 _HOOKS = ("generation_tokens_hook_func", "generation_logits_hook_func")
+Hook: TypeAlias = Callable[[Any, Tensor, Any], Tensor]
+"""``(step, tokens (B, L), logits (B, L, V))`` -> such tokens or logits, whichever it is for; entry p of the logits is
+for position p.  Step and logits are None before the first step."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,11 +94,16 @@ def install(model: Any, sampler: AnySampler | None = None, *, model_precision: b
             check_same_model(sampler, model)
         else:
             find(sampler)
-    owner = getattr(model, "_orig_mod", model)  # torch.compile's wrapper hands on what is set
+    owner = _owner(model)
     before = vars(owner).get("diffusion_generate")
     if isinstance(before, _DiffusionGenerate):
         before = before.before
     owner.diffusion_generate = _DiffusionGenerate(model, sampler, model_precision, before)
+
+
+def _owner(model: Any) -> Any:
+    """The module that gets what is set on a model: torch.compile's wrapper hands it on."""
+    return getattr(model, "_orig_mod", model)
 
 
 def uninstall(model: Any) -> None:
@@ -88,7 +112,7 @@ def uninstall(model: Any) -> None:
     Raises:
         NapDecodeError: it is not there.
     """
-    owner = getattr(model, "_orig_mod", model)
+    owner = _owner(model)
     installed = vars(owner).get("diffusion_generate")
     if not isinstance(installed, _DiffusionGenerate):
         raise NapDecodeError(f"nothing is installed on this {type(model).__name__}; install(model) does it")
@@ -128,8 +152,8 @@ class _DiffusionGenerate:
             history = [output.trace.canvas_at(step + 1) for step in range(steps if options["output_history"] else 0)]
             history = [rows.padded(tokens) for tokens in history]
         else:
-            hooked = HookedDenoiser(sampler.denoiser, rows, tokens_hook, logits_hook)
-            output = Sampler(hooked, decoder=Recounting.of(sampler.decoder)).decode(canvas, callback=hooked.after_step)
+            hooked = _HookedDenoiser(sampler.denoiser, rows, tokens_hook, logits_hook)
+            output = Sampler(hooked, decoder=_Recounting.of(sampler.decoder)).decode(canvas, callback=hooked.after_step)
             history = hooked.history
         sequences = rows.padded(output.sequences).to(inputs.device)
         if not is_dict:
@@ -156,24 +180,21 @@ class _DiffusionGenerate:
 
     def _bind(self, options: dict[str, Any], generation_config: Any, kwargs: dict[str, Any]) -> Sampler:
         def denoiser() -> Denoiser:
-            family = replace(find_family(self._model_config), shift=True)  # as Dream, whatever the model
-            return Denoiser(self.model, mask_token_id=options["mask_token_id"], family=family)
+            return make_denoiser(self.model, is_shifted=True, mask_token_id=options["mask_token_id"])
 
         if self.sampler is not None:
             given = {name: value for name, value in vars(generation_config or object).items() if name in _RULE} | kwargs
             ineffective = {name: given[name] for name in _RULE if given.get(name) is not None}
             refuse(ineffective, _RULE, "the sampler that was installed decides that")
-            sampler = bind(self.sampler, self.model, denoiser)
+            sampler = bind(self.sampler, denoiser, self.model)
             if sampler.template is not None:
                 lengths = {name: kwargs[name] for name in _LENGTH if name in kwargs}
                 refuse(lengths, dict.fromkeys(lengths), "the sampler that was installed has a template")
             return sampler
         rule = {name: options[name] for name in _RULE if name != "alg"}
-        rule["top_p"] = None if rule["top_p"] is not None and rule["top_p"] >= 1 else rule["top_p"]
-        check_name("alg", options["alg"], ALGORITHMS)
         if options["alg"] == "origin":
             refuse({"alg_temp": rule.pop("alg_temp") or None}, {}, "alg='origin' chooses positions at random")
-        decoder = decoders.make(f"dream_{options['alg']}", **rule)
+        decoder = dream_decoder(options["alg"], ALGORITHMS, rule)
         return Sampler(denoiser(), decoder=decoder.set(**PUBLISHED_PRECISION) if self.model_precision else decoder)
 
     def _expand(self, ids: Tensor, attention_mask: Tensor | None, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -210,7 +231,7 @@ def _canvas(
     """The template behind the prompts; as in Dream, masks in a prompt are decoded too."""
     layout, blocks = (torch.tensor(row) for row in template.encode(denoiser.tokenizer, denoiser.mask_token_id))
     ids, attention_mask = ids.to(denoiser.device), attention_mask.to(denoiser.device)
-    tokens = edited(hook, None, torch.cat([ids, layout.to(ids).expand(len(ids), -1)], dim=1), None)
+    tokens = _edited(hook, None, torch.cat([ids, layout.to(ids).expand(len(ids), -1)], dim=1), None)
     there = torch.nn.functional.pad(attention_mask, (0, len(layout)), value=1).bool()
     rows = Padded(tokens, there)
     block = torch.cat([torch.zeros_like(ids), blocks.to(ids).clamp(min=0).expand(len(ids), -1)], dim=1)
@@ -225,3 +246,94 @@ def _canvas(
         held=tuple(b.held for b in template.blocks),
     )
     return canvas, rows
+
+
+# ----------------------------------------------------------------------------------------------- hooks
+
+
+class _HookedDenoiser(Denoiser):
+    """A Denoiser that asks for all logits and lets hooks change them, and after the step the tokens."""
+
+    def __init__(self, denoiser: Denoiser, shown: Padded, tokens_hook: Hook, logits_hook: Hook) -> None:
+        vars(self).update(vars(denoiser))  # one that is set up already: nothing is probed again
+        self.shown, self.tokens_hook, self.logits_hook = shown, tokens_hook, logits_hook
+        self.reuse = None  # a hook wants all logits, of this step
+        self.seen: Tensor | None = None
+        self.history: list[Tensor] = []  # the rows after every step
+
+    @override
+    def predict(self, rows: Rows, tokens: Tensor, wanted: Tensor, places: Tensor, **options: Any) -> Prediction:
+        if options.get("hidden") is not None or len(tokens) > len(rows.lengths):
+            raise NapDecodeError("a decoder that looks at other canvases besides its own cannot show logits to hooks")
+        every = torch.arange(tokens.numel(), device=tokens.device)
+        prediction = super().predict(rows, tokens, every.view_as(tokens) % rows.width, every)
+        logits = self.shown.padded(prediction.logits)  # (B, L, V)
+        changed = self.logits_hook(len(self.history), self.shown.padded(tokens), logits)
+        self.seen = _checked("generation_logits_hook_func must return logits", changed, logits)
+        column = self.shown.order.gather(1, wanted.clamp(min=0))
+        chosen = self.seen.take_along_dim(column[:, :, None], dim=1)  # (B, K, V)
+        return Prediction.of(chosen, banned=prediction.banned, places=places)
+
+    def after_step(self, state: DecodeState) -> Tensor:
+        """The callback to decode with; while one looks on, no row leaves the batch."""
+        tokens = _edited(self.tokens_hook, len(self.history), self.shown.padded(state.tokens), self.seen)
+        self.history.append(tokens.clone())
+        return self.shown.to_canvas(tokens)
+
+
+def _edited(hook: Hook, step: int | None, tokens: Tensor, logits: Tensor | None) -> Tensor:
+    """What a hook makes of the tokens."""
+    return _checked("generation_tokens_hook_func must return the tokens", hook(step, tokens, logits), tokens)
+
+
+def _checked(what: str, changed: Any, given: Tensor) -> Tensor:
+    if not isinstance(changed, Tensor) or changed.shape != given.shape:
+        raise NapDecodeError(f"{what} {tuple(given.shape)}, not {changed!r:.80}")
+    return changed
+
+
+@dataclass(frozen=True)
+class _Recounting(Committer):
+    """Goes by the masks there are, as in Dream, and not by a plan; under an AnyOrderScheduler without steps.
+
+    Every step is taken, also if it commits nothing or nothing is masked: the hooks may change the canvas at each.
+    """
+
+    inner: Committer
+    shares: tuple[float, ...]  # of the masks that each step commits
+    draws: bool  # whether each mask has that chance
+
+    @staticmethod
+    def of(decoder: Decoder) -> Decoder:
+        """The same for Dream's schedules; other decoders as they are."""
+        scheduler, eps = decoder.scheduler, getattr(decoder.scheduler.schedule, "eps", None)
+        if eps is None or scheduler.steps is None or not isinstance(scheduler, AnyOrderScheduler):
+            return decoder
+        times = torch.linspace(1, eps, scheduler.steps + 1)  # in float32 as there, because rounding decides
+        shares = (*(1 - times[1:-1] / times[:-2]).tolist(), 1.0)
+        committer = _Recounting(decoder.committer, shares, scheduler.needs.random)
+        return Decoder(AnyOrderScheduler(), committer, decoder.close_on)
+
+    @property
+    @override
+    def needs(self) -> Needs:  # committed, so that blocks without a mask may stay open
+        return self.inner.needs | Needs(adaptive=True, committed=True, random=self.draws)
+
+    @property
+    @override
+    def patience(self) -> int:
+        return len(self.shares)
+
+    @override
+    def __call__(self, slots: Slots, predict: Predict) -> Decision:
+        step, last = int(slots.step.max()), len(self.shares) - 1
+        if step > last:
+            raise NapDecodeError(
+                f"generation_tokens_hook_func left masks after step {last}, the last of steps={last + 1}; mask slots "
+                "earlier, or ask for more steps"
+            )
+        share = torch.tensor(self.shares[step])
+        counted = slots.open & (slots.uniform(SCHEDULE_STREAM) < share) if self.draws else slots.open
+        quota = slots.count(counted) if self.draws else (slots.count(counted).float() * share).long()
+        decision = self.inner(replace(slots, quota=quota), predict)
+        return replace(decision, unsettled=torch.full_like(quota, step < last, dtype=torch.bool))

@@ -32,12 +32,12 @@ from nap_decode import demo
 from nap_decode.base.errors import NapDecodeError, check_between, check_integer, check_name, refuse
 from nap_decode.base.random import wrap
 from nap_decode.canvas import Block, CanvasTemplate
+from nap_decode.checkpoints import auto_class, load_all
 from nap_decode.decoders import parse_value
 from nap_decode.integrations._shared import AnySampler, find, make, option
 from nap_decode.measure.arness import ARnessMeter
 from nap_decode.measure.likelihood import chain_log_likelihood, check_samples, log_likelihood_bound
 from nap_decode.model.denoiser import Denoiser
-from nap_decode.model.load import auto_class, load_all
 from nap_decode.results.output import SamplerOutput
 from nap_decode.run.generate import check_same_model
 from nap_decode.run.sampler import Sampler

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 from nap_decode import bulk
 from nap_decode.base.errors import NapDecodeError, check_between, check_integer
 from nap_decode.canvas import CanvasTemplate
+from nap_decode.checkpoints import load_checkpoint
 from nap_decode.integrations._shared import find, given, make
 from nap_decode.model.denoiser import Denoiser
-from nap_decode.model.load import load_checkpoint
 from nap_decode.parts.decoder import Decoder
 from nap_decode.run.sampler import Sampler
 

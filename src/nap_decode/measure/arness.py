@@ -27,6 +27,7 @@ from nap_decode.measure.watch import Watch
 from nap_decode.results.trace import DecodeTrace
 
 _Ints = NDArray[np.int64]
+_Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,8 @@ class ARness:
     Args:
         sequences: number of sequences averaged over.
         global_at: Global@k by k; 1 for left to right.
-        global_lower: its lower bound over the orders inside steps (descending positions).  It is at the
-            same time the step-level value, which asks whether p_c is among the k smallest of what was
-            masked at the start of its step: in descending order nothing below p_c has been removed yet.
+        global_lower: its lower bound over the orders inside steps (descending positions), which is the step-level
+            value, too: whether p_c is among the k smallest of what was masked at the start of its step.
         global_upper: its upper bound (ascending positions).
         local_at: Local@k by k; 1 for left to right, nan for sequences of at most k tokens.
         kendall_tau: tau-b between position and step, ties allowed; with one token per step 1 for left to right, -1 for
@@ -130,11 +130,8 @@ class ARnessMeter:
 
     def update(self, trace: DecodeTrace) -> None:
         """Add the sequences of a trace."""
-        before_end = trace.before_end().numpy()
-        block = np.where(trace.step.numpy() < 0, -1, trace.block.numpy())  # what an interruption left masked
-        if trace.closed is not None:  # what was filled without being decoded has no place in the order
-            block = np.where(trace.closed.numpy(), -1, block)
-        scopes = {False: block >= 0} | ({True: before_end} if trace.end_token_ids else {})
+        decoded, before_end, block = decoded_slots(trace), trace.before_end().numpy(), trace.block.numpy()
+        scopes = {False: decoded} | ({True: before_end & decoded} if trace.end_token_ids else {})
         regions = {"": block >= 0} | {name: block == j for j, name in enumerate(trace.block_names)}
         for row in range(len(block)):
             for trimmed, scope in scopes.items():
@@ -148,11 +145,7 @@ class ARnessMeter:
                         self._values.setdefault((name, trimmed), []).append(values)
 
     def compute(self) -> ARness:
-        """The averages over all sequences so far.
-
-        Raises:
-            NapDecodeError: there are none.
-        """
+        """The averages over all sequences so far; raises if there are none."""
         if not self._values:
             raise NapDecodeError("nothing was measured; call update with a trace first")
         blocks, trimmed = (
@@ -193,17 +186,14 @@ class ARnessMeter:
                 ids = foreign_generate(model, prompt, ...)
             meter.update(watch.trace(ids))
 
-        What a call finds unmasked that was masked when a call last showed it was committed by that one.  The last
-        commits are seen by no call; ``trace`` counts them as made by the last call that showed the slot.  A call may
-        show the whole row or, with a cache, a part of it: what stands behind the positions in the cache (which may be a
-        block that is appended), or the columns that ``replace_position``, ``cache_position`` or ``position_ids`` name.
-        A call with another number of rows, with fewer columns and no cache, or with a changed prompt begins a new
-        decode, and so does ``watch.begin()`` (needed between decodes of one prompt that take one call each);
-        ``watch.traces()`` returns one trace for each.  Rows may leave when they are finished, decodes may take turns
-        if their prompts differ, and calls without a mask that belong to no decode are left out.
-
-        Guidance: a call that differs from the decode by a masked prompt only is left out, and so are rows that are
-        others with their prompt masked, and masked to the end.  The columns that WINO repeats at the end are too.
+        A call commits what the next look at the slots finds unmasked.  The last commits are seen by no call; ``trace``
+        counts them as made by the last call that showed the slot.  A call may show the whole row or, with a cache, a
+        part of it: what stands behind the cache, or the columns that ``replace_position``, ``cache_position`` or
+        ``position_ids`` name.  A call with another number of rows, with fewer columns and no cache, or with a changed
+        prompt begins a new decode, and so does ``watch.begin()``, needed between decodes of one prompt that take one
+        call each.  Rows may leave when they are finished, decodes of different prompts may take turns, and left out are
+        calls without a mask that belong to no decode, unconditional branches of guidance (rows, or calls of their own),
+        and the columns that WINO repeats at the end.
 
         A call that does not tell what it shows, as with dKV-Cache's or with several alternatives at once, does not stop
         the loop: ``trace`` and ``traces`` refuse with the reason.  Not to be told from a decode are a call in between
@@ -233,39 +223,45 @@ class ARnessMeter:
                 model.forward = own
 
 
+def decoded_slots(trace: DecodeTrace) -> _Bools:
+    """``(B, L)``: slots that have a place in the order; not what an interruption left masked, or what was filled."""
+    decoded = (trace.block >= 0) & (trace.step >= 0)
+    return (decoded if trace.closed is None else decoded & ~trace.closed).numpy()
+
+
+def commit_order(step: _Ints, confidence: NDArray[np.float32]) -> _Ints:
+    """``(T,)``: positions in the order of their commits, inside a step by confidence, then by position."""
+    return np.lexsort((np.arange(len(step)), -np.nan_to_num(confidence, nan=np.inf), step))
+
+
+def masked_below(order: _Ints) -> _Ints:
+    """``(T,)``: for each commit the number of lower positions that are still masked then."""
+    place = np.argsort(order)  # place[p]: when position p is committed
+    later = place[None, :] > place[:, None]  # (T, T): column committed after row
+    return np.asarray(np.tril(later, -1).sum(1)[order])
+
+
+def ascends(order: _Ints, k: int) -> _Bools:
+    """``(T - k,)``: whether each commit from the k-th on ends a run of k + 1 neighbours, ascending."""
+    runs = np.concatenate([[0], np.cumsum(np.diff(order) == 1)])
+    return np.asarray(runs[k:] - runs[:-k] == k)
+
+
 def _measure(step: _Ints, confidence: NDArray[np.float32], ks: Sequence[int]) -> dict[str, float]:
     """All measures of one sequence of T slots, given by step and confidence in order of position."""
     positions = np.arange(len(step))
     orders: dict[str, _Ints] = {
-        "global": np.lexsort((positions, -np.nan_to_num(confidence, nan=np.inf), step)),
+        "global": commit_order(step, confidence),
         "upper": np.lexsort((positions, step)),
         "lower": np.lexsort((-positions, step)),
     }
+    below = {name: masked_below(order) for name, order in orders.items()}
     values = {"kendall_tau": _kendall_tau(step), "tokens_per_step": len(step) / len(np.unique(step))}
-    for name, order in orders.items():
-        skipped = _masked_below(order)
-        for k in ks:
-            values[f"{name}@{k}"] = float(np.mean(skipped < k))
     for k in ks:
-        values[f"local@{k}"] = _local(orders["global"], k)
+        values |= {f"{name}@{k}": float(np.mean(skipped < k)) for name, skipped in below.items()}
+        hits = ascends(orders["global"], k)
+        values[f"local@{k}"] = float(hits.mean()) if len(hits) else float("nan")
     return values
-
-
-def _masked_below(order: _Ints) -> _Ints:
-    """For each commit the number of lower positions that are still masked then, ``(T,)``."""
-    place = np.argsort(order)  # place[p]: when position p is committed
-    later = place[None, :] > place[:, None]  # (T, T): column committed after row
-    below = np.tril(later, -1).sum(1)
-    return np.asarray(below[order])
-
-
-def _local(order: _Ints, k: int) -> float:
-    if len(order) <= k:
-        return float("nan")
-    # A run of k steps of +1 that ends at c: windows of k consecutive differences, all 1.
-    ascending = np.diff(order) == 1
-    runs = np.lib.stride_tricks.sliding_window_view(ascending, k).all(1)
-    return float(runs.mean())
 
 
 def _kendall_tau(step: _Ints) -> float:

@@ -9,9 +9,8 @@ exactly k of the L tokens masked, all sets alike::
            k,M      i in M
 
 This is LLaDA's estimate (arXiv 2502.09992, section 2.4 and appendix B.5; ML-GSAI/LLaDA, ``get_log_likelihood.py`` at
-b7e6c35).  What differs: the numbers k are drawn in pairs from equal parts of 1, ..., L, instead of one offset for
-every batch, so that the standard error can be told; draws belong to the row, whatever its batch; and a mask that is
-drawn twice, or all of them if there are no more than draws, takes one forward pass.
+b7e6c35), but the numbers k are drawn in pairs from equal parts of 1, ..., L, so that the standard error can be told,
+draws belong to the row, whatever its batch, and of equal masks one is forwarded.
 
 *The chain.*  With one token revealed after the other from left to right, the conditionals multiply to a distribution
 that is normalised: the law of left-to-right decoding at temperature 1.  It takes L forward passes, and says whether
@@ -24,15 +23,14 @@ Both are sums over the model's whole vocabulary, the mask included, as in LLaDA;
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from nap_decode.base.batching import host_tensor
 from nap_decode.base.errors import NapDecodeError, check_integer, is_whole
 from nap_decode.base.random import SCHEDULE_STREAM, SELECTION_STREAM, uniform, wrap
 from nap_decode.base.random import row_seeds as seeds_of_rows
@@ -40,8 +38,6 @@ from nap_decode.canvas import Canvas
 from nap_decode.model.denoiser import Denoiser
 from nap_decode.model.rows import Rows
 from nap_decode.prompts import Prompts, encode_prompts
-
-__all__ = ["LogLikelihood", "chain_log_likelihood", "log_likelihood_bound"]
 
 Completions: TypeAlias = "str | Sequence[int] | Sequence[str | Sequence[int] | Tensor]"
 """One completion or a list of them: text, tokenized without special tokens, or token ids."""
@@ -54,8 +50,7 @@ class LogLikelihood:
     Args:
         value: ``(N,)`` float64.
         standard_error: ``(N,)`` float64, of an estimate; 0 where the value is exact.
-        is_greedy: ``(N,)`` bool, whether left-to-right greedy decoding gives the completion; None if that was not
-            asked.
+        is_greedy: ``(N,)`` bool, whether left-to-right greedy decoding gives the completion; None of the bound.
         forward_passes: forward passes of all batches.
 
     Example:
@@ -70,10 +65,8 @@ class LogLikelihood:
 
     def __repr__(self) -> str:
         greedy = None if self.is_greedy is None else self.is_greedy.tolist()
-        return (
-            f"LogLikelihood(value={self.value.tolist()}, standard_error={self.standard_error.tolist()}, "
-            f"is_greedy={greedy}, {self.forward_passes} forward passes)"
-        )
+        values = f"value={self.value.tolist()}, standard_error={self.standard_error.tolist()}, is_greedy={greedy}"
+        return f"LogLikelihood({values}, {self.forward_passes} forward passes)"
 
 
 def log_likelihood_bound(
@@ -90,14 +83,13 @@ def log_likelihood_bound(
 
     Args:
         denoiser: the model.
-        prompts: one prompt or a list, see :data:`~nap_decode.canvas.Prompts`; may be empty token lists.
+        prompts: one prompt or a list; may be empty token lists.
         completions: as many completions.
-        samples: masks drawn for each completion, an even number.  One of at most ``log2(samples + 1)`` tokens has no
-            more masks than that: all are looked at, and its bound is exact.
+        samples: masks drawn for each completion, an even number; if there are no more, the bound is exact.
         batch_size: rows of a forward pass.
         seed: the seed that row seeds derive from, with each row's index.
-        row_seeds: a seed for every row instead.  Completions of one length and seed are looked at through the same
-            masks, which makes their difference less noisy.
+        row_seeds: a seed for every row instead.  With one seed, completions of one length get the same masks, which
+            makes their difference less noisy.
 
     Raises:
         NapDecodeError: numbers of prompts and completions that differ, an empty completion, a mask token in the text,
@@ -113,7 +105,7 @@ def log_likelihood_bound(
         True
     """
     check_samples(samples)
-    texts = _Texts.of(denoiser, prompts, completions, batch_size)
+    texts = _encode(denoiser, prompts, completions, batch_size)
     if row_seeds is not None and len(row_seeds) != len(texts):
         raise NapDecodeError(f"row_seeds must be one seed for every row, but are {len(row_seeds)} for {len(texts)}")
     seeds = (
@@ -121,10 +113,11 @@ def log_likelihood_bound(
         if row_seeds is None
         else torch.tensor([wrap(one) for one in row_seeds], dtype=torch.int64, device="cpu")
     )
-    drawn = [_masks(len(ids), samples, one) for ids, one in zip(texts.completions, seeds, strict=True)]
-    scores, _, passes = texts.score([(n, row, row) for n, (rows, _, _) in enumerate(drawn) for row in rows])
+    drawn = [_masks(len(text.completion), samples, one) for text, one in zip(texts, seeds, strict=True)]
+    rows = [(text, hidden, hidden) for text, (masks, _, _) in zip(texts, drawn, strict=True) for hidden in masks]
+    scores, _, passes = _score(denoiser, rows, batch_size)
     value, error = torch.zeros(2, len(texts), dtype=torch.float64, device="cpu")
-    parts = torch.split(scores, [len(rows) for rows, _, _ in drawn])
+    parts = torch.split(scores, [len(masks) for masks, _, _ in drawn])
     for n, (part, (_, weights, places)) in enumerate(zip(parts, drawn, strict=True)):
         weighted = part * weights
         if places is None:
@@ -150,14 +143,7 @@ def chain_log_likelihood(
 
     Ids that are never emitted (the mask, and what the tokenizer does not have) are not considered as the most likely.
 
-    Args:
-        denoiser: the model.
-        prompts: see :func:`log_likelihood_bound`.
-        completions: see :func:`log_likelihood_bound`.
-        batch_size: rows of a forward pass; a completion of L tokens has L.
-
-    Raises:
-        NapDecodeError: see :func:`log_likelihood_bound`.
+    Arguments and errors are those of :func:`log_likelihood_bound`; a completion of L tokens takes L rows.
 
     Example:
         >>> from nap_decode import demo
@@ -167,14 +153,14 @@ def chain_log_likelihood(
         >>> found.is_greedy.tolist(), found.forward_passes
         ([True, False], 1)
     """
-    texts = _Texts.of(denoiser, prompts, completions, batch_size)
+    texts = _encode(denoiser, prompts, completions, batch_size)
     rows = []
-    for n, ids in enumerate(texts.completions):
-        # Row i: what is masked when i is predicted.
-        later = torch.ones(len(ids), len(ids), dtype=torch.bool, device="cpu").triu()
-        rows += [(n, hidden, wanted) for hidden, wanted in zip(later, later & later.T, strict=True)]
-    scores, best, passes = texts.score(rows)
-    lengths = [len(ids) for ids in texts.completions]
+    for text in texts:
+        length = len(text.completion)
+        later = torch.ones(length, length, dtype=torch.bool, device="cpu").triu()  # masked when i is predicted
+        rows += [(text, hidden, asked) for hidden, asked in zip(later, later & later.T, strict=True)]
+    scores, best, passes = _score(denoiser, rows, batch_size)
+    lengths = [len(text.completion) for text in texts]
     value = torch.stack([part.sum() for part in torch.split(scores, lengths)])
     is_greedy = torch.stack([part.all() for part in torch.split(best, lengths)])
     return LogLikelihood(value, torch.zeros_like(value), is_greedy, passes)
@@ -201,136 +187,42 @@ def _masks(length: int, samples: int, seed: Tensor) -> tuple[Tensor, Tensor, Ten
     return rows, length / rows.sum(1).double(), places
 
 
-@dataclass(frozen=True, eq=False)
-class _Texts:
-    """Prompts and completions as token ids, that can be scored."""
+class _Text(NamedTuple):
+    prompt: Tensor
+    completion: Tensor
 
-    denoiser: Denoiser
-    prompts: list[list[int]]
-    completions: list[list[int]]
-    batch_size: int
 
-    def __len__(self) -> int:
-        return len(self.prompts)
+_Row: TypeAlias = "tuple[_Text, Tensor, Tensor]"
+"""A text, ``(L,)`` bool, the tokens of its completion that are masked, and ``(L,)`` bool, those that are asked for."""
 
-    @classmethod
-    def of(cls, denoiser: Denoiser, prompts: Prompts, completions: Completions, batch_size: int) -> _Texts:
-        check_integer("batch_size", batch_size, 1)
-        rows, is_single = encode_prompts(prompts, denoiser.tokenizer)
-        several: Any = [completions] if is_single else completions
-        if isinstance(several, str) or len(several) != len(rows):
-            raise NapDecodeError(
-                f"there must be a completion for every prompt, but there are {len(rows)} prompts and "
-                f"{'one text' if isinstance(several, str) else len(several)}"
-            )
-        encoded = [_encode(completion, row, denoiser) for row, completion in enumerate(several)]
-        texts = cls(denoiser, rows, encoded, batch_size)
-        texts._check()
-        return texts
 
-    def _check(self) -> None:
-        """Raise unless every row can be forwarded."""
-        whole = [prompt + ids for prompt, ids in zip(self.prompts, self.completions, strict=True)]
-        for row, completion in enumerate(self.completions):
-            if not completion:
-                raise NapDecodeError(f"completion {row} is empty; there is nothing to score")
-            if self.denoiser.mask_token_id in whole[row]:
-                raise NapDecodeError(f"there is a mask token in row {row}; a likelihood is that of ordinary tokens")
-        lowest, highest, size = min(map(min, whole)), max(map(max, whole)), self.denoiser.num_embeddings
-        if lowest < 0 or highest >= (size or highest + 1):
-            wrong = lowest if lowest < 0 else highest
-            ids = f"from 0 to {size - 1}" if size else "from 0"
-            raise NapDecodeError(f"token id {wrong} is out of range: the model has ids {ids}. Wrong tokenizer?")
-        longest = max(range(len(self)), key=lambda row: len(whole[row]))
-        everything = torch.ones(len(self.completions[longest]), dtype=torch.bool, device="cpu")
-        self.denoiser.check(self._canvas([(longest, everything)]))
-
-    def score(self, rows: Sequence[tuple[int, Tensor, Tensor]]) -> tuple[Tensor, Tensor, int]:
-        """What the model says of some tokens when others are masked.
-
-        Args:
-            rows: the number of a text, ``(L,)`` bool, which tokens of its completion are masked, and ``(L,)`` bool,
-                which of these are asked for.
-
-        Returns:
-            ``(R,)`` float64, sums of log-probabilities of those; ``(R,)`` bool, whether all of them are the most
-            likely of what may be emitted; and the number of forward passes.
-        """
-        scores = torch.zeros(len(rows), dtype=torch.float64, device="cpu")
-        best = torch.zeros(len(rows), dtype=torch.bool, device="cpu")
-        lengths = [len(self.prompts[n]) + len(self.completions[n]) for n, _, _ in rows]
-        # Rows of similar length together, the longest first: what does not fit into memory fails at once.
-        order = iter(sorted(range(len(rows)), key=lambda row: -lengths[row]))
-        passes = 0
-        while batch := list(islice(order, self.batch_size)):
-            passes += 1
-            scores[batch], best[batch] = self._score([rows[row] for row in batch])
-        if bool(scores.isnan().any()):
-            raise NapDecodeError(
-                "the model's logits were nan in places; try another precision (bfloat16 instead of float16) or "
-                "attention implementation, and look at the logits processors"
-            )
-        return scores, best, passes
-
-    @torch.no_grad()
-    def _score(self, batch: Sequence[tuple[int, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Of one forward pass."""
-        canvas = self._canvas([(n, hidden) for n, hidden, _ in batch])
-        rows = Rows.of(canvas)
-        tokens = canvas.tokens
-        asked = [asked.nonzero()[:, 0].tolist() for _, _, asked in batch]
-        width = max(map(len, asked))
-        wanted, target, is_asked = torch.zeros(3, len(batch), width, dtype=torch.int64, device="cpu")
-        for i, ((n, _, _), places) in enumerate(zip(batch, asked, strict=True)):
-            wanted[i, : len(places)] = torch.tensor(places, device="cpu") + len(self.prompts[n])
-            target[i, : len(places)] = torch.tensor([self.completions[n][place] for place in places], device="cpu")
-            is_asked[i, : len(places)] = 1
-        device = tokens.device
-        flat, places = target.flatten().to(device), is_asked.flatten().nonzero()[:, 0].to(device)
-        prediction = self.denoiser.predict(rows, tokens, wanted.to(device), places)
-        log_prob = torch.zeros(len(flat), dtype=torch.float64, device="cpu")
-        is_best = torch.ones(len(flat), dtype=torch.bool, device="cpu")
-        for own, chances, modes in self._chunks(prediction.chunks(), places, flat, prediction.banned):
-            log_prob[own], is_best[own] = chances, modes
-        return log_prob.view_as(target).sum(1), is_best.view_as(target).all(1)
-
-    @staticmethod
-    def _chunks(
-        chunks: Iterator[tuple[slice, Tensor]], places: Tensor, target: Tensor, banned: Tensor
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Places on the host, log-probabilities of their targets, and whether these are the most likely."""
-        for part, raw in chunks:
-            own = places[part]
-            # float32 at least: a softmax over a large vocabulary in bfloat16 has two digits.
-            logits = raw.to(torch.promote_types(raw.dtype, torch.float32))
-            ids = target[own][:, None]
-            chances = (logits.gather(1, ids)[:, 0] - logits.logsumexp(1)).double()
-            modes = logits.index_fill(1, banned, -torch.inf).argmax(1) == ids[:, 0]
-            yield own.cpu(), chances.cpu(), modes.cpu()
-
-    def _canvas(self, rows: Sequence[tuple[int, Tensor]]) -> Canvas:
-        """Texts of which some tokens of the completion are masked; the prompt is what guidance masks."""
-        mask, pad, device = self.denoiser.mask_token_id, self.denoiser.pad_token_id, self.denoiser.device
-        longest = max(len(self.prompts[n]) + len(self.completions[n]) for n, _ in rows)
-        tokens = torch.full((len(rows), longest), pad, device="cpu")
-        hidden, present, prompt = torch.zeros(3, len(rows), longest, dtype=torch.bool, device="cpu")
-        for row, (n, where) in enumerate(rows):
-            start, end = len(self.prompts[n]), len(self.prompts[n]) + len(self.completions[n])
-            tokens[row, :start] = host_tensor(self.prompts[n], tokens.device)
-            tokens[row, start:end] = torch.where(where, mask, host_tensor(self.completions[n], tokens.device))
-            hidden[row, start:end], present[row, :end], prompt[row, :start] = where, True, True
-        return Canvas(
-            tokens=tokens.to(device),
-            block=torch.where(hidden, 0, -1).to(device),
-            attention_mask=present.long().to(device),
-            prompt=prompt.to(device),
-            block_names=("completion",),
-            held=(False,),
-            is_infill=True,
+def _encode(denoiser: Denoiser, prompts: Prompts, completions: Completions, batch_size: int) -> list[_Text]:
+    check_integer("batch_size", batch_size, 1)
+    rows, is_single = encode_prompts(prompts, denoiser.tokenizer)
+    several: Any = [completions] if is_single else completions
+    if isinstance(several, str) or len(several) != len(rows):
+        raise NapDecodeError(
+            f"there must be a completion for every prompt, but there are {len(rows)} prompts and "
+            f"{'one text' if isinstance(several, str) else len(several)}"
         )
+    size, texts = denoiser.num_embeddings, []
+    for row, (prompt, completion) in enumerate(zip(rows, several, strict=True)):
+        ids = _encode_completion(completion, row, denoiser)
+        if not ids:
+            raise NapDecodeError(f"completion {row} is empty; there is nothing to score")
+        if denoiser.mask_token_id in [*prompt, *ids]:
+            raise NapDecodeError(f"there is a mask token in row {row}; a likelihood is that of ordinary tokens")
+        wrong = [token for token in [*prompt, *ids] if token < 0 or (size and token >= size)]
+        if wrong:
+            known = f"from 0 to {size - 1}" if size else "from 0"
+            raise NapDecodeError(f"token id {wrong[0]} is out of range: the model has ids {known}. Wrong tokenizer?")
+        texts.append(_Text(*(torch.tensor(part, dtype=torch.int64, device="cpu") for part in (prompt, ids))))
+    longest = max(texts, key=lambda text: len(text.prompt) + len(text.completion))
+    denoiser.check(_canvas(denoiser, [(longest, torch.ones_like(longest.completion, dtype=torch.bool))]))
+    return texts
 
 
-def _encode(completion: Any, row: int, denoiser: Denoiser) -> list[int]:
+def _encode_completion(completion: Any, row: int, denoiser: Denoiser) -> list[int]:
     if isinstance(completion, str):
         if denoiser.tokenizer is None:
             raise NapDecodeError("a completion that is text needs a tokenizer; pass token ids")
@@ -339,3 +231,71 @@ def _encode(completion: Any, row: int, denoiser: Denoiser) -> list[int]:
     if not isinstance(ids, Sequence) or not all(map(is_whole, ids)):
         raise NapDecodeError(f"completion {row} must be text or token ids, not {completion!r:.80}")
     return [int(token) for token in ids]
+
+
+def _score(denoiser: Denoiser, rows: Sequence[_Row], batch_size: int) -> tuple[Tensor, Tensor, int]:
+    """What the model says of some tokens when others are masked.
+
+    Returns:
+        ``(R,)`` float64, sums of the log-probabilities of what is asked for; ``(R,)`` bool, whether all of it is the
+        most likely of what may be emitted; and the number of forward passes.
+    """
+    scores = torch.zeros(len(rows), dtype=torch.float64, device="cpu")
+    best = torch.zeros(len(rows), dtype=torch.bool, device="cpu")
+    # Rows of similar length together, the longest first: what does not fit into memory fails at once.
+    order = sorted(range(len(rows)), key=lambda row: -sum(map(len, rows[row][0])))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    for batch in batches:
+        scores[batch], best[batch] = _score_batch(denoiser, [rows[row] for row in batch])
+    if bool(scores.isnan().any()):
+        raise NapDecodeError(
+            "the model's logits were nan in places; try another precision (bfloat16 instead of float16) or "
+            "attention implementation, and look at the logits processors"
+        )
+    return scores, best, len(batches)
+
+
+@torch.no_grad()
+def _score_batch(denoiser: Denoiser, batch: Sequence[_Row]) -> tuple[Tensor, Tensor]:
+    canvas = _canvas(denoiser, [(text, hidden) for text, hidden, _ in batch])
+    asked = _padded([torch.cat([torch.zeros_like(text.prompt), where]) for text, _, where in batch])
+    wanted = asked.argsort(dim=1, descending=True, stable=True)[:, : int(asked.sum(1).max())]  # columns asked for first
+    target = _padded([torch.cat(text) for text, _, _ in batch]).gather(1, wanted)
+    is_asked, device = asked.gather(1, wanted), canvas.tokens.device
+    flat, places = target.flatten().to(device), is_asked.flatten().nonzero()[:, 0].to(device)
+    prediction = denoiser.predict(Rows.of(canvas), canvas.tokens, wanted.to(device), places)
+    log_prob = torch.zeros(target.shape, dtype=torch.float64, device="cpu")
+    is_best = torch.ones(target.shape, dtype=torch.bool, device="cpu")
+    for part, raw in prediction.chunks():
+        own = places[part]
+        # float32 at least: a softmax over a large vocabulary in bfloat16 has two digits.
+        logits = raw.to(torch.promote_types(raw.dtype, torch.float32))
+        ids = flat[own][:, None]
+        log_prob.view(-1)[own.cpu()] = (logits.gather(1, ids)[:, 0] - logits.logsumexp(1)).double().cpu()
+        modes = logits.index_fill(1, prediction.banned, -torch.inf).argmax(1)
+        is_best.view(-1)[own.cpu()] = (modes == ids[:, 0]).cpu()
+        del raw, logits  # before the next part is made
+    return log_prob.sum(1), is_best.all(1)
+
+
+def _canvas(denoiser: Denoiser, rows: Sequence[tuple[_Text, Tensor]]) -> Canvas:
+    """Texts of which some tokens of the completion are masked; the prompt is what guidance masks."""
+    pairs = [(text, torch.where(hidden, denoiser.mask_token_id, text.completion)) for text, hidden in rows]
+    tokens = _padded([torch.cat([text.prompt, ids]) for text, ids in pairs], denoiser.pad_token_id)
+    hidden = _padded([torch.cat([torch.zeros_like(text.prompt), where]) for text, where in rows])
+    present = _padded([torch.ones(sum(map(len, text)), dtype=torch.int64, device="cpu") for text, _ in rows])
+    starts = torch.tensor([len(text.prompt) for text, _ in rows], device="cpu")[:, None]
+    return Canvas(
+        tokens=tokens.to(denoiser.device),
+        block=(hidden - 1).to(denoiser.device),
+        attention_mask=present.to(denoiser.device),
+        prompt=(torch.arange(tokens.shape[1], device="cpu") < starts).to(denoiser.device),
+        block_names=("completion",),
+        held=(False,),
+        is_infill=True,
+    )
+
+
+def _padded(rows: Sequence[Tensor], fill: int = 0) -> Tensor:
+    """``(R, W)`` int64 of rows of any length, filled up behind."""
+    return pad_sequence(list(rows), batch_first=True, padding_value=fill)

@@ -171,13 +171,6 @@ def text_config(module: Any) -> Any:
     return part
 
 
-def precision_argument() -> str:
-    """The name by which ``from_pretrained``, ``from_config`` and configs take a precision; torch_dtype before 4.56."""
-    from transformers import PretrainedConfig
-
-    return "dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype"
-
-
 def attention_kind(config: Any) -> str | None:
     """The name of the attention implementation, which may be exchanged at any time."""
     return getattr(config, "_attn_implementation", None)

@@ -86,11 +86,7 @@ def describe(part: Any) -> str:
     """
     options = _options(part) if is_dataclass(part) else {}
     inner = {name: option for name, option in options.items() if is_dataclass(option)}
-    for name in (
-        "selection",
-        "inner",
-        "committer",
-    ):  # they matter so much that they are shown even if they are the default
+    for name in ("selection", "inner", "committer"):  # which are shown even if they are the default
         if hasattr(part, name):
             inner = {name: getattr(part, name)} | inner
     shown = ", ".join(f"{name}={_short(option)}" for name, option in options.items() if name not in inner)

@@ -18,10 +18,7 @@ from nap_decode.results.html import render
 from nap_decode.results.trace import DecodeTrace, ends_before
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from transformers import PreTrainedTokenizerBase
-
-    from nap_decode.measure.viz import CanvasAnimation
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -71,16 +68,6 @@ class SamplerOutput:
 
     def _repr_html_(self) -> str:
         return render(self.trace, canvas=self.canvas, tokenizer=self.tokenizer, heading=repr(self))
-
-    def plot(self, row: int = 0, *, ax: Axes | None = None, color_by: str = "block") -> Axes:
-        """Draw the step of every commit against its position; see :func:`nap_decode.measure.viz.plot_order`."""
-        return self.trace.plot(row, ax=ax, color_by=color_by)
-
-    def animate(self, row: int = 0, *, seconds_per_step: float = 0.4) -> CanvasAnimation:
-        """The canvas filling up, to play in a notebook or to save; see :func:`nap_decode.measure.viz.animate`."""
-        from nap_decode.measure.viz import animate
-
-        return animate(self, row, seconds_per_step=seconds_per_step)
 
     @cached_property
     def _before_end(self) -> Tensor:

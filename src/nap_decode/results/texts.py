@@ -10,6 +10,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# GPT-2's alphabet: printable bytes are themselves, the others follow from 256 on.
+_SHOWN = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_BYTES = {chr(byte): byte for byte in _SHOWN}
+_BYTES |= {chr(256 + place): byte for place, byte in enumerate(b for b in range(256) if b not in _SHOWN)}
+
 
 class TokenTexts:
     r"""Single tokens as people can read them.
@@ -32,7 +37,6 @@ class TokenTexts:
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
         self.tokenizer = tokenizer
         self._known: dict[int, str] = {}
-        self._written: dict[str, int] | None = None
 
     def __call__(self, token: int) -> str:
         """The text of one id."""
@@ -46,8 +50,7 @@ class TokenTexts:
         """The text of many ids, with its line breaks."""
         if self.tokenizer is None:
             return " ".join(map(str, tokens))
-        text = str(self.tokenizer.decode(list(tokens), skip_special_tokens=False))
-        return "\n".join(_escape_shapeless(line) for line in text.split("\n"))
+        return _escape_shapeless(str(self.tokenizer.decode(list(tokens), skip_special_tokens=False)))
 
     def _read(self, token: int) -> str:
         text = str(self.tokenizer.decode([token], skip_special_tokens=False))  # type: ignore[union-attr]
@@ -57,32 +60,20 @@ class TokenTexts:
             return text
         if "\ufffd" in text and "\ufffd" not in written:  # part of a character
             byte = re.fullmatch("<0x([0-9A-F]{2})>", written)
-            whole = bytes([int(byte[1], 16)]) if byte else self._to_bytes(written)
-            return text if whole is None else whole.decode("utf-8", "backslashreplace")
+            if byte or all(letter in _BYTES for letter in written):
+                whole = [int(byte[1], 16)] if byte else [_BYTES[letter] for letter in written]
+                return bytes(whole).decode("utf-8", "backslashreplace")
+            return text
         # Decoded alone, a token of SentencePiece loses the space before it.
         starts_word = written[:1] in ("▁", "Ġ") and not text[:1].isspace()
         return " " + text if starts_word and text != written else text
-
-    def _to_bytes(self, written: str) -> bytes | None:
-        """What a token of a byte-level vocabulary stands for; None if it is not of one."""
-        if self._written is None:
-            # GPT-2's alphabet: printable bytes are themselves, the others follow from 256 on.
-            shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-            hidden = [byte for byte in range(256) if byte not in shown]
-            self._written = {chr(byte): byte for byte in shown}
-            self._written |= {chr(256 + place): byte for place, byte in enumerate(hidden)}
-        if not all(letter in self._written for letter in written):
-            return None
-        return bytes(self._written[letter] for letter in written)
 
 
 def make_visible(text: str) -> str:
     """Show what cannot be seen; see :class:`TokenTexts`."""
     if text and not text.strip(" "):
         return "·" * len(text)
-    text = text.replace("\t", "⇥")
-    text = "\n".join(_escape_shapeless(line) for line in text.split("\n"))
-    return re.sub("\n+", lambda breaks: "⏎" * len(breaks[0]) + "\n", text)
+    return re.sub("\n+", lambda breaks: "⏎" * len(breaks[0]) + "\n", _escape_shapeless(text.replace("\t", "⇥")))
 
 
 def _escape_shapeless(text: str) -> str:
@@ -92,6 +83,6 @@ def _escape_shapeless(text: str) -> str:
             return letter.encode("unicode_escape", "surrogatepass").decode()
         return letter
 
-    text = "".join(map(shown, text))
+    lines = ("".join(map(shown, line)) for line in text.split("\n"))
     # A mark that combines with the letter before needs one.
-    return "◌" + text if text and unicodedata.category(text[0]).startswith("M") else text
+    return "\n".join("◌" + line if line and unicodedata.category(line[0]).startswith("M") else line for line in lines)

@@ -8,16 +8,12 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from nap_decode.base.errors import NapDecodeError
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _FORMAT = 1
 _FACTS = ("block_names", "mask_token_id", "end_token_ids")
@@ -84,12 +80,6 @@ class DecodeTrace:
     def masked(self) -> Tensor:
         """``(B, L)`` bool: slots that were not decoded, because the decode was interrupted."""
         return (self.block >= 0) & (self.step < 0)
-
-    def plot(self, row: int = 0, *, ax: Axes | None = None, color_by: str = "block") -> Axes:
-        """Draw the step of every commit against its position; see :func:`nap_decode.measure.viz.plot_order`."""
-        from nap_decode.measure.viz import plot_order
-
-        return plot_order(self, row, ax=ax, color_by=color_by)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write to one ``.npz`` file, which numpy can read without unpickling."""

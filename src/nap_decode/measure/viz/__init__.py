@@ -4,11 +4,10 @@ Every function draws into the axes that it is given, or into new ones, and retur
 """
 
 from nap_decode.measure.viz.animation import CanvasAnimation, animate
-from nap_decode.measure.viz.plots import Decoded, RunningARness, plot_arness, plot_frontier, plot_order, running_arness
+from nap_decode.measure.viz.plots import RunningARness, plot_arness, plot_frontier, plot_order, running_arness
 
 __all__ = [
     "CanvasAnimation",
-    "Decoded",
     "RunningARness",
     "animate",
     "plot_arness",

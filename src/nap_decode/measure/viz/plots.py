@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nap_decode.base.errors import NapDecodeError, check_integer, check_name
-from nap_decode.canvas import Canvas
+from nap_decode.measure.arness import ascends, commit_order, decoded_slots, masked_below
 from nap_decode.measure.parallelism import accuracy_under_parallelism, check_points
 from nap_decode.results.html import check_row
+from nap_decode.results.output import SamplerOutput
 from nap_decode.results.trace import DecodeTrace
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
-    from transformers import PreTrainedTokenizerBase
 
 # Okabe and Ito's palette, whose colours the colour-blind tell apart; without its yellow, which is faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
@@ -27,36 +26,18 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _GREY = "#7F7F7F"
 
 _Floats: TypeAlias = "NDArray[np.float64]"
-Point: TypeAlias = Sequence[float]
-"""Tokens per forward pass, accuracy in percent, and optionally the standard error of the accuracy."""
 
 
-class Decoded(Protocol):
-    """What pictures are made of: a :class:`~nap_decode.SamplerOutput`."""
-
-    @property
-    def trace(self) -> DecodeTrace:
-        """What happened when."""
-
-    @property
-    def canvas(self) -> Canvas:
-        """What decoding started from."""
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """For the texts."""
-
-
-def trace_of(decoded: DecodeTrace | Decoded) -> DecodeTrace:
+def trace_of(decoded: DecodeTrace | SamplerOutput) -> DecodeTrace:
     """The trace of an output, or the trace itself."""
-    trace = decoded if isinstance(decoded, DecodeTrace) else getattr(decoded, "trace", None)
+    trace = getattr(decoded, "trace", decoded)
     if not isinstance(trace, DecodeTrace):
         raise NapDecodeError(f"a picture needs a SamplerOutput or a DecodeTrace, but got {decoded!r:.80}")
     return trace
 
 
 def plot_order(
-    decoded: DecodeTrace | Decoded, row: int = 0, *, ax: Axes | None = None, color_by: str = "block"
+    decoded: DecodeTrace | SamplerOutput, row: int = 0, *, ax: Axes | None = None, color_by: str = "block"
 ) -> Axes:
     """Step of every commit against its position, as in Figure 1 of NAP (arXiv 2602.23225).
 
@@ -69,31 +50,19 @@ def plot_order(
         ax: where to draw.
         color_by: ``"block"``, or ``"confidence"`` with a scale beside it.
 
-    Returns:
-        The axes.
-
     Raises:
         NapDecodeError: a row that is not there; matplotlib is not installed.
-
-    Example:
-        >>> from nap_decode import ParallelForcedSampler, demo
-        >>> sampler = ParallelForcedSampler(*demo.load(), path_length=11, summary_length=2, tokens_per_step=4)
-        >>> ax = plot_order(sampler("6 0 6 4 6 2 1 2 4 7 0 6 ="))
-        >>> ax.get_xlabel(), ax.get_ylabel()
-        ('position', 'step')
     """
     trace = trace_of(decoded)
     check_row(trace, row)
     check_name("way to colour", color_by, ("block", "confidence"))
-    ax = ax or new_axes()
+    ax = ax or _new_axes()
     inside = trace.block[row] >= 0
-    block, step = trace.block[row][inside].numpy(), trace.step[row][inside].numpy()
-    confidence = trace.confidence[row][inside].numpy()
+    block, step, confidence = (x[row][inside].numpy() for x in (trace.block, trace.step, trace.confidence))
     filled = np.zeros(len(step), bool) if trace.closed is None else trace.closed[row][inside].numpy()
-    position = np.arange(len(step))
-    decoded_here = (step >= 0) & ~filled
+    position, decoded_here = np.arange(len(step)), (step >= 0) & ~filled
     last = max(int(step.max(initial=0)), 0)
-    size = float(np.clip(4000 / max(len(step), 1), 3, 40))
+    points: dict[str, Any] = {"s": float(np.clip(4000 / max(len(step), 1), 3, 40)), "linewidths": 0, "zorder": 3}
 
     runs = [(index, list(run)) for index, run in groupby(position, key=lambda p: block[p])]
     for index, run in runs:
@@ -101,152 +70,99 @@ def plot_order(
         ax.axvspan(run[0] - 0.5, run[-1] + 0.5, color=colour, alpha=0.10, linewidth=0)
         if color_by == "block":
             here = decoded_here & np.isin(position, run)
-            ax.scatter(position[here], step[here], s=size, color=colour, linewidths=0, zorder=3)
+            ax.scatter(position[here], step[here], color=colour, **points)
     if color_by == "confidence":
-        points = ax.scatter(
-            position[decoded_here],
-            step[decoded_here],
-            s=size,
-            c=confidence[decoded_here],
-            cmap="cividis",
-            plotnonfinite=True,
-            linewidths=0,
-            zorder=3,
-        )
-        ax.figure.colorbar(points, ax=ax, label="confidence")
+        scale: dict[str, Any] = {"c": confidence[decoded_here], "cmap": "cividis", "plotnonfinite": True}
+        drawn = ax.scatter(position[decoded_here], step[decoded_here], **scale, **points)
+        ax.figure.colorbar(drawn, ax=ax, label="confidence")
     if filled.any():
-        ax.scatter(
-            position[filled],
-            step[filled],
-            s=size,
-            facecolors="none",
-            edgecolors=_GREY,
-            zorder=2,
-            label="filled, not decoded",
-        )
+        hollow: dict[str, Any] = {"facecolors": "none", "edgecolors": _GREY, "label": "filled, not decoded"}
+        ax.scatter(position[filled], step[filled], s=points["s"], zorder=2, **hollow)
         ax.legend(loc="upper left", fontsize="small")
     if decoded_here.any():
         ax.plot([0, len(step) - 1], [0, last], ":", color=_GREY, linewidth=1, zorder=1)
     ax.set(xlabel="position", ylabel="step", xlim=(-0.5, max(len(step), 1) - 0.5), ylim=(-0.5, last + 0.5))
-    _set_whole_ticks(ax.xaxis, ax.yaxis)
+    ax.locator_params(integer=True)
     _name_blocks(ax, [(trace.block_names[index], (run[0] + run[-1]) / 2) for index, run in runs])
     return ax
 
 
 def _name_blocks(ax: Axes, names: list[tuple[str, float]]) -> None:
     """Write names above the axes, aslant if they would touch each other; none if even so there is no room."""
-    width = ax.get_window_extent().width * 72 / ax.figure.dpi  # in points
-    low, high = ax.get_xlim()
-    places = [(center - low) / (high - low) * width for _, center in names]
-    widths = [len(name) * 5.5 for name, _ in names]  # of 9-point letters
-    gaps = np.diff(places)
-    is_aslant = any(gap < (a + b) / 2 + 4 for gap, a, b in zip(gaps, widths, widths[1:], strict=False))
+    points = ax.get_window_extent().width * 72 / ax.figure.dpi / np.ptp(ax.get_xlim())  # for every slot
+    labels, centers = zip(*names, strict=True)
+    gaps, widths = np.diff(centers) * points, np.array([len(name) * 5.5 for name in labels])  # of 9-point letters
     if len(gaps) and gaps.min() < 9:
         return
+    is_aslant = bool((gaps < (widths[1:] + widths[:-1]) / 2 + 4).any())
+    slope: dict[str, Any] = {"rotation": 35, "ha": "left"} if is_aslant else {"rotation": 0, "ha": "center"}
     top = ax.secondary_xaxis("top")  # where a title makes room for it
-    top.set_xticks(
-        [center for _, center in names],
-        [name for name, _ in names],
-        fontsize=9,
-        rotation=35 if is_aslant else 0,
-        ha="left" if is_aslant else "center",
-        rotation_mode="anchor",
-    )
+    top.set_xticks(centers, labels, fontsize=9, rotation_mode="anchor", parse_math=False, **slope)
     top.tick_params(length=0, pad=3)
     top.spines["top"].set_visible(False)
-    for label in top.get_xticklabels():
-        label.set_parse_math(False)
 
 
 @dataclass(frozen=True, eq=False)
 class RunningARness:
-    """AR-ness of what was committed so far, averaged over rows.
-
-    Args:
-        steps: ``(S,)`` int64, steps done: 1 to S.
-        global_at: Global@k after each of them, ``(S,)`` float64, by k; nan before the first commit.
-        local_at: Local@k after each of them, ``(S,)`` float64, by k; nan before the k-th commit.
-    """
+    """AR-ness of what was committed so far, averaged over rows."""
 
     steps: NDArray[np.int64]
+    """``(S,)``, steps done: 1 to S."""
     global_at: dict[int, _Floats]
+    """Global@k after each of them, ``(S,)``, by k; nan before the first commit."""
     local_at: dict[int, _Floats]
+    """Local@k after each of them, ``(S,)``, by k; nan before the k-th commit."""
 
 
 def running_arness(
-    decoded: DecodeTrace | Decoded, *, ks: Sequence[int] = (1,), block: str | None = None
+    decoded: DecodeTrace | SamplerOutput, *, ks: Sequence[int] = (1,), block: str | None = None
 ) -> RunningARness:
     """AR-ness as the decode goes on.
 
     Global@k and Local@k are shares of commits (:class:`~nap_decode.ARnessMeter`); after each step, here is the
     share among the commits so far.  What is still masked counts for Global@k although it is not committed yet, so
     the last value is what :class:`~nap_decode.ARnessMeter` measures.  A row that is done keeps its value.
-
-    Args:
-        decoded: an output or a trace.
-        ks: values of k.
-        block: only the slots of this block; all by default.
+    Given a ``block``, only its slots are looked at.
 
     Raises:
         NapDecodeError: a k below 1; a block that is not there; nothing was decoded.
-
-    Example:
-        >>> from nap_decode import ARnessMeter, ParallelForcedSampler, demo
-        >>> sampler = ParallelForcedSampler(*demo.load(), path_length=11, summary_length=2, tokens_per_step=4)
-        >>> out = sampler("6 0 6 4 6 2 1 2 4 7 0 6 =")
-        >>> meter = ARnessMeter()
-        >>> meter.update(out.trace)
-        >>> bool(running_arness(out).global_at[1][-1] == meter.compute().global_at[1])
-        True
     """
     trace = trace_of(decoded)
     for k in ks:
         check_integer("k", k, 1)
     if block is not None:
         check_name("block", block, trace.block_names)
-    counted = (trace.block >= 0) & (trace.step >= 0)
+    counted = decoded_slots(trace)
     if block is not None:
-        counted &= trace.block == trace.block_names.index(block)
-    if trace.closed is not None:
-        counted &= ~trace.closed
-    rows = [row for row in range(len(counted)) if bool(counted[row].any())]
-    if not rows:
+        counted &= trace.block.numpy() == trace.block_names.index(block)
+    rows = np.flatnonzero(counted.any(1))
+    if not len(rows):
         raise NapDecodeError("nothing was decoded there, so there is no AR-ness")
-    num_steps = int(trace.step[counted].max()) + 1
-    hits: dict[tuple[str, int], list[_Floats]] = {}
+    num_steps = int(trace.step.numpy()[counted].max()) + 1
+    shares: dict[tuple[str, int], list[_Floats]] = {}
     for row in rows:
-        step, confidence = (values[row][counted[row]].numpy() for values in (trace.step, trace.confidence))
-        positions = np.arange(len(step))
-        # As ARnessMeter: inside a step by confidence, then by position.
-        order = np.lexsort((positions, -np.nan_to_num(confidence, nan=np.inf), step))
+        step, confidence = (x[row].numpy()[counted[row]] for x in (trace.step, trace.confidence))
+        order = commit_order(step, confidence)
+        skipped = masked_below(order)
         done = np.searchsorted(step[order], np.arange(num_steps), side="right")  # (S,) commits so far
-        place = np.argsort(order)
-        later = place[None, :] > place[:, None]  # (T, T): column committed after row
-        skipped = np.tril(later, -1).sum(1)[order]
-        ascending = np.concatenate([[0], np.cumsum(np.diff(order) == 1)])
         for k in ks:
-            hits.setdefault(("global", k), []).append(_share(skipped < k, done))
-            runs = ascending[k:] - ascending[:-k] == k  # of the commits from the k-th on
-            hits.setdefault(("local", k), []).append(_share(runs, done - k))
+            shares.setdefault(("global", k), []).append(_share(skipped < k, done))
+            shares.setdefault(("local", k), []).append(_share(ascends(order, k), done - k))
 
     def average(name: str) -> dict[int, _Floats]:
-        stacked = {k: np.stack(hits[name, k]) for k in ks}  # (rows, S)
-        known = {k: ~np.isnan(values) for k, values in stacked.items()}
-        sums = {k: np.where(known[k], stacked[k], 0).sum(0) for k in ks}
-        return {k: np.where(known[k].any(0), sums[k] / known[k].sum(0).clip(1), np.nan) for k in ks}
+        return {k: np.ma.masked_invalid(shares[name, k]).mean(0).filled(np.nan) for k in ks}
 
     return RunningARness(np.arange(1, num_steps + 1), average("global"), average("local"))
 
 
 def _share(hit: NDArray[np.bool_], done: NDArray[np.int64]) -> _Floats:
     """Mean of the first ``done`` entries of ``hit``, for each entry of ``done``; nan of none."""
-    sums = np.concatenate([[0], np.cumsum(hit)])
-    done = done.clip(0, len(hit))
+    sums, done = np.concatenate([[0], np.cumsum(hit)]), done.clip(0, len(hit))
     return np.where(done > 0, sums[done] / done.clip(1), np.nan)
 
 
 def plot_arness(
-    decoded: DecodeTrace | Decoded | Mapping[str, DecodeTrace | Decoded],
+    decoded: DecodeTrace | SamplerOutput | Mapping[str, DecodeTrace | SamplerOutput],
     *,
     ks: Sequence[int] = (1,),
     block: str | None = None,
@@ -259,26 +175,13 @@ def plot_arness(
         ks: values of k.
         block: only the slots of this block; on a canvas of parallel blocks the whole is low by construction.
         ax: where to draw.
-
-    Returns:
-        The axes.
-
-    Raises:
-        NapDecodeError: see :func:`running_arness`; matplotlib is not installed.
-
-    Example:
-        >>> from nap_decode import ParallelForcedSampler, demo
-        >>> sampler = ParallelForcedSampler(*demo.load(), path_length=11, summary_length=2, tokens_per_step=4)
-        >>> ax = plot_arness(sampler("6 0 6 4 6 2 1 2 4 7 0 6 ="), ks=(1, 4), block="path 1")
-        >>> [line.get_label() for line in ax.get_lines()]
-        ['Global@1', 'Local@1', 'Global@4', 'Local@4']
     """
     several = decoded if isinstance(decoded, Mapping) else {"": decoded}
     if not several:
         raise NapDecodeError("there is nothing to draw; give at least one output")
     measured = {name: running_arness(one, ks=ks, block=block) for name, one in several.items()}
     is_own = ax is None
-    ax = ax or new_axes()
+    ax = ax or _new_axes()
     for number, (name, running) in enumerate(measured.items()):
         for place, k in enumerate(ks):
             # One decoder: a colour for each k.  Several: a colour for each, a marker for each k.
@@ -289,31 +192,23 @@ def plot_arness(
             ax.plot(running.steps, running.global_at[k], label=f"{before}Global@{k}", linewidth=2, **style)
             ax.plot(running.steps, running.local_at[k], "--", label=f"{before}Local@{k}", linewidth=1.5, **style)
     ax.set(xlabel="steps done", ylabel="AR-ness so far" + (f", {block}" if block else ""), ylim=(-0.03, 1.03))
-    _set_whole_ticks(ax.xaxis)
+    ax.locator_params("x", integer=True)
     _add_legend(ax, is_below=is_own)
     return ax
 
 
-def plot_frontier(results: Mapping[str, Sequence[Point]], *, best: float | None = None, ax: Axes | None = None) -> Axes:
+def plot_frontier(
+    results: Mapping[str, Sequence[Sequence[float]]], *, best: float | None = None, ax: Axes | None = None
+) -> Axes:
     """Accuracy against tokens per forward pass for several decoders, with their AUP.
 
     Points that do not count for AUP (:func:`~nap_decode.measure.parallelism.accuracy_under_parallelism`) are hollow.
 
     Args:
-        results: for each decoder its points; a third entry of a point is drawn as its standard error.
+        results: for each decoder its points: tokens per forward pass, accuracy in percent, and possibly the
+            standard error of that.
         best: the best accuracy on this task in percent, if it is not among these.
         ax: where to draw.
-
-    Returns:
-        The axes.
-
-    Raises:
-        NapDecodeError: no decoders; points that are none; matplotlib is not installed.
-
-    Example:
-        >>> ax = plot_frontier({"any-order": [(1, 90), (2, 89), (4, 60)], "threshold": [(1, 90), (2.5, 88, 1.1)]})
-        >>> [text.get_text() for text in ax.get_legend().get_texts()]
-        ['any-order (AUP 178)', 'threshold (AUP 219)']
     """
     if not results:
         raise NapDecodeError("there is nothing to draw; give the points of at least one decoder")
@@ -321,18 +216,17 @@ def plot_frontier(results: Mapping[str, Sequence[Point]], *, best: float | None 
     if best is None:
         best = max(accuracy for points in pairs.values() for _, accuracy in points)
     is_own = ax is None
-    ax = ax or new_axes()
+    ax = ax or _new_axes()
     for number, (name, points) in enumerate(results.items()):
         area = accuracy_under_parallelism(points, best=best)
-        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         ordered = sorted(points, key=lambda point: (point[0], -point[1]))
-        x, y = (np.array([point[axis] for point in ordered], float) for axis in (0, 1))
-        errors = np.array([point[2] if len(point) > 2 else 0.0 for point in ordered], float)
+        x, y, errors = np.array([(*point, 0.0)[:3] for point in ordered], float).T
         lost = y < y[0] - 5
-        label = f"{name} (AUP {area:.0f})"
+        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         size = max(10 - 1.5 * number, 5)  # points, so that of several at one place all can be seen
-        ax.plot(x, y, color=colour, linewidth=1.5, marker=marker, markersize=size, label=label)
-        ax.plot(x[lost], y[lost], ls="none", marker=marker, markersize=size, color=colour, markerfacecolor="white")
+        style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": size}
+        ax.plot(x, y, linewidth=1.5, label=f"{name} (AUP {area:.0f})", **style)
+        ax.plot(x[lost], y[lost], ls="none", markerfacecolor="white", **style)
         if errors.any():
             ax.errorbar(x, y, yerr=errors, fmt="none", ecolor=colour, capsize=2.5, linewidth=1)
     ax.set(xlabel="tokens per forward pass", ylabel="accuracy, %")
@@ -348,26 +242,6 @@ def _add_legend(ax: Axes, *, is_below: bool) -> None:
         text.set_parse_math(False)  # names of decoders are no formulas
 
 
-def _set_whole_ticks(*axes: Axis) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    for axis in axes:
-        axis.set_major_locator(MaxNLocator(integer=True))
-
-
-def new_axes() -> Axes:
-    """Axes of a new figure.
-
-    Raises:
-        NapDecodeError: matplotlib is not installed.
-    """
-    need_matplotlib()
-    from matplotlib import pyplot
-
-    ax: Axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")[1]
-    return ax
-
-
 def need_matplotlib() -> None:
     """Raise unless matplotlib can be imported."""
     try:
@@ -376,3 +250,11 @@ def need_matplotlib() -> None:
         raise NapDecodeError(
             "drawing needs matplotlib, which is not installed; run pip install 'nap_decode[viz]'"
         ) from error
+
+
+def _new_axes() -> Axes:
+    need_matplotlib()
+    from matplotlib import pyplot
+
+    ax: Axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")[1]
+    return ax

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,27 +12,25 @@ import numpy as np
 
 from nap_decode.base.errors import NapDecodeError, check_integer
 from nap_decode.bench.loops import make_loops
-from nap_decode.bench.observing import Say, environment, interleave, observe
+from nap_decode.bench.observation import Say, environment, interleave, observe
 from nap_decode.bench.workload import Workload
 from nap_decode.model.denoiser import Denoiser
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_MIB = 2**20
-
 
 @dataclass(frozen=True)
 class Loop:
-    """What one of the loops cost.
+    """Costs of one of the loops.
 
     Args:
         seconds: of each repetition.
         tokens: decoded tokens of all rows, prompts excluded and cut at the end token of each block; None for loops
             that decode nothing.
-        extra_bytes: see :class:`Observation`.
-        syncs: see :class:`Observation`.
-        syncs_per_step: see :class:`Observation`.
+        extra_bytes: peak memory less what there was before the loop's first run; None where it cannot be told.
+        syncs: operations that wait for the device, see :class:`SyncCounter`.
+        syncs_per_step: those in the loop; None where it cannot be told.
     """
 
     seconds: list[float]
@@ -43,7 +42,7 @@ class Loop:
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """What :func:`benchmark` measured; ``str()`` is a table.
+    """Measurements by :func:`benchmark`; ``str()`` is a table.
 
     Args:
         workload: what was decoded.
@@ -69,9 +68,17 @@ class BenchmarkResult:
         ``attainable_by_head``: full / bare, what leaving out unwanted rows of the output layer is worth by
         itself; ``attained_by_head``: speedup / that.
         """
-        full, textbook, ours = (np.array(self.loops[name].seconds) for name in ("full", "textbook", "ours"))
-        bare = np.array(self.loops["bare"].seconds) if "bare" in self.loops else full
-        ratios = {
+        return {name: values.tolist() for name, values in self._ratios(lambda loop: np.array(loop.seconds)).items()}
+
+    @property
+    def least(self) -> dict[str, float]:
+        """The same of the shortest times of each loop: sturdier where other work disturbs."""
+        return {name: float(value) for name, value in self._ratios(lambda loop: np.min(loop.seconds)).items()}
+
+    def _ratios(self, seconds: Callable[[Loop], Any]) -> dict[str, Any]:
+        full, textbook, ours = (seconds(self.loops[name]) for name in ("full", "textbook", "ours"))
+        bare = seconds(self.loops["bare"]) if "bare" in self.loops else full
+        return {
             "overhead": ours / bare - 1,
             "speedup": textbook / ours,
             "attainable": textbook / bare,
@@ -79,14 +86,6 @@ class BenchmarkResult:
             "attainable_by_head": full / bare,
             "attained_by_head": textbook / ours * bare / full,
         }
-        return {name: [float(value) for value in values] for name, values in ratios.items()}
-
-    @property
-    def least(self) -> dict[str, float]:
-        """``overhead`` and ``speedup`` of the shortest times of each loop: sturdier where other work disturbs."""
-        full, textbook, ours = (min(self.loops[name].seconds) for name in ("full", "textbook", "ours"))
-        bare = min(self.loops["bare"].seconds) if "bare" in self.loops else full
-        return {"overhead": ours / bare - 1, "speedup": textbook / ours, "attained": bare / ours}
 
     @property
     def memory_ratio(self) -> float | None:
@@ -104,7 +103,8 @@ class BenchmarkResult:
         }
 
     def __str__(self) -> str:
-        w, m = self.workload, self.model
+        w, m, least = self.workload, self.model, self.least
+        over = "bare" if "bare" in self.loops else "full"
         names = {
             "bare": "bare forward x steps",
             "full": "full forward x steps",
@@ -123,7 +123,7 @@ class BenchmarkResult:
         for key, loop in self.loops.items():
             seconds = statistics.median(loop.seconds)
             rate = "-" if loop.tokens is None else f"{loop.tokens / seconds:.1f}"
-            memory = "?" if loop.extra_bytes is None else f"{loop.extra_bytes / _MIB:.1f}"
+            memory = "?" if loop.extra_bytes is None else f"{loop.extra_bytes / 2**20:.1f}"
             syncs = f"{loop.syncs} in all" if loop.syncs_per_step is None else f"{loop.syncs_per_step:.3g}"
             per_step = f"{1e3 * seconds / w.steps:.2f}"
             lines.append(f"{names[key]:<28}{seconds:>9.3f}{per_step:>9}{rate:>10}{memory:>11}{syncs:>12}")
@@ -132,9 +132,8 @@ class BenchmarkResult:
             low, middle, high = (scale * f(self.ratios[name]) for f in (min, statistics.median, max))
             return f"{middle:.3g}{unit} ({low:.3g} to {high:.3g})"
 
-        if "bare" not in self.loops:
+        if over == "full":
             lines += ["", "Body and output layer of this model do not make the whole; bare is the full forward."]
-        over = "bare" if "bare" in self.loops else "full"
         lines += [
             "",
             f"overhead over the {over} forward      {said('overhead', '%', 100)}",
@@ -142,12 +141,9 @@ class BenchmarkResult:
             f"attainable: forward passes alone    {said('attainable', 'x')}; attained {said('attained', '%', 100)}",
             f"attainable: full / {over} forward     {said('attainable_by_head', 'x')}; "
             f"attained {said('attained_by_head', '%', 100)}",
-        ]
-        least = self.least
-        lines.append(
             f"of the shortest times               {100 * least['overhead']:.3g}% overhead, {least['speedup']:.3g}x; "
-            f"attained {100 * least['attained']:.3g}%"
-        )
+            f"attained {100 * least['attained']:.3g}%",
+        ]
         if self.memory_ratio is not None:
             lines.append(f"extra memory, by the textbook's     {self.memory_ratio:.3g}")
         if self.identical is not None:
@@ -196,17 +192,17 @@ def benchmark(
     functions = make_loops(denoiser, canvas, workload, compile)
     forward = model.get_input_embeddings()  # which every pass calls, of the body as of the whole
 
-    observed = {}
+    results, costs = {}, {}
     for name, function in functions.items():
         say(f"warming up, and counting memory and synchronisations: {name}")
-        observed[name] = observe(function, device, forward)
+        results[name], costs[name] = observe(function, device, forward)
     seconds = interleave(functions, repeats, device, say)
 
-    output, theirs = observed["ours"].result, observed["textbook"].result
+    output, theirs = results["ours"], results["textbook"]
     if output.forward_passes != workload.steps:
         raise NapDecodeError(f"{workload.steps} steps were asked for, but {output.forward_passes} were made")
-    trace, slots = output.trace, canvas.decodable
-    tokens = {"ours": trace, "textbook": dataclasses.replace(trace, tokens=theirs.cpu())}
+    traces = {"ours": output.trace, "textbook": dataclasses.replace(output.trace, tokens=theirs.cpu())}
+    tokens = {name: int(trace.before_end().sum()) for name, trace in traces.items()}
     return BenchmarkResult(
         workload=workload,
         model={
@@ -217,16 +213,9 @@ def benchmark(
             "device": str(device),
             "compile": compile,
         },
-        loops={
-            name: Loop(
-                seconds=seconds[name],
-                tokens=int(tokens[name].before_end().sum()) if name in tokens else None,
-                extra_bytes=observed[name].extra_bytes,
-                syncs=observed[name].syncs,
-                syncs_per_step=observed[name].syncs_per_step,
-            )
-            for name in functions
-        },
-        identical=None if workload.temperature else float((theirs == output.sequences)[slots].float().mean()),
+        loops={name: Loop(seconds[name], tokens.get(name), **costs[name]) for name in functions},
+        identical=None
+        if workload.temperature
+        else float((theirs == output.sequences)[canvas.decodable].float().mean()),
         environment=environment(device),
     )

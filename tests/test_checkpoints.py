@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from nap_decode import NapDecodeError
-from nap_decode.model.load import auto_class, load_all, load_checkpoint
+from nap_decode.checkpoints import auto_class, load_all, load_checkpoint
 
 SMALL = {
     "vocab_size": 20,

@@ -9,8 +9,7 @@ import platform
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,22 +22,18 @@ Say: TypeAlias = Callable[[str], None]
 
 
 class MemoryTracker:
-    """While open, has torch's profiler record what is allocated and freed on the CPU, and adds it up.
+    """While open, torch's profiler records what is allocated and freed on the CPU; ``live`` and ``peak`` add it up.
 
     That is every block that torch's allocator hands out, what an operation or compiled code takes for its own
     use included; adding up the results of operations, as a dispatch mode sees them, misses these.  Scratch space
     of the matrix libraries (oneDNN, MKL) is not torch's, and not seen.
-
-    Attributes:
-        peak: bytes, at most, more than at the start.
-        live: bytes more at the end than at the start.
 
     Example:
         >>> with MemoryTracker() as memory:
         ...     thousand = torch.zeros(1000, dtype=torch.float64)
         ...     view = (thousand + 1)[:10]  # keeps all of its storage
         ...     del view
-        >>> memory.live, memory.peak // 1000
+        >>> memory.live, memory.peak // 1000  # bytes more than at the start: at the end, and at most
         (8000, 16)
     """
 
@@ -59,33 +54,13 @@ class MemoryTracker:
             self.peak = max(self.peak, self.live)
 
 
-class _Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts operations whose result, or whose shape, the host has to wait for."""
-
-    _names = frozenset(
-        ("_local_scalar_dense", "equal", "masked_select", "nonzero", "unique_consecutive", "unique_dim", "_unique2")
-    )
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        self.count += self._waits(func.overloadpacket.__name__, args, kwargs)
-        return func(*args, **kwargs)
-
-    def _waits(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
-            is_fill = name != "index" and args[2].numel() == 1  # of one value, in place of which there is none
-            return not is_fill and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
-        if name in ("_to_copy", "copy_"):
-            source, target = (args[0], kwargs.get("device")) if name == "_to_copy" else (args[1], args[0].device)
-            return bool(source.device.type != "cpu" and str(target).startswith("cpu"))
-        return name in self._names or (name == "repeat_interleave" and kwargs.get("output_size") is None)
+_WAITS = frozenset(
+    ("_local_scalar_dense", "equal", "masked_select", "nonzero", "unique_consecutive", "unique_dim", "_unique2")
+)
+"""Operations whose result, or whose shape, the host has to wait for."""
 
 
-class SyncCounter:
+class SyncCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While open, counts the operations that make the host wait for the device.
 
     On CUDA by torch's own debugging of synchronisations; elsewhere by name (reading a value, shapes that depend on
@@ -106,25 +81,22 @@ class SyncCounter:
     """
 
     def __init__(self, device: torch.device | str = "cpu", forward: nn.Module | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
         self.device, self.forward = torch.device(device), forward
         self._marks: list[int] = []
         self._caught: list[warnings.WarningMessage] = []
-        self._mode = _Waits()
+        self._seen = 0
         self._stack = ExitStack()
 
     @property
     def count(self) -> int:
         """All of them."""
-        if self.device.type == "cuda":
-            return sum("called a synchronizing" in str(warning.message) for warning in self._caught)
-        return self._mode.count
+        return self._seen + sum("called a synchronizing" in str(warning.message) for warning in self._caught)
 
     @property
     def per_step(self) -> float | None:
         """In the loop; None if fewer than two forward passes were seen (a replayed CUDA graph shows none)."""
-        if len(self._marks) < 2:
-            return None
-        return (self._marks[-1] - self._marks[0]) / (len(self._marks) - 1)
+        return (self._marks[-1] - self._marks[0]) / (len(self._marks) - 1) if len(self._marks) > 1 else None
 
     def __enter__(self) -> SyncCounter:
         if self.forward is not None:
@@ -136,48 +108,48 @@ class SyncCounter:
             self._stack.callback(torch.cuda.set_sync_debug_mode, torch.cuda.get_sync_debug_mode())
             torch.cuda.set_sync_debug_mode("warn")
         else:
-            self._stack.enter_context(self._mode)
+            super().__enter__()  # type: ignore[no-untyped-call]
+            self._stack.push(super().__exit__)
         return self
 
     def __exit__(self, *exception: Any) -> None:
         self._stack.close()
 
-
-@dataclass(frozen=True)
-class Observation:
-    """What a loop returned and used, besides time.
-
-    Args:
-        result: what it returned.
-        extra_bytes: peak memory less what there was before the loop's first run, so that what a loop keeps from run
-            to run is counted too; None where it cannot be told.
-        syncs: see :class:`SyncCounter`.
-        syncs_per_step: those in the loop; None where it cannot be told.
-    """
-
-    result: Any
-    extra_bytes: int | None
-    syncs: int
-    syncs_per_step: float | None
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self._seen += _waits(func.overloadpacket.__name__, args, kwargs)
+        return func(*args, **kwargs)
 
 
-def observe(function: Callable[[], Any], device: torch.device, forward: nn.Module | None) -> Observation:
-    """Run it until it is warm, for its memory, and for its synchronisations.
+def _waits(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+        is_fill = name != "index" and args[2].numel() == 1  # of one value, in place of which there is none
+        return not is_fill and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+    if name in ("_to_copy", "copy_"):
+        source, target = (args[0], kwargs.get("device")) if name == "_to_copy" else (args[1], args[0].device)
+        return bool(source.device.type != "cpu" and str(target).startswith("cpu"))
+    return name in _WAITS or (name == "repeat_interleave" and kwargs.get("output_size") is None)
+
+
+def observe(function: Callable[[], Any], device: torch.device, forward: nn.Module | None) -> tuple[Any, dict[str, Any]]:
+    """Run a function until it is warm, for its memory, and for its synchronisations.
 
     Args:
         function: the loop.
         device: where it runs.
         forward: see :class:`SyncCounter`.
+
+    Returns:
+        Its result, and its costs by the names that :class:`~nap_decode.bench.Loop` has for them.
     """
     before, extra = _allocated(device), None
-    if device.type == "cpu":
-        with MemoryTracker() as memory:  # the first run, so that what it keeps for the next is counted
-            function()
-        extra = memory.peak
-    else:
+    # What is kept from the first run for the next is counted.
+    with MemoryTracker() if device.type == "cpu" else nullcontext() as memory:
         function()
     gc.collect()
-    if device.type == "cuda":
+    if memory is not None:
+        extra = memory.peak
+    elif device.type == "cuda":
         kept = max(0, _allocated(device) - before)
         torch.cuda.reset_peak_memory_stats(device)
         before = _allocated(device)
@@ -185,7 +157,7 @@ def observe(function: Callable[[], Any], device: torch.device, forward: nn.Modul
         extra = kept + torch.cuda.max_memory_allocated(device) - before
     with SyncCounter(device, forward) as syncs:
         result = function()
-    return Observation(result, extra, syncs.count, syncs.per_step)
+    return result, {"extra_bytes": extra, "syncs": syncs.count, "syncs_per_step": syncs.per_step}
 
 
 def _allocated(device: torch.device) -> int:
@@ -232,13 +204,11 @@ def environment(device: torch.device | str) -> dict[str, Any]:
 
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    pages = {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= set(getattr(os, "sysconf_names", ()))
     machine: dict[str, Any] = {
         "system": platform.platform(),
         "cpu": names[0].partition(":")[2].strip() if names else platform.processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if pages else None,
         "device": str(device),
     }
     if torch.device(device).type == "cuda":

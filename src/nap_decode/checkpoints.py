@@ -1,14 +1,16 @@
-"""Loading a checkpoint, of whichever kind it is."""
+"""Checkpoints, of whichever kind, and the options of a command that name one."""
 
 from __future__ import annotations
 
+import argparse
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any
 
+import torch
+
 from nap_decode.base.errors import NapDecodeError
-from nap_decode.model.foreign import precision_argument
 
 
 def load_checkpoint(
@@ -46,6 +48,31 @@ def load_checkpoint(
     options = {precision_argument(): dtype}
     model = load_all(auto_class(config), path, config=config, **options, **trust)
     return model.to(device).eval(), transformers.AutoTokenizer.from_pretrained(path, **trust)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> Callable[..., Any]:
+    """Add the options that :func:`load_named` reads, and ``--mask-token-id``; returns what adds more to their group."""
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    add = parser.add_argument_group("model").add_argument
+    add("--model", required=required, help="directory or hub name of a transformers checkpoint")
+    add("--device", default="cpu", help="where to run, for example cuda (default: cpu)")
+    add("--dtype", choices=dtypes, default="auto", help="default: as the checkpoint")
+    add("--mask-token-id", type=int, help="the mask id, if neither tokenizer nor config names it")
+    add("--bidirectional", action="store_true", help="set is_causal = False in the config of a decoder")
+    add("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
+    return add
+
+
+def check_device(args: argparse.Namespace) -> None:
+    """Raise if the options name CUDA where there is none."""
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise NapDecodeError(f"--device {args.device}: this torch sees no CUDA device")
+
+
+def load_named(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The model and tokenizer that options of a command name."""
+    names = ("device", "dtype", "bidirectional", "trust_remote_code")
+    return load_checkpoint(args.model, **{name: getattr(args, name) for name in names})
 
 
 def auto_class(config: Any) -> Any:
@@ -115,3 +142,10 @@ def load_all(loader: Any, path: str | PathLike[str], **options: Any) -> Any:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if names[3:] else "")
+
+
+def precision_argument() -> str:
+    """The name by which ``from_pretrained``, ``from_config`` and configs take a precision; torch_dtype before 4.56."""
+    from transformers import PretrainedConfig
+
+    return "dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype"

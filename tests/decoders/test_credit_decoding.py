@@ -1,10 +1,27 @@
+"""CreditDecoding."""
+
 from __future__ import annotations
 
 import pytest
 import torch
+from models import Words
+from papers import BANNED, check_blocks
+from reference import credit_rule
+from samplers import OPTIONS
 
-from nap_decode import Credit, NapDecodeError, Slots
-from nap_decode.decoders.dinfer_credit import Ledger
+from nap_decode import Denoiser, NapDecodeError
+from nap_decode.decoders.credit_decoding import Credit, Ledger
+from nap_decode.parts.slots import Slots
+
+
+@pytest.fixture(scope="module")
+def denoiser(tiny):
+    return Denoiser(tiny, Words())
+
+
+@pytest.mark.parametrize("block_length", [4, 12])
+def test_credit_agrees_with_the_reference(denoiser, block_length):
+    check_blocks(denoiser, "credit", credit_rule(OPTIONS["credit"]["threshold"], 0.7, 0.8, 0.2, BANNED), block_length)
 
 
 def test_the_ledger_is_the_dense_matrix():
