@@ -48,10 +48,15 @@ def run_tests(only: str | None) -> dict[str, int]:
     """How many passed, failed, and were skipped."""
     chosen = [] if only is None else ["-k", only]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/test_cuda.py", *chosen]
-    output = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout
-    print(output, flush=True)
-    found = re.findall(r"(\d+) (passed|failed|skipped|error)", output.splitlines()[-1] if output else "")
-    return {"passed": 0, "failed": 0, "skipped": 0} | {kind: int(number) for number, kind in found}
+    try:
+        run = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=SECONDS / 2)
+    except subprocess.TimeoutExpired as error:
+        print(f"the tests did not end: {error}", flush=True)
+        return {"passed": 0, "failed": 1, "skipped": 0}
+    print(run.stdout, flush=True)
+    last = run.stdout.rstrip().rpartition("\n")[2]
+    counts = {kind: int(number) for number, kind in re.findall(r"(\d+) (passed|failed|skipped)", last)}
+    return {"passed": 0, "failed": int(run.returncode != 0), "skipped": 0} | counts
 
 
 def measure(device: str, is_small: bool, limit: float, record: dict[str, Any], file: Path) -> None:
@@ -61,7 +66,7 @@ def measure(device: str, is_small: bool, limit: float, record: dict[str, Any], f
     for name, workload, mode in RUNS[:1] if is_small else RUNS:
         title = f"{name}, {describe(workload)}, compile={mode!r}"
         if time.perf_counter() - begun > limit:
-            record["left_out"].append(title)
+            record["left_out"].append(f"{title}: no time was left")
             continue
         try:
             if shape != name:
@@ -77,6 +82,7 @@ def measure(device: str, is_small: bool, limit: float, record: dict[str, Any], f
         del facts["environment"]
         record["rows"].append({"shape": name, "compile": mode} | facts)
         file.write_text(json.dumps(record, indent=1) + "\n")
+    file.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def describe(workload: Workload | dict[str, Any]) -> str:
@@ -138,24 +144,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--page", type=Path, metavar="FILE", help="(default: docs/benchmarks.md, for docs/gpu.json)")
     parser.add_argument("--draw", action="store_true", help="write the page's section again, and measure nothing")
     args = parser.parse_args(arguments)
-    page = args.page or (PAGE if args.json == RECORD else None)
-    if args.draw:
-        record = json.loads(args.json.read_text()) if args.json.exists() else None
-    elif args.device.startswith("cuda") and not torch.cuda.is_available():
+    is_gpu = args.device.startswith("cuda")
+    if is_gpu and not args.draw and not torch.cuda.is_available():
         parser.error(f"--device {args.device}: this torch sees no CUDA device")
-    else:
+    if (args.small or not is_gpu) and args.json == RECORD:
+        parser.error("docs/gpu.json is for all of it, on a GPU; name another file with --json")
+    if not args.draw:
         begun = time.perf_counter()
-        record = {"script": "examples/check_gpu.py"} | environment(args.device) | {"rows": [], "left_out": []}
-        record["tests"] = run_tests("fixed_step_loop" if args.small else None)
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
-        measure(args.device, args.small, SECONDS - (time.perf_counter() - begun), record, args.json)
-        record["seconds"] = time.perf_counter() - begun
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
+        started = {"script": "examples/check_gpu.py"} | environment(args.device) | {"rows": [], "left_out": []}
+        started["tests"] = run_tests("fixed_step_loop and ragged" if args.small else None)
+        args.json.write_text(json.dumps(started, indent=1) + "\n")
+        measure(args.device, args.small, SECONDS - (time.perf_counter() - begun), started, args.json)
+    record: dict[str, Any] | None = json.loads(args.json.read_text()) if args.json.exists() else None
+    page = args.page or (PAGE if args.json == RECORD else None)
     if page is not None:
         page.write_text(fill_in(page.read_text(), record))
-    return int(
-        record is not None and not (record["rows"] and record["tests"]["passed"] and not record["tests"]["failed"])
-    )
+    if args.draw or record is None:
+        return 0
+    tests = record["tests"]
+    return 0 if record["rows"] and tests["passed"] and not tests["failed"] else 1
 
 
 if __name__ == "__main__":
