@@ -15,10 +15,12 @@ from transformers import BertConfig, BertForMaskedLM
 from nap_decode import (
     ARnessMeter,
     Denoiser,
+    ParallelForcedSampler,
     PromptReuse,
     Sampler,
     chain_log_likelihood,
     decoders,
+    demo,
     log_likelihood_bound,
 )
 
@@ -76,6 +78,18 @@ def test_what_a_denoiser_can_do_besides(model, options):
         return sampler(PROMPTS).sequences
 
     assert torch.equal(*both(decode))
+
+
+def test_texts_of_outputs():
+    sampler = ParallelForcedSampler(*demo.load(), path_length=11, summary_length=2, tokens_per_step=4)
+
+    def texts():
+        outs = [sampler("1 2 3 4 5 6 7 0 1 2 3 4 ="), sampler.infill("6 0 6 <mask> =")]
+        return [out.text for out in outs], outs[0].summary, outs[0].paths
+
+    plain, other = both(texts)
+    assert plain == other
+    assert plain[1]
 
 
 def test_likelihoods(model):

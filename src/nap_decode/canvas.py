@@ -238,6 +238,8 @@ class Canvas:
                 raise NapDecodeError(f"{name} and tokens of a canvas must have one shape, but {name} has {shapes}")
             if value.dtype != dtype:
                 raise NapDecodeError(f"{name} of a canvas must be {dtype}, but is {value.dtype}")
+        for flag in self.held:
+            check_flag("held of a block", flag)
         # Everything is looked at on the host, brought there at once.
         host = torch.stack([self.tokens, self.block, self.attention_mask]).cpu()
         _, block, mask = host

@@ -101,3 +101,13 @@ def test_blocks_one_after_the_other_are_fast_dllms(denoiser):
 def test_bad_options(share):
     with pytest.raises(NapDecodeError, match="done_before_next must be a number from 0 to 1"):
         PipelineScheduler(done_before_next=share)
+
+
+@pytest.mark.parametrize("percent", range(1, 100))
+def test_shares_are_exact(percent):
+    lengths = torch.tensor([[100, 1], [50, 1], [25, 1]])
+    for done in range(101):
+        left = torch.stack([(lengths[:, 0] - done).clamp(min=0), torch.ones(3, dtype=torch.int64)], dim=1)
+        opened = PipelineScheduler(done_before_next=percent / 100).open(left, lengths, torch.zeros(3, 2).bool())
+        is_done = [100 * min(done, length) >= percent * length for length in (100, 50, 25)]
+        assert (opened[:, 1] > 0).tolist() == is_done

@@ -9,7 +9,7 @@ import textwrap
 import pytest
 from samplers import FREQUENCIES, NAMES
 
-from nap_decode import Decoder, NapDecodeError, decoders
+from nap_decode import Decoder, MicroConfidenceCommitter, NapDecodeError, QuotaSelection, decoders
 from nap_decode.decoders.dream import DreamSchedule
 
 GIVEN = {"pc_sampler": {"frequencies": FREQUENCIES}}
@@ -87,3 +87,18 @@ def test_values_of_command_lines(text, value):
     got = decoders.parse_value(text)
     assert got == value
     assert type(got) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("dream_entropy", {"alg_temp": 0.5, "selection": QuotaSelection()}),
+        ("dream_entropy", {"alg_temp": 0.5, "committer": MicroConfidenceCommitter()}),
+        ("wino", {"back_threshold": 0.5, "reviser": None}),
+        ("credit", {"strength": 0.5, "adjustment": None}),
+        ("klass", {"threshold": 0.5, "selection": QuotaSelection()}),
+    ],
+)
+def test_an_option_of_a_part_that_is_exchanged_is_refused(name, options):
+    with pytest.raises(NapDecodeError, match=next(iter(options))):
+        decoders.make(name, **options)

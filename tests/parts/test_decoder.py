@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import pickle
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from importlib import import_module
 from pkgutil import iter_modules
 
@@ -223,3 +223,45 @@ def test_any_list_of_ends_is_a_tuple():
 
 def test_even_is_the_schedule_of_whatever_is_adaptive():
     assert decoders.klass().scheduler.schedule == EvenSchedule()
+
+
+class Plain(Selection):
+    """Without options."""
+
+    def __call__(self, proposal):
+        return proposal.slots.open
+
+
+def test_a_part_and_options_are_set_from_the_outside_inwards():
+    base = decoders.parallel_forced()
+    hot, sure = MicroConfidenceCommitter(temperature=0.7), ThresholdSelection(0.5)
+    for options in ({"committer": hot, "selection": sure}, {"selection": sure, "committer": hot}):
+        assert base.set(**options).committer == replace(hot, selection=sure)
+    scheduler = base.set(scheduler=AnyOrderScheduler(), schedule=DreamSchedule(), steps=4).scheduler
+    assert scheduler == AnyOrderScheduler(steps=4, schedule=DreamSchedule())
+    # Nothing between has to be possible.
+    assert base.set(steps=4).set(selection=sure, tokens_per_step=2).scheduler.tokens_per_step == 2
+
+
+@pytest.mark.parametrize("part", [{"selection": Plain()}, {"selection": ThresholdSelection()}])
+def test_an_option_of_a_part_that_goes_is_refused(part):
+    with pytest.raises(NapDecodeError, match="no option of this decoder 'position_temperature'"):
+        decoders.parallel_forced().set(position_temperature=0.5, **part)
+    with pytest.raises(NapDecodeError, match="no option of this decoder 'back_threshold'"):
+        decoders.wino().set(back_threshold=0.5, reviser=None)
+
+
+@dataclass(frozen=True)
+class Wrapped(Selection):
+    """One that has an option of the name that it is set by."""
+
+    selection: Selection
+
+    def __call__(self, proposal):
+        return self.selection(proposal)
+
+
+def test_a_part_may_have_an_option_of_its_own_name():
+    wrapped = Wrapped(ThresholdSelection(0.5))
+    decoder = decoders.parallel_forced(tokens_per_step=1).set(selection=wrapped, threshold=0.7)
+    assert decoder.committer.selection == Wrapped(ThresholdSelection(0.7))

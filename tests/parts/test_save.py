@@ -280,3 +280,13 @@ def test_a_description_names_every_choice(denoiser):
         "      Every slot that reaches a confidence (Fast-dLLM, arXiv 2505.22618, algorithm 1).",
     ]
     assert describe(Plain(3)) == "Plain()"
+
+
+@dataclass(frozen=True)
+class Owning(ThresholdSelection):
+    own: float = 0.5
+
+
+def test_an_option_that_a_file_has_for_itself_is_refused():
+    with pytest.raises(NapDecodeError, match="Owning cannot be saved with an option called 'own'; rename it"):
+        to_plain(Owning(own=0.7))

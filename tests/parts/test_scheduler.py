@@ -459,6 +459,48 @@ def test_a_wrong_open_is_refused_with_its_name(kind, adaptive):
         Wrong(tokens_per_step=kind).plan(torch.tensor([[4, 2], [3, 3]]), adaptive=adaptive)
 
 
+class Late(AnyOrderScheduler):
+    """Opens what it is told to as soon as something is decoded."""
+
+    def open(self, left, lengths, held):
+        return left if torch.equal(left, lengths) or not left.any() else WRONG_LATER[self.tokens_per_step](left)
+
+
+WRONG_LATER = {
+    1: lambda left: left * 0,
+    2: lambda left: left + 1,
+    3: lambda left: left * 0.5,
+    4: lambda left: left > 0,
+    5: lambda left: left[0],
+    6: lambda left: left.tolist(),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_LATER)
+def test_a_wrong_open_is_refused_whenever_it_is_asked(kind):
+    scheduler, left = Late(tokens_per_step=kind), torch.tensor([[3, 1]])
+    plan = scheduler.plan(torch.tensor([[6, 6]]), adaptive=True)
+    for ask in (scheduler.least, scheduler.may_commit):
+        with pytest.raises(NapDecodeError, match=r"Late.open must (open at least one|return torch.int64 \(1, 2\))"):
+            ask(plan, left)
+    plan = scheduler.plan(torch.tensor([[6, 6]]))
+    with pytest.raises(NapDecodeError, match=r"Late\.open must"):
+        scheduler.next(plan, replace(Left.all(plan.lengths), masked=left))
+
+
+def test_what_is_left_may_be_overwritten_by_open():
+    class InPlace(AnyOrderScheduler):
+        def open(self, left, lengths, held):
+            left[:, 1:] *= (left[:, :1] == 0).long()
+            return left
+
+    scheduler = InPlace(tokens_per_step=2)
+    plan = scheduler.plan(torch.tensor([[2, 2]]))
+    quota, left = scheduler.next(plan, Left.all(plan.lengths))
+    assert quota.tolist() == [[2, 0]]
+    assert left.masked.tolist() == [[0, 2]]
+
+
 def test_a_pipeline_opens_a_block_when_the_one_before_is_half_done():
     scheduler, held = PipelineScheduler(), torch.zeros(1, 3, dtype=torch.bool)
     lengths = torch.tensor([[4, 5, 4]])

@@ -11,16 +11,23 @@ from models import MASK, PAD, Words
 from nap_decode import (
     AnyOrderScheduler,
     CanvasTemplate,
+    Committer,
     Decoder,
     Denoiser,
     MacroParallelScheduler,
     MicroConfidenceCommitter,
     NapDecodeError,
+    Needs,
+    QuotaSelection,
+    Reviser,
     Sampler,
     Scheduler,
+    Selection,
     SemiAutoregressiveScheduler,
+    ThresholdSelection,
 )
 from nap_decode.decoders.maskgit import CosineSchedule
+from nap_decode.parts.slots import Decision
 
 END = 2
 LEFTMOST = MicroConfidenceCommitter(confidence="leftmost")
@@ -347,3 +354,136 @@ def test_rows_leave_the_batch_when_they_are_finished(tiny):
     for row, text in enumerate(texts):
         alone = sampler.infill([text])
         assert torch.equal(alone.sequences[0], out.sequences[row, : len(text)])
+
+
+def stepped(sampler, **options):
+    loop = sampler.loop()
+    batch = loop.start(sampler.canvas([[5], [6]], max_new_tokens=4), **options)
+    while batch.is_busy:
+        batch = loop.step(batch)
+    return loop, batch
+
+
+@pytest.mark.parametrize("selection", [QuotaSelection(), ThresholdSelection()])
+def test_there_is_no_step_after_the_last(tiny, selection):
+    decoder = Decoder(AnyOrderScheduler(), MicroConfidenceCommitter(selection=selection))
+    loop, batch = stepped(Sampler(Denoiser(tiny, Words()), decoder=decoder))
+    with pytest.raises(NapDecodeError, match="no row has a turn left"):
+        loop.step(batch)
+
+
+@pytest.mark.parametrize("seeds", [None, torch.tensor([1]), torch.tensor([1.0, 2.0])])
+def test_rows_that_draw_need_a_seed_each(tiny, seeds):
+    decoder = Decoder(AnyOrderScheduler(), MicroConfidenceCommitter(temperature=1.0))
+    sampler = Sampler(Denoiser(tiny, Words()), decoder=decoder)
+    with pytest.raises(NapDecodeError, match=r"the decoder draws; pass seeds=, int64 \(2,\)"):
+        stepped(sampler, seeds=seeds)
+    assert not stepped(sampler, seeds=torch.tensor([1, 2]))[1].state.masked.any()
+
+
+class Odd(Selection):
+    """Whatever it is told to return."""
+
+    needs = Needs()
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, proposal):
+        return self.function(proposal)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda proposal: torch.zeros_like(proposal.slots.open), "6 slots are masked though all steps are done"),
+        (lambda proposal: proposal.confidence, r"chosen that are torch.float32 \(1, 6\), not torch.bool \(1, 6\)"),
+        (lambda proposal: proposal.slots.open[:, :1], r"chosen that are torch.bool \(1, 1\), not torch.bool \(1, 6\)"),
+        (lambda proposal: None, "chosen that are None, not torch.bool"),
+    ],
+)
+def test_what_parts_of_others_return_is_looked_at(tiny, function, message):
+    decoder = Decoder(AnyOrderScheduler(steps=1), MicroConfidenceCommitter(selection=Odd(function)))
+    with pytest.raises(NapDecodeError, match=message):
+        Sampler(Denoiser(tiny.float(), Words()), decoder=decoder)([5], max_new_tokens=6)
+
+
+class Fixed(Committer):
+    """Commits the id that it is told to."""
+
+    needs = Needs(adaptive=True)
+
+    def __init__(self, token):
+        self.token = token
+
+    def __call__(self, slots, predict):
+        tokens = torch.full_like(slots.index, self.token)
+        return Decision(tokens, torch.ones(tokens.shape), slots.open) if self.token < 100 else None
+
+
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [
+        (-1, "committed token ids that the model does not have: \\[-1\\]"),
+        (99, "committed token ids that the model does not have: \\[99\\]"),
+        (MASK, "committed the mask token"),
+        (100, "Fixed, or its reviser, must return a Decision, not None"),
+    ],
+)
+def test_what_committers_of_others_commit_is_looked_at(tiny, token, message):
+    decoder = Decoder(AnyOrderScheduler(), Fixed(token))
+    with pytest.raises(NapDecodeError, match=message):
+        Sampler(Denoiser(tiny, Words()), decoder=decoder)([5], max_new_tokens=6)
+
+
+def test_a_reviser_sees_committed_slots_whatever_it_needs(tiny):
+    class Watching(Reviser):
+        needs = Needs(adaptive=True)
+        seen = 0
+
+        def __call__(self, proposal, decision):
+            Watching.seen += int(proposal.slots.committed.sum())
+            return decision
+
+    decoder = Decoder(AnyOrderScheduler(), MicroConfidenceCommitter(reviser=Watching()))
+    Sampler(Denoiser(tiny, Words()), decoder=decoder)([5], max_new_tokens=3)
+    assert Watching.seen == 1 + 2
+
+
+def test_a_divergence_has_the_step_before_whatever_asks_for_it(tiny):
+    values = []
+
+    class Still(Selection):
+        needs = Needs(adaptive=True, statistics=("divergence",))
+
+        def __call__(self, proposal):
+            values.extend(proposal["divergence"][proposal.slots.open].tolist())
+            return proposal.fill_up(proposal["divergence"] < 0)
+
+    decoder = Decoder(AnyOrderScheduler(), MicroConfidenceCommitter(selection=Still()))
+    Sampler(Denoiser(tiny, Words()), decoder=decoder)([5], max_new_tokens=3)
+    assert [value < torch.inf for value in values] == [False] * 3 + [True] * 3
+
+
+@pytest.mark.parametrize("confidence", [lambda c: 1.0, lambda c: c.best[:1], lambda c: c.best[:, None]])
+def test_a_confidence_is_a_number_for_each_candidate(tiny, confidence):
+    decoder = Decoder(AnyOrderScheduler(), MicroConfidenceCommitter(confidence=confidence))
+    with pytest.raises(NapDecodeError, match="must return one number for each of the 4 candidates, but returned"):
+        Sampler(Denoiser(tiny, Words()), decoder=decoder)([5], max_new_tokens=4)
+
+
+def test_needs_are_needs():
+    with pytest.raises(NapDecodeError, match="statistics of Needs must be a tuple"):
+        Needs(statistics="margin")
+    assert Needs(statistics=["margin"]) | Needs() == Needs(statistics=("margin",))
+
+    class Dictionary(Selection):
+        @property
+        def needs(self):
+            return {"adaptive": True}
+
+        def __call__(self, proposal):
+            return proposal.slots.open
+
+    with pytest.raises(NapDecodeError, match="the needs of a part must be Needs"):
+        MicroConfidenceCommitter(selection=Dictionary())

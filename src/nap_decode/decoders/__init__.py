@@ -2,7 +2,7 @@
 
 Anything else is set by name on the part that has it, and any part can be exchanged, to get what nobody has published::
 
-    decoders.klass(threshold=0.8).set(temperature=0.7, block_length=32, scheduler=MacroParallelScheduler())
+    decoders.klass(threshold=0.8).set(temperature=0.7, scheduler=MacroParallelScheduler())
 
 Each file holds one paper's decoders, and the parts that only these need.  Those with a fixed schedule take one token
 per step unless ``steps`` or ``tokens_per_step`` is set; the others commit what the model is sure of, and at least
@@ -21,7 +21,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from typing import Any
 
 from nap_decode.base.errors import NapDecodeError, check_name
@@ -41,7 +41,7 @@ from nap_decode.decoders.mdlm import mdlm_ancestral, mdlm_first_hitting
 from nap_decode.decoders.nap import parallel_forced
 from nap_decode.decoders.stability import klass
 from nap_decode.decoders.wide_in_narrow_out import wino
-from nap_decode.parts.decoder import Decoder
+from nap_decode.parts.decoder import Decoder, is_part
 
 __all__ = [
     "DECODERS",
@@ -136,11 +136,17 @@ def make(name: str, **options: Any) -> Decoder:
         check_name(f"option of {name}", option, {*parameters, *known, *_options_of(options)})
     # Set once more if a part is exchanged, to which they may belong.
     again = {option: value for option, value in options.items() if option not in own or option in known}
-    return decoder.set(**again)
+    whole = decoder.set(**again)
+    for option in own.keys() - known.keys():  # which has another name in its part, and may be gone with it
+        if parameters[option].default is not inspect.Parameter.empty:
+            other = function(**{key: value for key, value in own.items() if key != option})
+            if other != decoder and whole == other.set(**again):
+                raise NapDecodeError(f"{option}={own[option]!r} has no effect, as its part is exchanged; leave it out")
+    return whole
 
 
 def _options_of(parts: dict[str, Any]) -> set[str]:
-    return {field.name for part in parts.values() if is_dataclass(part) for field in fields(part)}
+    return {field.name for part in parts.values() if is_part(part) for field in fields(part)}
 
 
 def parse_value(text: str) -> Any:

@@ -38,7 +38,8 @@ class PipelineScheduler(SemiAutoregressiveScheduler):
 
     @override
     def open(self, left: Tensor, lengths: Tensor, held: Tensor) -> Tensor:
-        is_done = (lengths - left) >= lengths * self.done_before_next
+        # In float64, and not of a product that is whole up to rounding: 0.6 * 25 = 15.000000596 in float32
+        is_done = (lengths - left) >= lengths.double() * self.done_before_next - 1e-9
         return left * pad(is_done.long().cumprod(1)[:, :-1], (1, 0), value=1)
 
 

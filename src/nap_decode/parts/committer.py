@@ -173,7 +173,7 @@ class MicroConfidenceCommitter(Committer):
             if not isinstance(getattr(self, name), kind):
                 wanted = f"{name} must be a {name.capitalize()}, such as {example}"
                 raise NapDecodeError(f"{wanted}, but is {getattr(self, name)!r}")
-        if self.selection.needs.previous and self.adjustment is not None:
+        if self.needs.previous and self.adjustment is not None:
             raise NapDecodeError(
                 f"{type(self.selection).__name__} compares the model's predictions from step to step, which "
                 f"{type(self.adjustment).__name__} changes by itself; leave one of them out"
@@ -182,7 +182,7 @@ class MicroConfidenceCommitter(Committer):
     @lazy
     def needs(self) -> Needs:
         """See :class:`Needs`."""
-        whole = Needs(random=self.temperature > 0)
+        whole = Needs(random=self.temperature > 0, committed=self.reviser is not None)
         for part in (self.selection, self.reviser, self.adjustment):
             whole |= Needs() if part is None else part.needs
         for function in (self.confidence, *whole.statistics):
@@ -278,7 +278,14 @@ class MicroConfidenceCommitter(Committer):
         scores: dict[int, Tensor] = {}
         for function in self._asked.values():
             if id(function) not in scores:  # each is computed once
-                scores[id(function)] = function(candidates).where(possible, torch.nan)
+                score = function(candidates)
+                if not isinstance(score, Tensor) or score.shape != possible.shape:
+                    got = f"a tensor {tuple(score.shape)}" if isinstance(score, Tensor) else f"{score!r:.80}"
+                    name = getattr(function, "__name__", type(function).__name__)
+                    raise NapDecodeError(
+                        f"{name} must return one number for each of the {len(possible)} candidates, but returned {got}"
+                    )
+                scores[id(function)] = score.where(possible, torch.nan)
         return candidates.tokens, *(scores[id(function)] for function in self._asked.values())
 
     def _read(

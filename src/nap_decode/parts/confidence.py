@@ -184,6 +184,8 @@ def looked_at(functions: Iterable[Confidence]) -> tuple[tuple[str, ...], bool]:
 
 def needs_of(function: Confidence) -> Needs:
     """The needs of a function of candidates; one of yours may draw, unless it says that it does not."""
+    if function is divergence:
+        return Needs(memory=True, previous=True)
     is_random = function is random or function not in STATISTICS.values()
     return getattr(function, "needs", Needs(random=is_random))
 

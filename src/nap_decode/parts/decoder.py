@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -58,7 +58,7 @@ class Decoder:
             check_name("way to close blocks", self.close_on, ["end"])
         else:  # a tuple, to be compared, hashed and saved
             object.__setattr__(self, "close_on", tuple(check_ids("close_on", self.close_on)))
-        if self.committer.needs.adaptive:
+        if self.needs.adaptive:
             self._check_adaptive()
 
     def _check_adaptive(self) -> None:
@@ -79,49 +79,53 @@ class Decoder:
 
     def options(self) -> dict[str, list[Path]]:
         """All options of its parts by name, and the parts that have them, as paths from here."""
-        found: dict[str, list[Path]] = {}
-        for name, path in _options(self):
-            found.setdefault(name, []).append(path)
-        return found
+        return _homes(self, {})
 
     def set(self, **options: Any) -> Decoder:
         """The same with options of its parts exchanged, each by its name; of steps and tokens_per_step, the other goes.
 
+        Where a part is exchanged, too, the others are options of the new one.
+
         Raises:
             NapDecodeError: an option that no part has, or more than one; a value out of range.
         """
-        parts = {name: value for name, value in options.items() if is_dataclass(value)}
-        if 0 < len(parts) < len(options):  # whose options may be among the others
-            return self.set(**parts).set(**{name: value for name, value in options.items() if name not in parts})
-        found = self.options()
-        changes: dict[Path, dict[str, Any]] = {}
-        for name, value in options.items():
+        found = _homes(self, options)
+        for name in options:
             check_name("option of this decoder", name, found)
             if len(found[name]) > 1:
                 homes = " and ".join(".".join(path) for path in found[name])
                 raise NapDecodeError(f"{name} is an option of {homes}; exchange the part")
-            changes.setdefault(found[name][0], {})[name] = value
-        # From the innermost part outwards; together, as one option of a part may depend on another.
-        whole: Decoder = self
-        for path in sorted(changes, key=len, reverse=True):
-            whole = _changed(whole, path, changes[path])
-        return whole
+        changed: Decoder = _changed(self, (), {(*found[name][0], name): value for name, value in options.items()})
+        return changed
 
 
-def _options(part: Any, path: Path = ()) -> Iterator[tuple[str, Path]]:
+def _homes(part: Any, options: Mapping[str, Any]) -> dict[str, list[Path]]:
+    """The paths of the parts that have an option, by its name, once these ones are exchanged."""
+    found: dict[str, list[Path]] = {}
     for field in fields(part):
         if field.init:
-            yield field.name, path
-            value = getattr(part, field.name)
-            if is_dataclass(value):
-                yield from _options(value, (*path, field.name))
+            name = field.name
+            found.setdefault(name, []).append(())
+            value = options.get(name, getattr(part, name))
+            if is_part(value):
+                # What is given is taken as it is, even if it has an option of its own name.
+                for inner, paths in _homes(value, {n: v for n, v in options.items() if n != name}).items():
+                    if inner != name or name not in options:
+                        found.setdefault(inner, []).extend((name, *path) for path in paths)
+    return found
 
 
-def _changed(part: Any, path: Path, options: dict[str, Any]) -> Any:
-    if path:
-        inner = _changed(getattr(part, path[0]), path[1:], options)
-        return replace(part, **{path[0]: inner})
+def _changed(part: Any, path: Path, changes: Mapping[Path, Any]) -> Any:
+    """A part with changes inside it; all at once, as one option may depend on another."""
+    options = {at[-1]: value for at, value in changes.items() if at[:-1] == path}
     either = getattr(part, "either", ())
     if any(options.get(name) is not None for name in either):
         options = dict.fromkeys(either) | options
-    return replace(part, **options)
+    for name in dict.fromkeys(at[len(path)] for at in changes if at[: len(path)] == path and len(at) > len(path) + 1):
+        options[name] = _changed(options.get(name, getattr(part, name)), (*path, name), changes)
+    return replace(part, **options) if options else part
+
+
+def is_part(value: Any) -> bool:
+    """Whether this has options: a dataclass, not its type."""
+    return is_dataclass(value) and not isinstance(value, type)

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
+from nap_decode.base.errors import NapDecodeError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
@@ -34,7 +36,16 @@ class Needs:
     previous: bool = False
     statistics: tuple[str | Callable[..., Any], ...] = ()
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.statistics, tuple | list):
+            raise NapDecodeError(
+                f'statistics of Needs must be a tuple, such as ("negative_entropy",), but are {self.statistics!r:.80}'
+            )
+        object.__setattr__(self, "statistics", tuple(self.statistics))
+
     def __or__(self, other: Needs) -> Needs:
         """What either needs."""
+        if not isinstance(other, Needs):
+            raise NapDecodeError(f"the needs of a part must be Needs, such as Needs(adaptive=True), not {other!r:.80}")
         both = {f.name: getattr(self, f.name) or getattr(other, f.name) for f in fields(self)}
         return Needs(**both | {"statistics": tuple(dict.fromkeys(self.statistics + other.statistics))})

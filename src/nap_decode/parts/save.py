@@ -37,6 +37,8 @@ def to_plain(value: Any) -> Any:
     """
     if is_dataclass(value) and not isinstance(value, type):
         options = {name: to_plain(option) for name, option in _options(value).items()}
+        for name in options.keys() & {"part", "function", "own"}:
+            raise NapDecodeError(f"{type(value).__name__} cannot be saved with an option called {name!r}; rename it")
         return _named("part", type(value)) | options
     if isinstance(value, list | tuple):
         return [to_plain(item) for item in value]

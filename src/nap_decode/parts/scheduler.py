@@ -207,15 +207,25 @@ class Scheduler(ABC):
         """``(B, P)`` tokens of each phase: what is open, if whatever is open is decoded at once."""
         left, phases = lengths, list[Tensor]()
         while not phases or bool((left > 0).any()):
-            opened = self.open(left, lengths, held)
-            if bool((opened < 0).any() | (opened > left).any() | ((opened.sum(1) == 0) & (left.sum(1) > 0)).any()):
-                raise NapDecodeError(
-                    f"of {left.tolist()} slots left, {type(self).__name__}.open must open at least one in each row, "
-                    f"and no more than there are in a block, but opens {opened.tolist()}"
-                )
+            opened = self._opened(left, lengths, held)
             phases.append(opened.sum(1))
             left = left - opened
         return torch.stack(phases, dim=1)
+
+    def _opened(self, left: Tensor, lengths: Tensor, held: Tensor) -> Tensor:
+        """What :meth:`open` says, which may be somebody else's."""
+        opened = self.open(left.clone(), lengths, held)
+        if not isinstance(opened, Tensor) or opened.shape != left.shape or opened.dtype != left.dtype:
+            got = f"{opened.dtype} {tuple(opened.shape)}" if isinstance(opened, Tensor) else f"{opened!r:.80}"
+            raise NapDecodeError(
+                f"{type(self).__name__}.open must return {left.dtype} {tuple(left.shape)}, as left is, not {got}"
+            )
+        if bool((opened < 0).any() | (opened > left).any() | ((opened.sum(1) == 0) & (left.sum(1) > 0)).any()):
+            raise NapDecodeError(
+                f"of {left.tolist()} slots left, {type(self).__name__}.open must open at least one in each row, "
+                f"and no more than there are in a block, but opens {opened.tolist()}"
+            )
+        return opened
 
     def next(self, plan: Plan, left: Left) -> tuple[Tensor, Left]:
         """Tokens that each block commits at the next step of a fixed schedule at which its row has anything to do.
@@ -235,7 +245,7 @@ class Scheduler(ABC):
         budget = (plan.due(step) - decoded).clamp(min=0)
         quota, masked = torch.zeros_like(left.masked), left.masked
         while True:
-            opened = self.open(masked, plan.lengths, plan.held)
+            opened = self._opened(masked, plan.lengths, plan.held)
             is_new = (opened != left.weights - left.given).any(1, keepdim=True)
             weights, given = torch.where(is_new, opened, left.weights), left.given.masked_fill(is_new, 0)
             now = torch.minimum(budget - quota.sum(1), opened.sum(1))
@@ -254,13 +264,13 @@ class Scheduler(ABC):
 
         ``tokens_per_step`` for each row, or what is open, shared by what each block still has.
         """
-        opened = self.open(left, plan.lengths, plan.held)
+        opened = self._opened(left, plan.lengths, plan.held)
         target = opened.sum(1).clamp(max=1 if self.tokens_per_step is None else int(self.tokens_per_step))
         return fair_share(opened, torch.zeros_like(opened), target)
 
     def may_commit(self, plan: Plan, left: Tensor) -> Tensor:
         """``(B, M)`` bool: blocks in which an adaptive decoder may commit; one that has begun may go on."""
-        return ((self.open(left, plan.lengths, plan.held) > 0) | (left < plan.lengths)) & (left > 0)
+        return ((self._opened(left, plan.lengths, plan.held) > 0) | (left < plan.lengths)) & (left > 0)
 
     def _targets(self, phases: Tensor, step_ends: Tensor, seeds: Tensor | None) -> Tensor:
         """``(B, S)`` tokens committed after each step, for phases ``(B, P)`` of tokens that end at ``step_ends``."""

@@ -201,7 +201,8 @@ class SamplerOutput:
             {getattr(self.tokenizer, f"{name}_token_id", None) for name in names}
             for names in (but, ("eos", "sep", "pad"))
         )
-        return torch.isin(self.trace.tokens, torch.tensor(sorted(self._special - (spared - ends)), dtype=torch.int64))
+        hidden = torch.tensor(sorted(self._special - (spared - ends)), dtype=torch.int64, device="cpu")
+        return torch.isin(self.trace.tokens, hidden)
 
     @cached_property
     def _special(self) -> set[int]:

@@ -140,7 +140,7 @@ def custom_generate(
         streams = Streams(stream_to, canvas, ends=cut, is_final=not bound.decoder.needs.committed)
     output: SamplerOutput = bound.decode(canvas, seed=seed, row_seeds=row_seeds, callback=streams)
     # The canvas's rows begin in column 0; prompts come back as they were given.
-    columns = canvas.row_lengths[:, None] - slots + torch.arange(slots)
+    columns = canvas.row_lengths[:, None] - slots + torch.arange(slots, device="cpu")
     decoded, block = output.trace.tokens.gather(1, columns), output.trace.block.gather(1, columns)
     if ends is not None:
         behind = ends_before(decoded, block, denoiser.end_token_ids) > 0

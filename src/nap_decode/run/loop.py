@@ -27,7 +27,7 @@ from nap_decode.model.denoiser import Denoiser
 from nap_decode.model.prediction import Prediction
 from nap_decode.parts.decoder import Decoder
 from nap_decode.parts.scheduler import Left, Plan
-from nap_decode.parts.slots import Slots
+from nap_decode.parts.slots import Decision, Slots
 from nap_decode.run.state import State
 
 
@@ -236,8 +236,12 @@ class Loop:
             seeds: ``(B,)`` int64 on the host, the rows' seeds; None if nothing is drawn.
 
         Raises:
-            NapDecodeError: see :meth:`Scheduler.plan`.
+            NapDecodeError: see :meth:`Scheduler.plan`; not a seed for every row, though something is drawn.
         """
+        if self.needs.random and (seeds is None or seeds.dtype != torch.int64 or len(seeds) != len(canvas.tokens)):
+            raise NapDecodeError(
+                f"the decoder draws; pass seeds=, int64 ({len(canvas.tokens)},), one for each row, not {seeds!r:.80}"
+            )
         partition, device = self.scheduler.partition(canvas), canvas.tokens.device
         lengths, count = partition.lengths, len(canvas.tokens)
         plan = self.scheduler.plan(lengths, partition.held, adaptive=self.needs.adaptive, seeds=seeds)
@@ -259,7 +263,13 @@ class Loop:
 
     @torch.no_grad()
     def step(self, batch: Batch) -> Batch:
-        """One turn of every row that has any left, and a look at what is left then, if that is not known."""
+        """One turn of every row that has any left, and a look at what is left then, if that is not known.
+
+        Raises:
+            NapDecodeError: no row has a turn left.
+        """
+        if not batch.is_busy:
+            raise NapDecodeError("no row has a turn left; ask batch.is_busy before every step")
         state, unsettled, passes = self._advance(batch)
         self.turns += 1
         self.forward_passes += passes
@@ -291,7 +301,8 @@ class Loop:
                 break
             if len(counts) > plan.targets.shape[1]:
                 raise NapDecodeError(
-                    f"{type(scheduler).__name__}.open opens nothing of {left.masked.tolist()} slots left"
+                    f"{type(scheduler.schedule).__name__} leaves {left.masked.sum(1).tolist()} tokens after the last "
+                    "step; it must end with all of them"
                 )
             left = replace(left, step=left.step + 1)
         slots, index = torch.stack(counts, dim=1), torch.stack(steps, dim=1)  # (B, S, M), (B, S)
@@ -388,6 +399,7 @@ class Loop:
         )
         predict = _Predict(self.denoiser, rows, state.tokens, slots, kept)
         decision = self.committer(slots, predict)
+        self._check_decision(decision, slots)
         if self.graphs is not None and (memory or decision.unsettled is not None):
             raise NapDecodeError(
                 f"{type(self.committer).__name__} or a part of it keeps things from step to step, which captured steps "
@@ -398,6 +410,27 @@ class Loop:
             state = state.close(self.ends, self.fill, *given.by_block, turn.step)
         self.vocab_size = predict.vocab_size or self.vocab_size
         return state, decision.unsettled, predict.calls
+
+    def _check_decision(self, decision: Decision, slots: Slots) -> None:
+        """Raise unless a committer, and parts of it that may be somebody else's, returned what they must."""
+        name, slot_shape = type(self.committer).__name__, tuple(slots.index.shape)
+        if not isinstance(decision, Decision):
+            raise NapDecodeError(f"{name}, or its reviser, must return a Decision, not {decision!r:.80}")
+        for field_name, dtype, shape in (
+            ("tokens", torch.int64, slot_shape),
+            ("confidence", None, slot_shape),
+            ("chosen", torch.bool, slot_shape),
+            ("remasked", torch.bool, slot_shape),
+            ("unsettled", torch.bool, tuple(slots.quota.shape)),
+        ):
+            value = getattr(decision, field_name)
+            if value is None and field_name in ("remasked", "unsettled"):
+                continue
+            if not isinstance(value, Tensor) or value.shape != shape or dtype not in (None, value.dtype):
+                got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else f"{value!r:.80}"
+                raise NapDecodeError(
+                    f"{name} or a part of it decided with {field_name} that are {got}, not {dtype or 'numbers'} {shape}"
+                )
 
 
 def _offsets(block: Tensor) -> Tensor:

@@ -234,7 +234,8 @@ class Sampler:
             _progress_bar(total_steps, options.get("progress")) as bar,
             interrupts(caught=options.get("interruptible", False)) as interrupted,
         ):
-            output = self._output(canvas, [*loop.run(arrivals, interrupted)], loop.forward_passes, started, seeds)
+            done = [*loop.run(arrivals, interrupted)]
+            output = self._output(canvas, done, loop.forward_passes, started, seeds, is_interrupted=interrupted())
         if streams is not None:
             streams.end(output.trace.tokens, ~output.trace.masked())
         return output
@@ -554,6 +555,8 @@ class Sampler:
         started: float,
         seeds: Tensor | None,
         index: int | None = None,
+        *,
+        is_interrupted: bool = False,
     ) -> SamplerOutput:
         """That of rows which left one after the other."""
         fills = {"tokens": self.denoiser.pad_token_id, "commit_step": -1, "confidence": torch.nan}
@@ -584,6 +587,12 @@ class Sampler:
         if trace.closed is not None:
             expected &= ~trace.closed
         self._check_result(canvas, trace, expected, is_masked)
+        if not is_interrupted and bool(is_masked.any()):
+            raise NapDecodeError(
+                f"{int(is_masked.sum())} slots are masked though all steps are done, because "
+                f"{type(self.decoder.committer).__name__}, or a part of it, committed less than the quota, or masked "
+                "slots again; it must commit the quota, or say needs = Needs(adaptive=True)"
+            )
         saves = self._ends and not self.decoder.needs.adaptive and not bool(is_masked.any())
         return SamplerOutput(
             sequences=state.tokens,
@@ -629,7 +638,14 @@ class Sampler:
                 "the model's logits, or the confidences made of them, were nan in places, or left no id to emit; the "
                 f"tokens committed there mean nothing. {remedy}"
             )
-        if bool(((trace.tokens == self.denoiser.mask_token_id) & (trace.block >= 0) & ~is_masked).any()):
+        decoded, size = (trace.block >= 0) & ~is_masked, self.denoiser.num_embeddings
+        wrong = decoded & ((trace.tokens < 0) | (trace.tokens >= (size or 2**62)))
+        if bool(wrong.any()):
+            raise NapDecodeError(
+                f"{type(self.decoder.committer).__name__} committed token ids that the model does not have: "
+                f"{sorted(set(trace.tokens[wrong].tolist()))!r:.80}"
+            )
+        if bool(((trace.tokens == self.denoiser.mask_token_id) & decoded).any()):
             raise NapDecodeError(
                 f"{type(self.decoder.committer).__name__} committed the mask token; it must not propose the banned ids "
                 "of the prediction"
