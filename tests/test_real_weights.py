@@ -169,7 +169,7 @@ def test_a_batch_says_what_rows_alone_say(loaded, decoder):
     assert len({len(row) for row in rows}) > 1
     for index, row in enumerate(rows):
         alone = sampler.infill([row], progress=False)
-        assert together.sequences[index][-len(row) :].tolist() == alone.sequences[0].tolist()
+        assert together.sequences[index][: len(row)].tolist() == alone.sequences[0].tolist()
         assert together.trace.forward_passes[index] == alone.trace.forward_passes[0]
 
 

@@ -167,6 +167,7 @@ def marks(case):
     return needs_transformers_5 if needs else ()
 
 
+@pytest.mark.filterwarnings("ignore:.*in groups of equal length:UserWarning")
 @pytest.mark.parametrize("case", [pytest.param(c, id=name_of(c), marks=marks(c)) for c in FIXTURES["cases"]])
 @torch.no_grad()
 def test_rows(case, denoisers):

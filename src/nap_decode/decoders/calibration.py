@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from nap_decode.base.batching import to_device
 from nap_decode.base.errors import NapDecodeError, check_between, check_number
 from nap_decode.base.lazy import lazy
 from nap_decode.parts.committer import MicroConfidenceCommitter
@@ -61,7 +62,7 @@ class CalibratedConfidence:
 
     def _surprise(self, device: torch.device) -> Tensor:
         if device not in self._tables:  # copied once, because a copy waits for the device
-            self._tables[device] = -torch.tensor(self.frequencies, device=device).log()
+            self._tables[device] = to_device(-torch.tensor(self.frequencies, device="cpu").log(), device)
         return self._tables[device]
 
     def __call__(self, candidates: Candidates) -> Tensor:

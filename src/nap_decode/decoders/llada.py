@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nap_decode.base.batching import host_tensor
 from nap_decode.base.errors import NapDecodeError, check_integer
 from nap_decode.base.lazy import lazy
 from nap_decode.parts.committer import MicroConfidenceCommitter
@@ -51,7 +52,7 @@ class ProbabilityWithout:
         if any(token >= size for token in self.ids):
             raise NapDecodeError(f"{self} names ids that the model does not have: there are {size}")
         if device not in self._tables:  # copied once, because a copy waits for the device
-            self._tables[device] = torch.tensor(self.ids, dtype=torch.int64, device=device)
+            self._tables[device] = host_tensor(self.ids, device)
         others = candidates.distribution.without(self._tables[device])
         return others.probability(candidates.tokens).where(others.best != -torch.inf, 0)
 
