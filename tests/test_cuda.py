@@ -165,11 +165,11 @@ def test_a_step_waits_once_if_it_depends_on_what_is_left_and_never_else(denoiser
 @needs_standin
 @pytest.mark.parametrize("name", NAMES)
 def test_waits_around_the_loop_are_few_however_long_it_is(denoiser, device, name):
-    counts, passes = [], []
+    counts, passes, decoder = [], [], make(denoiser, name).decoder
     for times in (1, 2):
         lengths = {"path_length": (5 * times, 4 * times), "summary_length": 3 * times}
         template = CanvasTemplate.nap(2, path_header=[(10,), (11,)], summary_header=(14,), **lengths)
-        sampler = Sampler(denoiser, decoder=make(denoiser, name).decoder, template=template)
+        sampler = Sampler(denoiser, decoder=decoder, template=template)
         if times == 1:
             sampler(PROMPTS, seed=1)  # constants are brought to the device
         device.waits.clear()

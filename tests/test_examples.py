@@ -112,3 +112,25 @@ def test_checking_a_checkpoint(tmp_path, monkeypatch):
     (tmp_path / "config.json").unlink()
     assert example.check(tmp_path).startswith("does not load: ")
     assert str(tmp_path) not in example.check(tmp_path)
+
+
+def test_the_section_on_gpus_is_that_of_the_results():
+    example = load_example("check_gpu")
+    record = json.loads(example.RECORD.read_text()) if example.RECORD.exists() else None
+    page = example.PAGE.read_text()
+    assert example.fill_in(page, record) == page
+    assert record is None or "gpu" in record["machine"]
+
+
+def test_checking_a_gpu(tmp_path):
+    example = load_example("check_gpu")
+    file, page = tmp_path / "gpu.json", tmp_path / "page.md"
+    page.write_text(f"before\n{example.BEGIN}old\n{example.END}\nafter\n")
+    assert example.main(["--device", "cpu", "--small", "--json", str(file), "--page", str(page)]) == 0
+    record = json.loads(file.read_text())
+    assert record["tests"]["failed"] == 0
+    (row,) = record["rows"]
+    assert row["identical"] == 1
+    assert record["left_out"] == []
+    assert "| `llada-8b` | 1 row, 64 + 256 tokens, 64 steps, temperature 0 | `None` |" in page.read_text()
+    assert "old" not in page.read_text()

@@ -277,7 +277,8 @@ class ModelCall:
         width = tokens.shape[1]
         columns = torch.arange(width + wanted.shape[1], device=tokens.device)
         positions = torch.cat([columns[:width].expand_as(tokens), wanted], dim=1)
-        present = rows.present.repeat(len(tokens) // len(rows.lengths), 1)
+        times = len(tokens) // len(rows.lengths)
+        present = rows.present if times == 1 else rows.present.repeat(times, 1)
         shadows = wanted.shape[1]
         seen = visibility(positions, torch.cat([present, is_seen], 1), block_size=self.block_size, num_shadows=shadows)
         tokens = torch.cat([tokens, torch.full_like(wanted, mask_token_id)], dim=1)

@@ -252,8 +252,12 @@ class Scheduler(ABC):
             share = fair_share(weights, given, given.sum(1) + now) - given
             quota, masked = quota + share, masked - share
             left = replace(left, masked=masked, step=step, weights=weights, given=given + share)
-            if not self.shares_steps() or not bool(((quota.sum(1) < budget) & (masked.sum(1) > 0)).any()):
+            # A rest goes on to what opens next, unless a block that closed early left it.
+            goes_on = self.shares_steps() | (left.closed.sum(1) == 0)
+            more = goes_on & (quota.sum(1) < budget) & (masked.sum(1) > 0)
+            if not bool(more.any()):
                 return quota, left
+            budget = torch.where(more, budget, quota.sum(1))
 
     def least(self, plan: Plan, left: Tensor) -> Tensor:
         """Tokens that each block commits at least at a step of an adaptive decoder, ``(B, M) -> (B, M)`` int64.
