@@ -30,7 +30,7 @@ class SamplerOutput:
     token and what follows it, special tokens at a block's end, and those that were given, not decoded.
 
     Args:
-        sequences: ``(B, L)`` int64, left padding, prompt and canvas.
+        sequences: ``(B, L)`` int64: prompt, canvas, and padding behind; of :meth:`Sampler.generate` padding in front.
         canvas: what decoding started from.
         trace: what happened when, on the CPU.
         forward_passes: forward passes of the batch.  Of a model that does not hide padding, each takes one call for
