@@ -33,8 +33,8 @@ pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=WHY_NOT or "")
 needs_gpu = pytest.mark.skipif(not IS_REAL, reason="there is no GPU")
 needs_standin = pytest.mark.skipif(IS_REAL, reason="a GPU does not say where the host waits for it")
 
-MOST_WAITS = 18
-"""Of one decode, before and after the loop."""
+MOST_WAITS = 2
+"""Of one decode, all behind the loop: its results are brought to the host."""
 LOOK = ("run/loop.py", "_look")
 """Where an adaptive decode finds out what is left."""
 BATCHES = pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1], [PROMPTS[0]] * 3], ids=["ragged", "one", "equal"])
@@ -179,6 +179,13 @@ def test_waits_around_the_loop_are_few_however_long_it_is(denoiser, device, name
     assert passes[0] < passes[1] or sampler.decoder.scheduler.steps  # so many, however long
     if not sampler.decoder.needs.adaptive:
         assert counts[1]["in the loop"] == 0
+
+
+@needs_standin
+@pytest.mark.parametrize("policy", [PromptReuse, CommittedReuse, BlockReuse, DriftReuse])
+def test_a_pass_that_reuses_waits_once(denoiser, device, policy):
+    waits = waits_of_steps(make(denoiser.replace(reuse=policy()), "parallel_forced"), PROMPTS, device)
+    assert [[wait[0] for wait in step] for step in waits] == [["speed/reuse.py"]] * 4
 
 
 # ------------------------------------------------------------------------------------------ captured and compiled

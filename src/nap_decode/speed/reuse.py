@@ -211,7 +211,7 @@ class Reuse(abc.ABC):
             for flag in (1, 0):
                 some = [row for row in range(number) if flags[row] == flag]
                 if some:
-                    index, is_all = torch.tensor(some, device=tokens.device), len(some) == number
+                    index, is_all = host_tensor(some, tokens.device), len(some) == number
                     own, most = computed if is_all else computed[index], max(1, *(counts[row] for row in some))
                     positions = None if flag else _packed(own, most)
                     # Where all is called, all is made anew: compiled code would look at what was there before.
