@@ -106,7 +106,7 @@ def test_dream_scores_what_it_draws_from(tiny, denoiser):
 def test_alg_temp_draws_the_positions():
     assert not decoders.dream_entropy().needs.random
     assert decoders.dream_entropy(alg_temp=0.5).committer.selection.position_temperature == 0.5
-    with pytest.raises(NapDecodeError, match="position_temperature must be a finite number of at least 0, but is -1"):
+    with pytest.raises(NapDecodeError, match="alg_temp must be a finite number of at least 0, but is -1"):
         decoders.dream_entropy(alg_temp=-1)
 
 
