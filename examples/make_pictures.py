@@ -32,7 +32,7 @@ from nap_decode import (
 )
 from nap_decode.demo.problems import NUM_PATHS, PATH_LENGTH, SUMMARY_LENGTH, NimSum, sample_problems
 from nap_decode.measure import viz
-from nap_decode.results.html import to_page
+from nap_decode.results import html
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 TEMPLATE = CanvasTemplate.nap(NUM_PATHS, path_length=PATH_LENGTH, summary_length=SUMMARY_LENGTH)
@@ -112,7 +112,7 @@ def take_screenshots(output: SamplerOutput, browser: str) -> None:
     """What a notebook shows for an output, on a light and on a dark page."""
     for name, colours in (("light", "#ffffff;color:#111111"), ("dark", "#111111;color:#e0e0e0")):
         with tempfile.TemporaryDirectory() as folder:
-            page = to_page(f"<style>body{{background:{colours}}}</style>{output._repr_html_()}", "nap_decode")
+            page = html.to_page(f"<style>body{{background:{colours}}}</style>{output._repr_html_()}", "nap_decode")
             (Path(folder) / "page.html").write_text(page, encoding="utf-8")
             options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=760,470"]
             options += ["--no-first-run", "--disable-background-networking", f"--user-data-dir={folder}/profile"]

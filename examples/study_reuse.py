@@ -38,7 +38,6 @@ from nap_decode import (
 from nap_decode.bench import Shape, Workload, environment
 from nap_decode.bench.observation import interleave
 from nap_decode.demo.problems import NUM_PATHS, PATH_LENGTH, SUMMARY_LENGTH, sample_problems
-from nap_decode.model.rows import Rows
 from nap_decode.speed.reuse import Kept, Reuse
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -118,7 +117,7 @@ def follow(model: Any, workload: Workload, policies: Mapping[str, Reuse]) -> dic
     canvas = workload.canvas(exact)
     truth = Sampler(exact, decoder=workload.decoder()).decode(canvas, progress=False).trace
     denoisers = {name: exact.replace(reuse=policy) for name, policy in policies.items()}
-    rows, decoded = Rows.of(canvas), truth.block >= 0
+    rows, decoded = canvas.rows, truth.block >= 0
     kept: dict[str, dict[str, Kept]] = {name: {} for name in policies}
     sums = {name: torch.zeros(2, dtype=torch.float64) for name in policies}
     for step in range(workload.steps):

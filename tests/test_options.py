@@ -30,7 +30,7 @@ from nap_decode import (
     decoders,
     log_likelihood_bound,
 )
-from nap_decode.base.random import wrap
+from nap_decode.base.errors import check_seed
 from nap_decode.measure import parallelism
 
 DENOISER = Denoiser(tiny_model(), mask_token_id=MASK)
@@ -140,8 +140,8 @@ def test_every_public_part_is_looked_at():
 @pytest.mark.parametrize("seed", [2.7, True, "3", None, math.nan])
 def test_seeds(seed):
     with pytest.raises(NapDecodeError, match="a seed must be a whole number"):
-        wrap(seed)
-    assert wrap(np.int32(-1)) == wrap(2**64 - 1) == -1
+        check_seed(seed)
+    assert check_seed(np.int32(-1)) == check_seed(2**64 - 1) == -1
 
 
 @pytest.mark.parametrize("ks", [(2.7,), (True,), ("3",), 0, (np.float64(1),)])

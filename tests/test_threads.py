@@ -21,7 +21,6 @@ from nap_decode import (
     Sampler,
 )
 from nap_decode.measure import likelihood
-from nap_decode.model.rows import Rows
 
 PROMPTS = [[5, 6, 7], [8, 9, 10], [11, 12, 13, 14]]  # shapes that coincide, and one that does not
 
@@ -37,7 +36,7 @@ def test_the_output_layer_is_applied_later_whatever_others_do_meanwhile(is_insid
     wanted = torch.tensor([[0, 2, 3, 4]])
 
     def of_other():
-        return denoiser.predict(Rows.of(other), other.tokens, wanted, torch.arange(4))
+        return denoiser.predict(other.rows, other.tokens, wanted, torch.arange(4))
 
     expected = denoiser(one.tokens, torch.tensor([[1, 3]]), one), of_other().logits.clone()
     later = of_other()  # whose output layer is still to be applied

@@ -6,6 +6,7 @@ with a model, in one loop.  Everything else is in folders by its job: ``parts``,
 
 from nap_decode import decoders
 from nap_decode.base.errors import NapDecodeError
+from nap_decode.base.version import __version__ as __version__
 from nap_decode.canvas import Block, Canvas, CanvasTemplate
 from nap_decode.measure.arness import ARness, ARnessMeter
 from nap_decode.measure.likelihood import LogLikelihood, chain_log_likelihood, log_likelihood_bound
@@ -29,8 +30,6 @@ from nap_decode.results.trace import DecodeTrace
 from nap_decode.run.sampler import Sampler
 from nap_decode.run.state import DecodeState
 from nap_decode.speed.reuse import BlockReuse, CommittedReuse, DriftReuse, PromptReuse
-
-__version__ = "0.6.0"
 
 __all__ = [
     "ARness",

@@ -25,8 +25,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nap_decode.base.errors import NapDecodeError, check_integer, is_whole
-from nap_decode.base.random import wrap
+from nap_decode.base.errors import NapDecodeError, check_integer, check_seed, is_whole
 from nap_decode.prompts import Prompt, encode_prompts
 from nap_decode.results.output import SamplerOutput
 from nap_decode.run.sampler import Sampler
@@ -91,7 +90,7 @@ class BulkPrompt:
             has = " and ".join(kinds) or f"none of them, but {', '.join(given) or 'nothing else'}"
             raise NapDecodeError(f"row {name!r}: a row has either prompt, messages or input_ids; this one has {has}")
         prompt = _check_prompt(name, kinds[0], given.pop(kinds[0]))
-        seed = wrap(given.pop("seed")) if "seed" in given else row_seed(seed, str(name))
+        seed = check_seed(given.pop("seed")) if "seed" in given else row_seed(seed, str(name))
         return cls(id=str(name), prompt=prompt, seed=seed, extra=_as_json(name, given))
 
     @staticmethod
@@ -116,7 +115,7 @@ def row_seed(seed: int, name: str) -> int:
         >>> row_seed(0, "problem 17")
         1221709497238077335
     """
-    digest = hashlib.blake2b(f"{wrap(seed)}:{name}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{check_seed(seed)}:{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
@@ -207,7 +206,7 @@ class BulkDecoder:
                 "bulk generation needs a sampler with a template, which says what to decode; give it one, such as "
                 "CanvasTemplate.plain(256)"
             )
-        self.sampler, self.directory, self.seed = sampler, Path(output), wrap(seed)
+        self.sampler, self.directory, self.seed = sampler, Path(output), check_seed(seed)
         self.max_batch, self.max_tokens = max_batch, max_tokens
         self._layout = len(sampler.template.encode(sampler.tokenizer, sampler.denoiser.mask_token_id)[0])
         self._schema = _schema([block.name for block in sampler.template.blocks])

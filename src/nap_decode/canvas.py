@@ -12,6 +12,7 @@ Slots of a block are decoded; everything else is clamped: given, and never chang
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -20,7 +21,9 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor
 
+from nap_decode.base.batching import to_device
 from nap_decode.base.errors import NapDecodeError, check_flag, check_ids, check_integer
+from nap_decode.base.rows import Rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -236,7 +239,8 @@ class Canvas:
             if value.dtype != dtype:
                 raise NapDecodeError(f"{name} of a canvas must be {dtype}, but is {value.dtype}")
         # Everything is looked at on the host, brought there at once.
-        block, mask = torch.stack([self.block, self.attention_mask]).cpu()
+        host = torch.stack([self.tokens, self.block, self.attention_mask]).cpu()
+        _, block, mask = host
         if bool((mask[:, 1:] > mask[:, :-1]).any() | (mask < 0).any() | (mask > 1).any()):
             raise NapDecodeError("the attention_mask of a canvas must be 1 from column 0 on, then 0 for padding")
         if bool(((block >= 0) & (mask == 0)).any()):
@@ -249,18 +253,33 @@ class Canvas:
                 f"block index {highest} needs {highest + 1} block names and held flags, but there are "
                 f"{len(self.block_names)} and {len(self.held)}"
             )
-        object.__setattr__(self, "lengths", count_blocks(block, len(self.block_names)))
-        object.__setattr__(self, "row_lengths", mask.sum(1))
+        facts = {"host": host, "lengths": count_blocks(block, len(self.block_names)), "row_lengths": mask.sum(1)}
+        for name, value in facts.items():
+            object.__setattr__(self, name, value)
 
+    host: Tensor = field(init=False, repr=False)
+    """``(3, B, L)`` int64 on the CPU: tokens, block and attention mask, to be looked at without waiting."""
     lengths: Tensor = field(init=False, repr=False)
     """``(B, M)`` int64 on the CPU: slots of each block."""
     row_lengths: Tensor = field(init=False, repr=False)
     """``(B,)`` int64 on the CPU: tokens of each row."""
 
+    def to(self, device: torch.device | str | None) -> Canvas:
+        """The same on a device (torch's default one, if it is None); from the host without waiting for it."""
+        other, place = copy.copy(self), torch.get_default_device() if device is None else torch.device(device)
+        for name in ("tokens", "block", "attention_mask", "prompt"):
+            object.__setattr__(other, name, to_device(getattr(self, name), place))
+        return other
+
     @property
     def decodable(self) -> Tensor:
         """``(B, L)`` bool: the slots to decode."""
         return self.block >= 0
+
+    @property
+    def rows(self) -> Rows:
+        """The rows as the model sees them."""
+        return Rows(tuple(self.row_lengths.tolist()), self.prompt, self.attention_mask.bool())
 
     @property
     def is_padded(self) -> bool:
@@ -293,14 +312,14 @@ class Canvas:
         ids, block = template.encode(tokenizer, mask_token_id)
         prompts = [check_ids("a prompt", prompt) for prompt in prompts]
         return cls(
-            tokens=_padded([[*prompt, *ids] for prompt in prompts], pad_token_id, device),
-            block=_padded([[-1] * len(prompt) + block for prompt in prompts], -1, device),
-            attention_mask=_padded([[1] * (len(prompt) + len(ids)) for prompt in prompts], 0, device),
-            prompt=_padded([[1] * len(prompt) + [0] * len(ids) for prompt in prompts], 0, device).bool(),
+            tokens=_padded([[*prompt, *ids] for prompt in prompts], pad_token_id),
+            block=_padded([[-1] * len(prompt) + block for prompt in prompts], -1),
+            attention_mask=_padded([[1] * (len(prompt) + len(ids)) for prompt in prompts], 0),
+            prompt=_padded([[1] * len(prompt) + [0] * len(ids) for prompt in prompts], 0).bool(),
             block_names=tuple(b.name for b in template.blocks),
             held=tuple(b.held for b in template.blocks),
             is_single=is_single,
-        )
+        ).to(device)
 
     @classmethod
     def from_infill(
@@ -328,15 +347,15 @@ class Canvas:
         ]
         num_blocks = max(map(sum, starts), default=0)
         return cls(
-            tokens=_padded(texts, pad_token_id, device),
-            block=_padded(block, -1, device),
-            attention_mask=_padded([[1] * len(text) for text in texts], 0, device),
-            prompt=_padded([[not hole for hole in row] for row in holes], 0, device).bool(),
+            tokens=_padded(texts, pad_token_id),
+            block=_padded(block, -1),
+            attention_mask=_padded([[1] * len(text) for text in texts], 0),
+            prompt=_padded([[not hole for hole in row] for row in holes], 0).bool(),
             block_names=tuple(f"hole {j + 1}" for j in range(num_blocks)),
             held=(False,) * num_blocks,
             is_infill=True,
             is_single=is_single,
-        )
+        ).to(device)
 
 
 def count_blocks(block: Tensor, num_blocks: int, where: Tensor | None = None) -> Tensor:
@@ -363,7 +382,7 @@ def _texts(name: str, text: str | Sequence[Text], num_paths: int) -> list[Text]:
     return list(text)
 
 
-def _padded(rows: Sequence[Sequence[int]], fill: int, device: torch.device | str | None) -> Tensor:
-    """``(B, L)`` int64 of rows of any length, filled up behind."""
+def _padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
+    """``(B, L)`` int64 on the host, of rows of any length, filled up behind."""
     width = max(map(len, rows), default=0)
-    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=torch.int64, device=device)
+    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=torch.int64, device="cpu")

@@ -11,8 +11,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from nap_decode import __version__, bench, decoders
+from nap_decode import bench, decoders
 from nap_decode.base.errors import NapDecodeError, check_between, check_integer
+from nap_decode.base.version import __version__
 from nap_decode.bench.workload import SCHEDULERS
 from nap_decode.canvas import CanvasTemplate
 from nap_decode.checkpoints import add_model_arguments, check_device, load_named

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from nap_decode import NapDecodeError
-from nap_decode.base.random import row_seeds, uniform, wrap
+from nap_decode.base.errors import check_seed
+from nap_decode.base.random import row_seeds, uniform
 
 
 def splitmix_finaliser(z):
@@ -62,15 +63,15 @@ def test_steps_and_streams_are_independent(other):
 @pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, 2**63, 2**80])
 def test_any_whole_number_is_a_seed(seed):
     assert len(row_seeds(seed, range(4)).unique()) == 4
-    assert -(2**63) <= wrap(seed) < 2**63
-    assert (wrap(seed) - seed) % 2**64 == 0
+    assert -(2**63) <= check_seed(seed) < 2**63
+    assert (check_seed(seed) - seed) % 2**64 == 0
 
 
 @pytest.mark.parametrize("seed", [1.5, "a", None])
 def test_what_is_no_seed(seed):
     with pytest.raises(NapDecodeError, match="a seed must be a whole number, but is"):
-        wrap(seed)
+        check_seed(seed)
 
 
 def test_numbers_of_numpy_and_torch_are_seeds():
-    assert wrap(np.int64(3)) == wrap(torch.tensor(3)) == 3
+    assert check_seed(np.int64(3)) == check_seed(torch.tensor(3)) == 3

@@ -10,8 +10,8 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from nap_decode import AnyOrderScheduler, Canvas, CanvasTemplate, Decoder, Denoiser, NapDecodeError, Sampler
+from nap_decode.base.rows import Rows
 from nap_decode.model import foreign
-from nap_decode.model.rows import Rows
 from nap_decode.speed.compile import compiled_model
 
 
@@ -24,7 +24,7 @@ def ask(denoiser, num_rows, length, num_slots=2):
     """Logits of rows of one length, or, negative, with one row that is one shorter."""
     prompts = [[5] * (abs(length) - 2 - (length < 0 and row == 0)) for row in range(num_rows)]
     canvas = Canvas.from_prompts(prompts, CanvasTemplate.plain(2), mask_token_id=MASK, pad_token_id=PAD)
-    rows = Rows.of(canvas)
+    rows = canvas.rows
     tokens = torch.where(rows.present, torch.arange(abs(length)) % 9 + 5, PAD)
     wanted = torch.arange(num_slots).expand(num_rows, -1)
     return denoiser.predict(rows, tokens, wanted, torch.arange(num_rows * num_slots)).logits

@@ -47,7 +47,6 @@ from nap_decode import (
 from nap_decode.model.call import visibility
 from nap_decode.model.head import Head
 from nap_decode.model.probe import Probe
-from nap_decode.model.rows import Rows
 
 
 @pytest.fixture(scope="module", params=[*MASKED, *DECODERS])
@@ -107,7 +106,7 @@ def test_the_hook_is_gone_after_the_call_and_after_an_error(ragged):
     head = model.get_output_embeddings()
     full = model(input_ids=ragged.tokens).logits
     with torch.no_grad():
-        prediction = denoiser.predict(Rows.of(ragged), ragged.tokens, WANTED, torch.arange(9))
+        prediction = denoiser.predict(ragged.rows, ragged.tokens, WANTED, torch.arange(9))
         assert not head._forward_pre_hooks
         assert not head._forward_hooks
         assert torch.equal(model(input_ids=ragged.tokens).logits, full)  # before the logits are looked at
@@ -117,7 +116,7 @@ def test_the_hook_is_gone_after_the_call_and_after_an_error(ragged):
             denoiser(ragged.tokens, WANTED, ragged)
         assert [*head._forward_hooks] == [mine.id]
         mine.remove()
-        assert torch.equal(denoiser.predict(Rows.of(ragged), ragged.tokens, WANTED, torch.arange(9)).logits, expected)
+        assert torch.equal(denoiser.predict(ragged.rows, ragged.tokens, WANTED, torch.arange(9)).logits, expected)
     assert not head._forward_pre_hooks
 
 
@@ -310,7 +309,7 @@ def test_a_step_never_waits_for_the_device(ragged, name):
     hidden = torch.ones(6, 3, dtype=torch.bool) if name == "leave one out" else None
     processor = None if name == "leave one out" else lambda ids, scores: scores + ids[:, -1:]
     denoiser = Denoiser(model, mask_token_id=MASK, cfg_scale=1.0, logits_processor=processor or ())
-    rows, places = Rows.of(ragged), torch.tensor([0, 2, 3, 8, 9, 11, 12, 17])
+    rows, places = ragged.rows, torch.tensor([0, 2, 3, 8, 9, 11, 12, 17])
     tokens = ragged.tokens.repeat(2, 1)
     wanted = WANTED.repeat(2, 1)
     with warnings.catch_warnings():

@@ -9,9 +9,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nap_decode import Canvas, CanvasTemplate, Denoiser, ModelFamily, NapDecodeError
+from nap_decode.base.rows import Rows
 from nap_decode.model import prediction
 from nap_decode.model.prediction import Prediction
-from nap_decode.model.rows import Rows
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [7, 8], [5, 6, 7]]
 PLACES = torch.tensor([0, 2, 3, 4, 7, 8, 8])
@@ -155,7 +155,7 @@ def test_chunks_are_what_the_model_says(ragged, name, is_processed, cfg_scale):
     for number in (1, 2):
         tokens, again = both[: 3 * number], wanted.repeat(number, 1)
         places = torch.cat([PLACES + 9 * j for j in range(number)])
-        found = denoiser.predict(Rows.of(ragged), tokens, again, places)
+        found = denoiser.predict(ragged.rows, tokens, again, places)
         assert (found.head is not None) == is_late
         assert found.shape == (3 * number, 3)
         assert found.vocab_size == VOCABULARY
@@ -184,7 +184,7 @@ def test_chunks_are_what_the_model_says(ragged, name, is_processed, cfg_scale):
 def test_half_precision(ragged, model):
     model = model()
     denoiser = Denoiser(model, mask_token_id=MASK)
-    found = denoiser.predict(Rows.of(ragged), ragged.tokens, torch.zeros(3, 1).long(), PLACES[:2])
+    found = denoiser.predict(ragged.rows, ragged.tokens, torch.zeros(3, 1).long(), PLACES[:2])
     expected = by_hand(model, ragged.tokens, ragged, torch.zeros(3, 1).long(), 0)
     assert found.head is not None
     assert found.dtype == expected.dtype == (torch.float32 if isinstance(model, Upcast) else torch.bfloat16)
@@ -195,7 +195,7 @@ def test_half_precision(ragged, model):
 def test_a_bias_that_is_trained_later(ragged):
     model = Untrained("untrained", bias=0.0)
     denoiser = Denoiser(model, mask_token_id=MASK)
-    rows, tokens = Rows.of(ragged), ragged.tokens
+    rows, tokens = ragged.rows, ragged.tokens
     before = denoiser.predict(rows, tokens, torch.ones(3, 1).long(), torch.arange(3)).logits
     model.config.bias = 1.0
     after = denoiser.predict(rows, tokens, torch.ones(3, 1).long(), torch.arange(3)).logits
@@ -205,7 +205,7 @@ def test_a_bias_that_is_trained_later(ragged):
 @torch.no_grad()
 def test_shadows_of_what_is_not_asked_for_are_seen_by_none(ragged):
     denoiser = Denoiser(tiny_model(), mask_token_id=MASK)
-    rows = Rows.of(ragged)
+    rows = ragged.rows
     tokens = ragged.tokens.masked_fill(ragged.decodable, 9)
     wanted = torch.tensor([[6, 7, 8], [2, 0, 0], [3, 4, 0]])  # 0 fills up
     hidden, places = torch.ones(3, 3, dtype=torch.bool), torch.tensor([0, 1, 2, 3, 6, 7])
@@ -239,7 +239,7 @@ def test_logits_never_exist_all_at_once(monkeypatch, options):
     monkeypatch.setattr(prediction, "_HEAD_NUMBERS", 20 * vocabulary)  # the weights are 16 rows
     canvas = Canvas.from_prompts([[5] * 6, [6]], CanvasTemplate.plain(30), mask_token_id=MASK, pad_token_id=PAD)
     denoiser = Denoiser(tiny_model(vocab_size=vocabulary), mask_token_id=MASK, **options)
-    rows, tokens = Rows.of(canvas), canvas.tokens
+    rows, tokens = canvas.rows, canvas.tokens
     wanted = torch.stack([torch.arange(6, 36), torch.arange(1, 31)])
     with Largest() as largest:
         for _, chunk in denoiser.predict(rows, tokens, wanted, torch.arange(60)).chunks():
@@ -263,14 +263,14 @@ def test_chunks_have_about_one_size(monkeypatch):
 def test_gradients(ragged):
     model = tiny_model()
     denoiser = Denoiser(model, mask_token_id=MASK, cfg_scale=0.5)
-    logits = denoiser.predict(Rows.of(ragged), ragged.tokens, torch.ones(3, 2).long(), PLACES[:3])
+    logits = denoiser.predict(ragged.rows, ragged.tokens, torch.ones(3, 2).long(), PLACES[:3])
     logits.logits.square().sum().backward()
     assert model.get_input_embeddings().weight.grad.abs().sum() > 0
     assert model.get_output_embeddings().weight.grad.abs().sum() > 0
 
 
 def test_shapes_that_do_not_fit(tiny, ragged):
-    denoiser, rows = Denoiser(tiny, mask_token_id=MASK), Rows.of(ragged)
+    denoiser, rows = Denoiser(tiny, mask_token_id=MASK), ragged.rows
     tokens, wanted = ragged.tokens, torch.zeros(3, 1, dtype=torch.int64)
     with pytest.raises(NapDecodeError, match=r"tokens must be \(J \* 3, 10\), .* are \(4, 10\) and \(3, 1\)"):
         denoiser.predict(rows, tokens[[0, 0, 1, 2]], wanted, torch.arange(3))
@@ -282,7 +282,7 @@ def test_shapes_that_do_not_fit(tiny, ragged):
 
 @torch.no_grad()
 def test_a_shifted_family_predicts_the_first_position_in_place(tiny, ragged):
-    rows, tokens = Rows.of(ragged), ragged.tokens
+    rows, tokens = ragged.rows, ragged.tokens
     wanted, places = torch.tensor([[0, 1, 6]] * 3), torch.arange(9)
     shifted = Denoiser(tiny, mask_token_id=MASK, family=ModelFamily(name="shifted", shift=True))
     plain = Denoiser(tiny, mask_token_id=MASK).predict(rows, tokens, torch.tensor([[0, 0, 5]] * 3), places)

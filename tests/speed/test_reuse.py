@@ -27,7 +27,7 @@ from nap_decode import (
     ThresholdSelection,
     demo,
 )
-from nap_decode.model.rows import Rows
+from nap_decode.base.rows import Rows
 from nap_decode.speed.reuse import Kept, Reuse
 
 POLICIES = [PromptReuse, CommittedReuse, BlockReuse, DriftReuse]
@@ -126,7 +126,7 @@ def test_positions_whose_surroundings_stay_need_no_second_look(model, policy):
     """If nothing changes between two passes, what is reused is what would be computed."""
     denoiser = Denoiser(model, Words(), reuse=policy)
     canvas = Canvas.from_infill([[5, MASK, 6, MASK, 7], [8, MASK, 9]], mask_token_id=MASK, pad_token_id=PAD)
-    rows, tokens = Rows.of(canvas), canvas.tokens
+    rows, tokens = canvas.rows, canvas.tokens
     wanted, places, kept = torch.tensor([[1, 3], [1, 1]]), torch.tensor([0, 1, 2]), {}
     first, second = (denoiser.predict(rows, tokens, wanted, places, kept=kept).logits for _ in range(2))
     exact = Denoiser(model, Words()).predict(rows, tokens, wanted, places).logits

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
+import torch
+
 
 class NapDecodeError(ValueError):
     """Something was asked for that cannot be done; the message says what, why and how to mend it.
@@ -31,6 +33,17 @@ def check_integer(name: str, value: Any, minimum: int) -> None:
     """Raise unless ``value`` is a whole number (see :func:`is_whole`) of at least ``minimum``."""
     if not is_whole(value) or int(value) < minimum:
         raise NapDecodeError(f"{name} must be a whole number of at least {minimum}, but is {value!r}")
+
+
+def check_seed(seed: Any) -> int:
+    """A seed as the signed 64-bit integer that is congruent modulo 2**64; any whole number will do.
+
+    Raises:
+        NapDecodeError: ``seed`` is no whole number.
+    """
+    if not (is_whole(seed) or (isinstance(seed, torch.Tensor) and seed.ndim == 0 and seed.dtype == torch.int64)):
+        raise NapDecodeError(f"a seed must be a whole number, but is {seed!r}")
+    return (int(seed) + 2**63) % 2**64 - 2**63
 
 
 def check_flag(name: str, value: Any) -> None:

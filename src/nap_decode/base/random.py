@@ -9,12 +9,9 @@ splittable pseudorandom number generators", OOPSLA 2014), applied once per coord
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-
-from nap_decode.base.errors import NapDecodeError, is_whole
 
 TOKEN_STREAM = 1
 """Draws that choose a token."""
@@ -35,15 +32,9 @@ def _mix(z: Tensor) -> Tensor:
     return z ^ ((z >> 31) & 0x1_FFFF_FFFF)
 
 
-def wrap(seed: Any) -> int:
-    """The signed 64-bit integer that is congruent modulo 2**64, so that any whole number is a seed.
-
-    Raises:
-        NapDecodeError: ``seed`` is no whole number.
-    """
-    if not (is_whole(seed) or (isinstance(seed, Tensor) and seed.ndim == 0 and seed.dtype == torch.int64)):
-        raise NapDecodeError(f"a seed must be a whole number, but is {seed!r}")
-    return (int(seed) + 2**63) % 2**64 - 2**63
+def _wrap(number: int) -> int:
+    """The signed 64-bit integer that is congruent modulo 2**64."""
+    return (number + 2**63) % 2**64 - 2**63
 
 
 def row_seeds(seed: int, rows: Sequence[int]) -> Tensor:
@@ -53,7 +44,7 @@ def row_seeds(seed: int, rows: Sequence[int]) -> Tensor:
         >>> bool((row_seeds(7, range(4))[2:] == row_seeds(7, [2, 3])).all())
         True
     """
-    base = torch.full((len(rows),), wrap(seed), device="cpu")
+    base = torch.full((len(rows),), _wrap(seed), device="cpu")
     return _mix(_mix(base) + (torch.tensor(list(rows), dtype=torch.int64, device="cpu") + 1) * _GOLDEN)
 
 
@@ -70,6 +61,6 @@ def uniform(seeds: Tensor, step: Tensor | int, stream: int, positions: Tensor) -
         ``(B, K)`` float32.
     """
     offset = (step * 8 + stream + 1) * 0x632B_E59B_D9B4_E019
-    key = _mix(seeds + (offset if isinstance(offset, Tensor) else wrap(offset)))
+    key = _mix(seeds + (offset if isinstance(offset, Tensor) else _wrap(offset)))
     bits = _mix(key[:, None] + (positions + 1) * _GOLDEN)
     return ((bits >> 40) & 0xFF_FFFF).to(torch.float32) * 2.0**-24

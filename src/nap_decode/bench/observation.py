@@ -200,7 +200,7 @@ def environment(device: torch.device | str) -> dict[str, Any]:
     """
     import transformers
 
-    from nap_decode import __version__
+    from nap_decode.base.version import __version__
 
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []

@@ -43,6 +43,36 @@ from nap_decode.decoders.stability import klass
 from nap_decode.decoders.wide_in_narrow_out import wino
 from nap_decode.parts.decoder import Decoder
 
+__all__ = [
+    "DECODERS",
+    "credit",
+    "d2f",
+    "dream_entropy",
+    "dream_maskgit_plus",
+    "dream_origin",
+    "dream_topk_margin",
+    "entropy_bounded",
+    "fast_dllm_factor",
+    "fast_dllm_threshold",
+    "hierarchical",
+    "klass",
+    "left_to_right",
+    "llada2",
+    "llada21_editing",
+    "llada_low_confidence",
+    "llada_random",
+    "local_leap",
+    "lopa",
+    "maskgit_cosine",
+    "mdlm_ancestral",
+    "mdlm_first_hitting",
+    "parallel_forced",
+    "pc_sampler",
+    "wino",
+    "make",
+    "parse_value",
+]
+
 DECODERS: dict[str, Callable[..., Decoder]] = {
     f.__name__: f
     for f in (

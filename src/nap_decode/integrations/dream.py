@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from nap_decode.base.errors import NapDecodeError, check_integer, check_name, refuse
 from nap_decode.base.random import SCHEDULE_STREAM
+from nap_decode.base.rows import Rows
 from nap_decode.canvas import Canvas, CanvasTemplate
 from nap_decode.integrations._shared import (
     PUBLISHED_PRECISION,
@@ -26,7 +27,6 @@ from nap_decode.integrations._shared import (
 from nap_decode.model.denoiser import Denoiser
 from nap_decode.model.foreign import innermost
 from nap_decode.model.prediction import Prediction
-from nap_decode.model.rows import Rows
 from nap_decode.parts.committer import Committer, Predict
 from nap_decode.parts.decoder import Decoder
 from nap_decode.parts.needs import Needs

@@ -29,8 +29,7 @@ import numpy as np
 import torch
 
 from nap_decode import demo
-from nap_decode.base.errors import NapDecodeError, check_between, check_integer, check_name, refuse
-from nap_decode.base.random import wrap
+from nap_decode.base.errors import NapDecodeError, check_between, check_integer, check_name, check_seed, refuse
 from nap_decode.canvas import Block, CanvasTemplate
 from nap_decode.checkpoints import auto_class, load_all
 from nap_decode.decoders import parse_value
@@ -213,7 +212,7 @@ class _NapDecode(_HFLM):  # type: ignore[misc]
         check_samples(samples)
         guidance = 0.0 if cfg_scale is None else cfg_scale
         check_between("cfg_scale", guidance, 0.0, math.inf)
-        self.likelihood, self.samples, self.seed = likelihood, samples, wrap(seed)
+        self.likelihood, self.samples, self.seed = likelihood, samples, check_seed(seed)
         self._bidirectional = bidirectional
         # Options are checked before the model is loaded, which may take minutes.
         arguments = parse_options(sampler_args) if isinstance(sampler_args, str | None) else dict(sampler_args)

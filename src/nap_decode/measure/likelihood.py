@@ -31,12 +31,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from nap_decode.base.errors import NapDecodeError, check_integer, is_whole
-from nap_decode.base.random import SCHEDULE_STREAM, SELECTION_STREAM, uniform, wrap
+from nap_decode.base.errors import NapDecodeError, check_integer, check_seed, is_whole
+from nap_decode.base.random import SCHEDULE_STREAM, SELECTION_STREAM, uniform
 from nap_decode.base.random import row_seeds as seeds_of_rows
 from nap_decode.canvas import Canvas
 from nap_decode.model.denoiser import Denoiser
-from nap_decode.model.rows import Rows
 from nap_decode.prompts import Prompts, encode_prompts
 
 Completions: TypeAlias = "str | Sequence[int] | Sequence[str | Sequence[int] | Tensor]"
@@ -111,7 +110,7 @@ def log_likelihood_bound(
     seeds = (
         seeds_of_rows(seed, range(len(texts)))
         if row_seeds is None
-        else torch.tensor([wrap(one) for one in row_seeds], dtype=torch.int64, device="cpu")
+        else torch.tensor([check_seed(one) for one in row_seeds], dtype=torch.int64, device="cpu")
     )
     drawn = [_masks(len(text.completion), samples, one) for text, one in zip(texts, seeds, strict=True)]
     rows = [(text, hidden, hidden) for text, (masks, _, _) in zip(texts, drawn, strict=True) for hidden in masks]
@@ -263,7 +262,7 @@ def _score_batch(denoiser: Denoiser, batch: Sequence[_Row]) -> tuple[Tensor, Ten
     target = _padded([torch.cat(text) for text, _, _ in batch]).gather(1, wanted)
     is_asked, device = asked.gather(1, wanted), canvas.tokens.device
     flat, places = target.flatten().to(device), is_asked.flatten().nonzero()[:, 0].to(device)
-    prediction = denoiser.predict(Rows.of(canvas), canvas.tokens, wanted.to(device), places)
+    prediction = denoiser.predict(canvas.rows, canvas.tokens, wanted.to(device), places)
     log_prob = torch.zeros(target.shape, dtype=torch.float64, device="cpu")
     is_best = torch.ones(target.shape, dtype=torch.bool, device="cpu")
     for part, raw in prediction.chunks():

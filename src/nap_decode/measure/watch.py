@@ -224,9 +224,8 @@ class _Watched:
 
     def could_show(self, call: _Call) -> bool:
         """Whether a part stands inside of the row and contradicts nothing that was seen."""
-        length, known = self.ids.shape[1], self.ids != self.mask_token_id
-        places = [columns for columns in self._places(call) if int(columns.max()) < length]
-        return len(call.ids) == len(self.ids) and any(self._agrees(call.ids, columns, known) for columns in places)
+        places = [columns for columns in self._places(call) if int(columns.max()) < self.ids.shape[1]]
+        return len(call.ids) == len(self.ids) and any(self._agrees(call.ids, columns) for columns in places)
 
     def take(self, call: _Call, resume: bool) -> bool:
         """Take in one more call; False if it does not belong to this decode."""
@@ -240,15 +239,16 @@ class _Watched:
         if len(ids) < len(self.ids):
             return any(self._take_some(ids, columns, call) for columns in places)
         if len(ids) > len(self.ids):
-            whole = torch.arange(length)
-            fits = self._fits(ids, whole) if ids.shape[1] == length else torch.zeros(1, 1, dtype=torch.bool)
-            if not bool(fits.any(1).all()) or not self._has_progress(ids, fits.int().argmax(1), whole):
+            if ids.shape[1] != length:
+                return False
+            fits = self._fits(ids, torch.arange(length)) >= 0
+            if not bool(fits.any(1).all()) or not self._has_progress(ids, fits.int().argmax(1), torch.arange(length)):
                 return False
             several = f"shows {len(ids)} rows that go on from {len(self.ids)}"
             return self.refuse(f"{several}: of alternatives it is not told which is kept")  # LoPA
-        for known in (self.ids != self.mask_token_id, ~self.decodable):  # a loop may revise what it committed
+        for is_revised in (False, True):  # a loop may revise what it committed
             for columns in places:
-                if self._agrees(ids, columns, known):
+                if self._agrees(ids, columns, is_revised):
                     return self._follow(ids, torch.arange(len(ids)), columns, call, resume)
         inside = [columns for columns in places if int(columns.max()) < length]
         if any(self._is_masked(ids, self.ids[:, at], ~self.decodable[:, at]) for at in inside):
@@ -270,15 +270,21 @@ class _Watched:
         behind = [columns[columns >= length] - length for columns in places]
         return [p for p, new in zip(places, behind, strict=True) if bool((p >= 0).all()) and _is_range(new)]
 
-    def _agrees(self, ids: Tensor, columns: Tensor, known: Tensor) -> bool:
+    def _overlap(self, ids: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, what was shown, and what is to be decoded, as far as columns lie in the row."""
         old = columns < self.ids.shape[1]
-        return not bool(((ids[:, old] != self.ids[:, columns[old]]) & known[:, columns[old]]).any())
+        return ids[:, old], self.ids[:, columns[old]], self.decodable[:, columns[old]]
+
+    def _agrees(self, ids: Tensor, columns: Tensor, is_revised: bool = False) -> bool:
+        """Whether each row contradicts nothing that was seen of it, or that was given."""
+        ids, shown, decodable = self._overlap(ids, columns)
+        return not bool(((ids != shown) & (~decodable if is_revised else shown != self.mask_token_id)).any())
 
     def _fits(self, ids: Tensor, columns: Tensor) -> Tensor:
-        """``(b, B)`` bool: which rows each one of the ids contradicts nowhere."""
-        old = columns < self.ids.shape[1]
-        shown = self.ids[:, columns[old]]
-        return ~((ids[:, None, old] != shown) & (shown != self.mask_token_id)).any(-1)
+        """``(b, B)``: how much is known of each row that one of the ids contradicts nowhere; -1 of the others."""
+        ids, shown, _ = self._overlap(ids, columns)
+        known = shown != self.mask_token_id
+        return torch.where(((ids[:, None] != shown) & known).any(-1), -1, known.sum(1))
 
     def _is_masked(self, ids: Tensor, of: Tensor, where: Tensor | bool = True) -> bool:
         """Whether ids are others with some of them masked."""
@@ -287,27 +293,22 @@ class _Watched:
 
     def _has_progress(self, ids: Tensor, rows: Tensor, columns: Tensor) -> bool:
         """Whether something that is to be decoded is no longer masked."""
-        old = columns < self.ids.shape[1]
-        return bool((self.decodable[rows][:, columns[old]] & (ids[:, old] != self.mask_token_id)).any())
+        ids, _, decodable = self._overlap(ids, columns)
+        return bool((decodable[rows] & (ids != self.mask_token_id)).any())
 
     def _shows_a_slice(self, ids: Tensor) -> bool:
         """Whether ids fit into the row, though not at its start."""
-        arange, known = torch.arange(ids.shape[1]), self.ids != self.mask_token_id
         starts_anew = bool((~self.decodable[:, 0] & (ids[:, 0] == self.ids[:, 0])).all())
-        starts = range(1, self.ids.shape[1] - len(arange) + 1)
-        return not starts_anew and any(self._agrees(ids, start + arange, known) for start in starts)
+        starts = range(1, self.ids.shape[1] - ids.shape[1] + 1)
+        return not starts_anew and any(self._agrees(ids, start + torch.arange(ids.shape[1])) for start in starts)
 
     def _take_some(self, ids: Tensor, columns: Tensor, call: _Call) -> bool:
         """Take a call that shows some of the rows, because the others are finished."""
         fits = self._fits(ids, columns)
-        if not bool(fits.any(1).all()):
-            return False
         # A row of which more is known tells more; an unconditional branch fits anything.
-        known = (self.ids != self.mask_token_id)[:, columns[columns < self.ids.shape[1]]].sum(1)
-        score = torch.where(fits, known, -1)
-        best = score == score.amax(1, keepdim=True)
+        best = fits == fits.amax(1, keepdim=True)
         rows = best.int().argmax(1)
-        if not self._has_progress(ids, rows, columns):
+        if bool((fits < 0).all(1).any()) or not self._has_progress(ids, rows, columns):
             return False
         if bool((best.sum(1) > 1).any()) or len(set(rows.tolist())) < len(rows):
             return self.refuse(f"shows {len(ids)} of {len(self.ids)} rows, and the ids do not say which; {_BEGIN}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -13,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from nap_decode.base.errors import NapDecodeError
+from nap_decode.base.rows import Rows
 from nap_decode.model import foreign
 from nap_decode.model.families import ModelFamily, find_family
 from nap_decode.model.head import Head, Output, take
-from nap_decode.model.rows import Rows
 
 Model: TypeAlias = "nn.Module | Callable[..., Any]"
 """A transformers model, also in a wrapper (DataParallel, DDP, FSDP, PEFT, torch.compile), or anything called as
@@ -30,14 +29,7 @@ class ModelCall:
     """Calls a model with tokens and returns its output at some of them, as it gives it.
 
     Facts come from the innermost module whose signature counts, see :func:`.foreign.unwrapped`; calls go
-    through the model as it was given.
-
-    Args:
-        model: see :data:`Model`.
-        family: how it behaves, if that is not to be found from its config.
-
-    Raises:
-        NapDecodeError: the model is of a kind that cannot be decoded by unmasking, or its forward cannot be read.
+    through the model as it was given.  Raises if it cannot be decoded by unmasking, or its forward cannot be read.
     """
 
     def __init__(self, model: Model, family: ModelFamily | None) -> None:
@@ -101,7 +93,7 @@ class ModelCall:
         return [] if whole is None else list(whole.modules())
 
     def fingerprint(self) -> tuple[object, ...]:
-        """Changes whenever the module is not what it was found to be: other parts, precision, device or attention."""
+        """Changes with the module's parts, precision, device, config or attention."""
         layers = [foreign.part_of(self.module, f"get_{which}_embeddings") for which in ("input", "output")]
         weights = [next(layer.parameters(), None) for layer in layers if layer is not None]
         return (
@@ -111,11 +103,6 @@ class ModelCall:
             foreign.virtual_tokens(self.chain),
             repr(vars(self.config)) if hasattr(self.config, "__dict__") else None,
         )
-
-    @property
-    def wrappers(self) -> tuple[object, ...]:
-        """Tells ways of wrapping the module from each other."""
-        return tuple(map(weakref.ref, self.chain[:-1]))
 
     @cached_property
     def input_embeddings(self) -> nn.Module | None:
@@ -136,11 +123,7 @@ class ModelCall:
 
     @property
     def device(self) -> torch.device:
-        """Where a module takes its input; the CPU for a function.
-
-        Raises:
-            NapDecodeError: its weights are loaded when they are needed, by something that is not known.
-        """
+        """Where a module takes its input; the CPU for a function."""
         device = next((tensor.device for tensor in self._parameters()), torch.device("cpu"))
         if device.type != "meta":
             return device
@@ -170,7 +153,7 @@ class ModelCall:
 
     @cached_property
     def position_limit(self) -> tuple[int | None, bool]:
-        """See :func:`.foreign.position_limit`."""
+        """Positions that it has, and whether they end there, see :func:`.foreign.position_limit`."""
         return foreign.position_limit(self.module, self.config, self.input_embeddings)
 
     @cached_property
@@ -180,7 +163,7 @@ class ModelCall:
 
     @cached_property
     def first_position(self) -> int:
-        """See :func:`.foreign.first_position`."""
+        """Where it starts to count, see :func:`.foreign.first_position`."""
         return foreign.first_position(self.module)
 
     @property
@@ -191,13 +174,7 @@ class ModelCall:
     # ---------------------------------------------------------------------------------------- arguments
 
     def whole(self, shape: tuple[int, int] | torch.Size, present: Tensor | None, device: torch.device) -> Options:
-        """For rows of one shape, all positions of them; the same for many steps.
-
-        Args:
-            shape: ``(N, W)``.
-            present: ``(N, W)`` bool, false for padding behind a row; None if there is none.
-            device: where the rows are.
-        """
+        """For whole rows ``(N, W)``; ``present`` ``(N, W)`` is false for padding, None if there is none."""
         if self.config is None:
             ones = torch.ones(shape, dtype=torch.int64, device=device)
             return {"attention_mask": ones if present is None else present.long()}
@@ -259,13 +236,7 @@ class ModelCall:
     # ---------------------------------------------------------------------------------------- calls
 
     def __call__(self, tokens: Tensor, options: Options, wanted: Tensor) -> Output:
-        """One call of the model.
-
-        Args:
-            tokens: ``(N, Q)`` int64.
-            options: from :meth:`whole` or :meth:`some`.
-            wanted: ``(N, K)`` int64, columns of the output to return.
-        """
+        """One call of the model with tokens ``(N, Q)``; its output at wanted columns ``(N, K)``."""
         if self.body is not None:
             return Output(take(self.body(tokens, options), wanted), True)
         return self.head.run(partial(self._run, tokens, options), tokens.shape, wanted)
@@ -277,7 +248,7 @@ class ModelCall:
             rows: B rows.
             tokens: ``(N, W)`` int64; N is a multiple of B.
             wanted: ``(N, K)`` int64, positions.
-            is_grouped: call rows of different length one length after the other, if padding cannot be hidden.
+            is_grouped: call padded rows one length after the other, because padding cannot be hidden.
         """
         times, device = len(tokens) // len(rows.lengths), tokens.device
         if not is_grouped:
@@ -306,7 +277,8 @@ class ModelCall:
         width = tokens.shape[1]
         columns = torch.arange(width + wanted.shape[1], device=tokens.device)
         positions = torch.cat([columns[:width].expand_as(tokens), wanted], dim=1)
-        present = rows.present.repeat(len(tokens) // len(rows.lengths), 1)
+        times = len(tokens) // len(rows.lengths)
+        present = rows.present if times == 1 else rows.present.repeat(times, 1)
         shadows = wanted.shape[1]
         seen = visibility(positions, torch.cat([present, is_seen], 1), block_size=self.block_size, num_shadows=shadows)
         tokens = torch.cat([tokens, torch.full_like(wanted, mask_token_id)], dim=1)
@@ -388,17 +360,14 @@ def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class Cost:
-    """Floating-point operations of a model's body: everything but the embeddings and the output layer.
-
-    Args:
-        per_position: of a position, in all linear layers; of experts, those that a token goes through.
-        per_pair: of a position that attends to another one.
-        branches: rows that the model sees for each row, 2 under guidance.
-    """
+    """Floating-point operations of a model's body: everything but the embeddings and the output layer."""
 
     per_position: float
+    """Of a position, in all linear layers; of experts, those that a token goes through."""
     per_pair: float
+    """Of a position that attends to another one."""
     branches: int = 1
+    """Rows that the model sees for each row, 2 under guidance."""
 
     def flops(self, positions: int, length: int) -> float:
         """Of so many positions of a row of this length, in all passes together."""

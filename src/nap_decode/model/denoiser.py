@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nap_decode.base.errors import NapDecodeError, check_between, check_ids, check_integer, check_tokenizer
+from nap_decode.base.rows import Rows
 from nap_decode.canvas import Canvas
 from nap_decode.model import foreign
 from nap_decode.model.call import Cost, Model, ModelCall
@@ -20,7 +21,6 @@ from nap_decode.model.families import ModelFamily, find_mask
 from nap_decode.model.head import Output
 from nap_decode.model.prediction import Prediction
 from nap_decode.model.probe import Probe, Probing
-from nap_decode.model.rows import Rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,7 +32,10 @@ LogitsProcessor: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 class Reuse(Protocol):
-    """Forward passes that compute some positions only; :mod:`nap_decode.speed.reuse` has some."""
+    """Forward passes that compute some positions only; :mod:`nap_decode.speed.reuse` has some.
+
+    ``kept`` is what earlier passes found out: a dict that is empty at first, and brought up to date by each pass.
+    """
 
     def check(self, denoiser: Denoiser) -> None:
         """Raise unless the model can be called so."""
@@ -40,16 +43,7 @@ class Reuse(Protocol):
     def forward(
         self, call: ModelCall, rows: Rows, branches: Sequence[Tensor], wanted: Tensor, is_slot: Tensor, kept: Any
     ) -> Output:
-        """One forward pass.
-
-        Args:
-            call: calls the model.
-            rows: B rows.
-            branches: ``(B, W)`` int64 each: the rows, and under guidance those without their prompt.
-            wanted: ``(B, K)`` int64, positions of the output.
-            is_slot: ``(B, K)`` bool, which of them mean something.
-            kept: what earlier passes found out, a dict that is empty at first; brought up to date.
-        """
+        """One forward pass of ids ``(B, W)``, under guidance also of those without prompt, at positions ``(B, K)``."""
 
     def count(self, rows: Rows, branches: int, kept: Any) -> None:
         """Note down a pass that computed everything."""
@@ -63,9 +57,7 @@ class Denoiser:
 
     Entry k of a row is the model's prediction of the token at the k-th wanted position, whatever the family's
     conventions.  Only wanted positions pass the output layer, and that when their logits are looked at, a chunk at a
-    time (:meth:`predict`): a hook on ``get_output_embeddings()`` takes the hidden states during the call.  If the
-    model does more with them than its output layer does (it caps logits, say), the layer is called at once; if the
-    model does not tell its output layer, the logits are sliced.
+    time (:meth:`predict`), if the model does nothing with them but what its output layer does.
 
     Args:
         model: see :data:`Model`.
@@ -73,25 +65,23 @@ class Denoiser:
         mask_token_id: the mask id, if neither tokenizer nor config nor family tells.
         family: how the model behaves, if that is not to be found from its config.
         end_token_ids: ids that end a text, if not those of the generation config, config or tokenizer.
-        cfg_scale: strength w of classifier-free guidance, ``l = l_uncond + (w + 1) (l_cond - l_uncond)``
-            (LLaDA, arXiv 2502.09992, appendix A.2); the unconditional branch has the prompt masked.  0 is
-            off; any other value doubles the work of a forward pass.
-        logits_processor: transformers logits processors, called with one row per wanted position, a part of
-            them at a time: ``input_ids (R, W)`` is the slot's whole row, masks included, and more of them
-            behind a row that is shorter.
-        device: where the model takes its input; found from a module's embeddings or parameters, the CPU
-            for a function.
+        cfg_scale: strength w of classifier-free guidance, ``l = l_uncond + (w + 1) (l_cond - l_uncond)`` (LLaDA, arXiv
+            2502.09992, appendix A.2); the unconditional branch has the prompt masked.  Other than 0, it doubles the
+            work of a forward pass.
+        logits_processor: transformers logits processors, called with one row per wanted position, a part of them at a
+            time: ``input_ids (R, W)`` is the slot's whole row, masks included, and more of them behind a shorter row.
+        device: where the model takes its input; found from a module's embeddings or parameters, the CPU for a function.
         reuse: which positions a pass computes anew, see :mod:`nap_decode.speed.reuse`; all by default.
 
     Raises:
-        NapDecodeError: no mask token is known; the model is of a kind that cannot be decoded by
-            unmasking, ignores the future, predicts nan, does not do what its attention mask says of
-            blocks, is in training mode with dropout, or gives no access to its keys and values, which ``reuse`` needs.
+        NapDecodeError: no mask token is known; the model is of a kind that cannot be decoded by unmasking, ignores the
+            future, predicts nan, does not do what its attention mask says of blocks, is in training mode with dropout,
+            or gives no access to its keys and values, which ``reuse`` needs.
 
     Warns:
-        UserWarning: the model seems to be shifted though its family is not, or the other way round; with
-            the first ragged batch, if padding cannot be hidden from the model, so that rows of different
-            length are decoded in groups of equal length.
+        UserWarning: the model seems to be shifted though its family is not, or the other way round; with the first
+            ragged batch, if padding cannot be hidden from the model, so that rows of different length are decoded in
+            groups of equal length.
 
     Example:
         >>> from nap_decode import demo
@@ -135,15 +125,8 @@ class Denoiser:
         self._ask()
         self._set(reuse=reuse)
 
-    def replace(
-        self,
-        *,
-        end_token_ids: Sequence[int] | None = None,
-        cfg_scale: float | None = None,
-        logits_processor: LogitsProcessor | Sequence[LogitsProcessor] | None = None,
-        reuse: Reuse | None = None,
-    ) -> Denoiser:
-        """The same model with some options exchanged, see :class:`Denoiser`; it is not probed again.
+    def replace(self, **options: Any) -> Denoiser:
+        """The same model with ``end_token_ids``, ``cfg_scale``, ``logits_processor`` or ``reuse`` exchanged, unprobed.
 
         Example:
             >>> from nap_decode import demo
@@ -151,7 +134,7 @@ class Denoiser:
             1.5
         """
         other = copy.copy(self)
-        other._set(end_token_ids, cfg_scale, logits_processor, reuse)
+        other._set(**options)
         return other
 
     def _set(
@@ -178,9 +161,8 @@ class Denoiser:
     def through(self, make: Callable[[ModelCall, Tensor | None], ModelCall]) -> Denoiser:
         """The same model, called for decoding as ``make`` says; see :func:`nap_decode.speed.compile.compiled_model`.
 
-        Args:
-            make: makes another call of a call, and of rows ``(N, W)`` to try it with, None for a model that is not
-                probed; asked again when the model has changed.
+        It makes another call of a call and rows ``(N, W)`` to try it with, None for a model that is not probed; it is
+        asked again when the model has changed.
         """
         other = copy.copy(self)
         other._through = make
@@ -217,7 +199,7 @@ class Denoiser:
 
     @property
     def must_be_told(self) -> bool:
-        """Whether the model looks ahead only if a 4-D mask says so, since its release does not read ``is_causal``."""
+        """Whether the model looks ahead only if a 4-D mask says so."""
         return self.call.must_be_told
 
     @property
@@ -231,12 +213,9 @@ class Denoiser:
         return self.probing.hides_padding
 
     def probe(self) -> Probe:
-        """What the model does, as far as two forward passes of a few short rows tell; they are made once.
-
-        Functions and modules that are called with ids and mask are not probed: all answers are None.
-        """
-        _ = self.hides_padding  # which is asked last
-        return dataclasses.replace(self.probing.found)
+        """What the model does, as far as two small forward passes tell; all None of what has no config."""
+        found, _ = self.probing.found, self.hides_padding  # which is asked last
+        return Probe(found.sees_future, found.hides_padding, found.shift)
 
     def _find_mask(self, given: int | None) -> int:
         if given is None:
@@ -267,7 +246,7 @@ class Denoiser:
 
     @property
     def pad_token_id(self) -> int:
-        """The id that fills rows up; the mask id (which attention hides there) if none is known that the model has."""
+        """The id that fills rows up; the mask id if none is known that the model has."""
         size = self.num_embeddings
         for owner in (self.tokenizer, self.config):
             found = getattr(owner, "pad_token_id", None)
@@ -348,10 +327,7 @@ class Denoiser:
             )
 
     def check(self, canvas: Canvas) -> None:
-        """Raise unless the model can be called with this canvas.
-
-        A model that has changed since it was looked at (adapters, resized embeddings, another precision) is looked at
-        again.
+        """Raise unless the model can be called with this canvas; looks at the model again if it has changed.
 
         Raises:
             NapDecodeError: another device, ids out of range, too many positions, a slot to decode without a
@@ -366,20 +342,16 @@ class Denoiser:
                 f"the canvas is on {canvas.tokens.device}, but the model takes its input on {self.device}; make the "
                 "canvas with device="
             )
-        lowest, highest, size = int(canvas.tokens.min()), int(canvas.tokens.max()), self.num_embeddings
+        tokens, block, _ = canvas.host
+        lowest, highest, size = int(tokens.min()), int(tokens.max()), self.num_embeddings
         if lowest < 0 or highest >= (size or highest + 1):
             wrong = lowest if lowest < 0 else highest
             ids = f"from 0 to {size - 1}" if size else "from 0"
             raise NapDecodeError(f"token id {wrong} is out of range: the model has ids {ids}. Wrong tokenizer?")
-        if bool((canvas.tokens[canvas.decodable] != self.mask_token_id).any()):
+        if bool(((tokens != self.mask_token_id) & (block >= 0)).any()):
             raise NapDecodeError(f"every slot to decode must hold the mask id {self.mask_token_id} at the start")
-        self._check_length(canvas.tokens.shape[1])
-        self._check_dropout(canvas.tokens)
-        self._is_grouped(canvas.is_padded)
-
-    def _check_length(self, longest: int) -> None:
+        longest, (limit, is_strict) = canvas.tokens.shape[1], self.call.position_limit
         takes = f"the longest row takes {longest} positions (prompt and canvas)"
-        limit, is_strict = self.call.position_limit
         if limit is not None and longest > limit:
             if is_strict:
                 raise NapDecodeError(f"{takes}, but the model has {limit}; shorten the prompt or the canvas")
@@ -387,7 +359,7 @@ class Denoiser:
                 f"{takes}, more than the {limit} that the model's config names; it can be called so, but may not have "
                 "been trained so",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
         window = foreign.attention_window(self.config)
         if self.must_be_told and window is not None and longest > window:
@@ -396,6 +368,8 @@ class Denoiser:
                 "override by which it is told to attend both ways; use a release of transformers that reads "
                 "config.is_causal, or shorten the prompt or the canvas"
             )
+        self._check_dropout(canvas.tokens)
+        self._is_grouped(canvas.is_padded)
 
     def _check_dropout(self, tokens: Tensor | None = None) -> None:
         does = None
@@ -423,12 +397,7 @@ class Denoiser:
         return True
 
     def check_leave_one_out(self) -> None:
-        """Raise unless the model can be called with ``hidden=``; two small forward passes, made once.
-
-        Raises:
-            NapDecodeError: the family is shifted; the model takes no positions or no mask of its own for
-                every query, or does not do what they say.
-        """
+        """Raise unless the model can be called with ``hidden=``; two small forward passes, made once."""
         reason = self.probing.why_not("leave one out", self.probing.why_not_leave_one_out)
         if reason is not None:
             raise NapDecodeError(f"{reason}; use an algorithm without leave-one-out predictions")
@@ -436,7 +405,7 @@ class Denoiser:
     # ---------------------------------------------------------------------------------------- forward
 
     def __call__(self, tokens: Tensor, wanted: Tensor, canvas: Canvas, *, hidden: Tensor | None = None) -> Tensor:
-        """Logits at the wanted positions, after guidance and logits processors; one forward pass.
+        """Logits ``(N, K, V)`` at the wanted positions, after guidance and logits processors; one forward pass.
 
         Args:
             tokens: ``(N, L)`` int64, the canvas as it stands; N is B, or a multiple of it: alternative canvases one
@@ -445,12 +414,9 @@ class Denoiser:
             canvas: the canvas that decoding started from, of B rows.
             hidden: ``(N, K)`` bool: where the prediction shall leave out what stands in the slot itself.  The model
                 then gets K more tokens in each row: behind the canvas, a masked *shadow* of every wanted slot, which
-                sees all but the slot itself, and is seen by the other shadows alone (WINO, arXiv 2507.18578).  Shadows
-                of negative ``wanted`` are seen by none.  It is not quite as if the slot were masked: from the second
-                layer on, the other slots have seen what stands in it.  See :meth:`check_leave_one_out`.
-
-        Returns:
-            ``(N, K, V)``, in the model's precision.
+                sees all but the slot itself, and is seen by the other shadows alone (WINO, arXiv 2507.18578).  It is
+                not quite as if the slot were masked: from the second layer on, the other slots have seen what stands
+                in it.
 
         Raises:
             NapDecodeError: shapes that do not fit; ``hidden`` with a model that cannot leave one out.
@@ -458,7 +424,7 @@ class Denoiser:
         self.refresh()
         last = self._last_canvas
         if last is None or last[0] is not canvas:
-            self._last_canvas = last = canvas, Rows.of(canvas)
+            self._last_canvas = last = canvas, canvas.rows
         every = torch.arange(wanted.numel(), device=wanted.device)
         return self.predict(last[1], tokens, wanted, every, hidden=hidden).logits
 
@@ -483,12 +449,6 @@ class Denoiser:
                 are seen by none.
             kept: what earlier passes found out about the rows, empty at first; brought up to date here.  Without it,
                 with ``hidden`` or with alternatives, everything is computed.
-
-        Returns:
-            That of shape ``(N, K)``.
-
-        Raises:
-            NapDecodeError: shapes that do not fit; ``hidden`` with a model that cannot leave one out.
         """
         times = len(tokens) // len(rows.lengths)
         if tokens.shape != (times * len(rows.lengths), rows.width) or len(wanted) != len(tokens):
@@ -522,13 +482,7 @@ class Denoiser:
         )
 
     def _forward(
-        self,
-        rows: Rows,
-        tokens: Tensor,
-        wanted: Tensor,
-        places: Tensor,
-        hidden: Tensor | None,
-        kept: dict[str, Any] | None,
+        self, rows: Rows, tokens: Tensor, wanted: Tensor, places: Tensor, hidden: Tensor | None, kept: Any
     ) -> Output:
         """See :meth:`predict`; of N rows, or of 2 * N under guidance."""
         branches, times = [tokens], len(tokens) // len(rows.lengths)

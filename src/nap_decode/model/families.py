@@ -91,6 +91,7 @@ _NEMOTRON = ModelFamily(name="Nemotron-Labs-Diffusion", refusal=_MIXED)
 _A2D = ModelFamily(name="A2D")
 _DIFFUSION_GEMMA = ModelFamily(name="DiffusionGemma", refusal=_UNIFORM)
 
+# By config.model_type, or by the architecture for what is published under the type that it was made from.
 _FAMILIES: dict[str, ModelFamily] = {
     "llada": _LLADA,
     "fastdllm_llada": _LLADA,  # dllm's name for LLaDA with Fast-dLLM's caches
@@ -112,6 +113,9 @@ _FAMILIES: dict[str, ModelFamily] = {
         mask_token_id=151665,
         vocab_sizes=(151936, 152064),
     ),
+    "StableDiffcoderForCausalLM": ModelFamily(
+        name="Stable-DiffCoder", attention="additive", block_size=4, mask_token_id=5, vocab_sizes=(155136,)
+    ),
     "illada": ModelFamily(name="iLLaDA", mask_token_id=5, vocab_sizes=(155136,)),
     "nemotron_labs_diffusion": _NEMOTRON,
     "nemotron_labs_diffusion_vlm": _NEMOTRON,
@@ -124,13 +128,6 @@ _FAMILIES: dict[str, ModelFamily] = {
 }
 
 _WITHOUT_BLOCKS = (_LLADA, _LLADA_MOE, _DREAM, _A2D)
-
-# Published under the type of the architecture that they were made from.
-_ARCHITECTURES: dict[str, ModelFamily] = {
-    "StableDiffcoderForCausalLM": ModelFamily(
-        name="Stable-DiffCoder", attention="additive", block_size=4, mask_token_id=5, vocab_sizes=(155136,)
-    ),
-}
 
 
 def register_family(model_type: str, family: ModelFamily) -> None:
@@ -190,10 +187,8 @@ def find_mask(config: Any) -> int | None:
 
 def _published(config: Any, architecture: str | None = None) -> ModelFamily:
     """What is known of models with this architecture, or with the config's architecture or type."""
-    for name in (architecture, *(getattr(config, "architectures", None) or ())):
-        if name in _ARCHITECTURES:
-            return _ARCHITECTURES[name]
     model_type = getattr(config, "model_type", None) or "unknown"
     if model_type == "llada" and getattr(config, "num_experts", None) is not None:
         model_type = "llada_moe"  # published under the dense model's type
-    return _FAMILIES.get(model_type, ModelFamily(name=model_type))
+    names = (architecture, *(getattr(config, "architectures", None) or ()), model_type)
+    return next((_FAMILIES[name] for name in names if name in _FAMILIES), ModelFamily(name=model_type))

@@ -18,15 +18,12 @@ _CALLING = threading.RLock()
 
 
 class Output(NamedTuple):
-    """What came out of a call of a model at the wanted positions.
-
-    Args:
-        rows: ``(N, K, H)`` hidden states or ``(N, K, V)`` logits; not shifted.
-        is_hidden: whether it is hidden states, which the output layer is still to be applied to.
-    """
+    """What came out of a call of a model at the wanted positions."""
 
     rows: Tensor
+    """``(N, K, H)`` hidden states or ``(N, K, V)`` logits; not shifted."""
     is_hidden: bool
+    """Whether it is hidden states, which the output layer is still to be applied to."""
 
     @staticmethod
     def joined(parts: Sequence[tuple[Tensor, Output]]) -> Output:
@@ -108,14 +105,9 @@ class Head:
         return self(rows.flatten(0, 1)).view(*rows.shape[:2], -1) if is_hidden else rows
 
     def run(self, call: Callable[[], Any], shape: torch.Size, wanted: Tensor) -> Output:
-        """Call the model.
-
-        Args:
-            call: calls it.
-            shape: ``(N, W)`` of the ids it is called with.
-            wanted: ``(N, K)`` int64, positions of which the output is wanted.
-        """
-        with self._watched(shape, _nothing if self.is_late else partial(take, wanted=wanted)) as (inputs, _):
+        """Call the model with ids of a shape ``(N, W)``; its output at wanted positions ``(N, K)``."""
+        keep = (lambda rows: rows[:, :0]) if self.is_late else partial(take, wanted=wanted)
+        with self._watched(shape, keep) as (inputs, _):
             output = call()
         columns = shape[1] if not inputs else 0 if self.is_late else wanted.shape[1]
         logits = self._logits(output, shape, columns)
@@ -124,16 +116,9 @@ class Head:
         return Output(take(logits, wanted), False)
 
     def learn(self, call: Callable[[], Any], shape: torch.Size, wanted: Tensor) -> tuple[Tensor, bool]:
-        """Call the model, and find out whether the output layer can be applied later.
+        """Logits ``(N, K, V)`` of a call; and whether the output layer can be applied later, for :attr:`is_late`.
 
-        Args:
-            call: calls it.
-            shape: ``(N, W)`` of the ids it is called with.
-            wanted: ``(N, K)`` int64, positions to look at.
-
-        Returns:
-            ``(N, K, V)``: the logits; and whether it can, which :attr:`is_late` is still to be told.  A layer that is
-            called more than once is forgotten, so that logits are taken from all there are.
+        A layer that is called more than once is forgotten, so that logits are taken from all there are.
         """
         output = None
         with self._watched(shape, partial(take, wanted=wanted)) as (inputs, outputs):
@@ -245,8 +230,3 @@ def take(rows: Tensor, wanted: Tensor) -> Tensor:
     first = torch.arange(0, rows.shape[0] * rows.shape[1], rows.shape[1], device=rows.device)[:, None]
     flat = rows.flatten(0, 1).index_select(0, (wanted.to(rows.device) + first).flatten())
     return flat.view(*wanted.shape, rows.shape[2])
-
-
-def _nothing(rows: Tensor) -> Tensor:
-    """``(N, W, H) -> (N, 0, H)``."""
-    return rows[:, :0]

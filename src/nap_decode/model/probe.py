@@ -6,73 +6,65 @@ Denoiser, nor a drop-in that makes one at every call.  A module that has changed
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from nap_decode.base.rows import Rows
 from nap_decode.model import foreign
 from nap_decode.model.call import ModelCall
-from nap_decode.model.rows import Rows
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Probe:
-    """What two small forward passes tell of a model; None is "cannot tell".  It holds nothing of the model itself.
+    """What two small forward passes tell of a model; None is "cannot tell".
 
     Args:
         sees_future: whether tokens to the right of a position change what is predicted there.
         hides_padding: whether a row's predictions are the same with padding behind it.
         shift: whether position p is predicted at p - 1 (true) or in place (false).  Only a trained model
             shows it, by repeating what it was shown three times.
-        alone: ``(N, 2, V)``, what the model says to rows without padding.
-        is_late: whether its output layer can be applied later.
-        has_layer: whether there is an output layer that is called once, so that calls may keep what is wanted of it.
-        must_be_told: whether it looks ahead only if a mask says so, see :class:`ModelCall`.
-        works: what else it was seen to do, by name.
-        calm: modules that were in training mode when it was seen to draw nothing.
 
     Example:
         >>> from nap_decode import Denoiser, demo
-        >>> Denoiser(*demo.load()).probe()
-        Probe(sees_future=True, hides_padding=True, shift=None)
+        >>> Denoiser(*demo.load()).probe().sees_future
+        True
     """
 
     sees_future: bool | None = None
     hides_padding: bool | None = None
     shift: bool | None = None
-    alone: Tensor | None = field(default=None, repr=False, compare=False)
-    is_late: bool = field(default=False, repr=False, compare=False)
-    has_layer: bool = field(default=False, repr=False, compare=False)
-    must_be_told: bool = field(default=False, repr=False, compare=False)
-    works: set[str] = field(default_factory=set, repr=False, compare=False)
-    calm: tuple[bool, ...] = field(default=(), repr=False, compare=False)
 
 
-_REMEMBERED: WeakKeyDictionary[nn.Module, dict[object, tuple[object, Probe]]] = WeakKeyDictionary()
+@dataclass
+class Found(Probe):
+    """All that was found out about a model; holds nothing of the model itself."""
+
+    alone: Tensor | None = None  # (N, 2, V), what it says to rows without padding
+    is_late: bool = False  # whether its output layer can be applied later
+    has_layer: bool = False  # whether there is an output layer, which is called once
+    must_be_told: bool = False  # whether it looks ahead only if a mask says so, see ModelCall
+    works: set[str] = field(default_factory=set)  # what else it was seen to do
+    calm: tuple[bool, ...] = ()  # modules that were in training mode when it was seen to draw nothing
+
+
+_REMEMBERED: weakref.WeakKeyDictionary[nn.Module, dict[object, tuple[object, Found]]] = weakref.WeakKeyDictionary()
 _MOST = 16
 """Ways of asking one module that are remembered."""
 
 
 class Probing:
-    """Asks a model what it does, once.
-
-    Args:
-        call: calls the model.
-        mask_token_id: see :class:`~nap_decode.Denoiser`.
-        pad_token_id: see there.
-        avoid: ids that end a text.
-        device: where the model takes its input.
-    """
+    """Asks a model what it does, once; ``avoid`` are ids that end a text."""
 
     def __init__(
         self, call: ModelCall, *, mask_token_id: int, pad_token_id: int, avoid: Sequence[int], device: torch.device
     ) -> None:
         self.call, self.mask_token_id, self.device = call, mask_token_id, device
         self.fingerprint = call.fingerprint()
-        self.found = Probe()
+        self.found = Found()
         self.error: Exception | None = None
         """What the model said to a mask by which it was told to attend both ways."""
         self.tokens: Tensor | None = None
@@ -98,7 +90,8 @@ class Probing:
         asked = [[0, 0]] * 3 + [[gap - 1, gap]] * len(self._answers)
         self._wanted = torch.tensor(asked, device=device)  # (N, 2)
         self._pad = pad_token_id
-        self._key = call.wrappers, call.family, mask_token_id, pad_token_id, tuple(avoid), device
+        wrappers = tuple(map(weakref.ref, call.chain[:-1]))
+        self._key = wrappers, call.family, mask_token_id, pad_token_id, tuple(avoid), device
         fingerprint, found = _REMEMBERED.get(call.module, {}).get(self._key, (None, None))
         if found is not None and fingerprint == self.fingerprint:
             self.found = found
@@ -122,7 +115,7 @@ class Probing:
                 known.clear()
             known[self._key] = self.fingerprint, found
 
-    def _ask(self) -> Probe:
+    def _ask(self) -> Found:
         found = self._learn()
         if not found.sees_future and getattr(self.call.config, "is_causal", None) is False:
             # Releases that do not read this of a config still do what a mask says for every query.
@@ -137,11 +130,11 @@ class Probing:
         return found
 
     @torch.no_grad()
-    def _learn(self) -> Probe:
+    def _learn(self) -> Found:
         assert self.tokens is not None
         alone, is_late = self.call.learn(self.tokens, self._wanted)
         row, again, other = alone[:3, 0]
-        return Probe(
+        return Found(
             sees_future=bool((row - other).abs().max() > 2 * (row - again).abs().max()),
             shift=self._solved(alone[3:].clone()),
             alone=alone,
@@ -186,8 +179,7 @@ class Probing:
     def is_random(self, tokens: Tensor | None) -> bool:
         """Whether a model in training mode draws, or says different things to equal rows: dropout, of whatever kind.
 
-        That is asked once for what is in training mode, with one small forward pass; of a model that is not probed
-        otherwise, with one of the rows ``(B, W)`` that it is to be called with.
+        That takes one small forward pass; of a model that is not probed, one of the rows that it is to decode.
         """
         mode = tuple(part.training for part in self.call.parts)
         if not any(mode) or mode == self.found.calm:

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from typing_extensions import override
 
+from nap_decode.base.batching import to_device
 from nap_decode.base.errors import NapDecodeError, check_between, check_flag, check_integer
 from nap_decode.base.random import SCHEDULE_STREAM, uniform
 from nap_decode.canvas import Canvas, count_blocks
@@ -241,8 +242,12 @@ class Scheduler(ABC):
             share = fair_share(weights, given, given.sum(1) + now) - given
             quota, masked = quota + share, masked - share
             left = replace(left, masked=masked, step=step, weights=weights, given=given + share)
-            if not self.shares_steps() or not bool(((quota.sum(1) < budget) & (masked.sum(1) > 0)).any()):
+            # A rest goes on to what opens next, unless a block that closed early left it.
+            goes_on = self.shares_steps() | (left.closed.sum(1) == 0)
+            more = goes_on & (quota.sum(1) < budget) & (masked.sum(1) > 0)
+            if not bool(more.any()):
                 return quota, left
+            budget = torch.where(more, budget, quota.sum(1))
 
     def least(self, plan: Plan, left: Tensor) -> Tensor:
         """Tokens that each block commits at least at a step of an adaptive decoder, ``(B, M) -> (B, M)`` int64.
@@ -383,13 +388,15 @@ class SemiAutoregressiveScheduler(Scheduler):
     def partition(self, canvas: Canvas) -> Partition:
         if self.block_length is None:
             return super().partition(canvas)
-        index = torch.arange(canvas.block.shape[1], device=canvas.block.device).expand_as(canvas.block)
-        index = (index if self.on_grid else canvas.decodable.cumsum(1) - 1) // self.block_length
+        decodable = canvas.host[1] >= 0
+        index = torch.arange(decodable.shape[1], device="cpu").expand_as(decodable)
+        index = (index if self.on_grid else decodable.cumsum(1) - 1) // self.block_length
         # On the grid a row's blocks are numbered from its first that has a slot, so that none before is empty.
-        index = index - index.where(canvas.decodable, index.shape[1]).amin(1, keepdim=True)
-        block = torch.where(canvas.decodable, index, -1)
+        index = index - index.where(decodable, index.shape[1]).amin(1, keepdim=True)
+        block = torch.where(decodable, index, -1)
         num_blocks = int(block.max()) + 1
-        return Partition(block, count_blocks(block, num_blocks).cpu(), (False,) * num_blocks)
+        lengths = count_blocks(block, num_blocks)
+        return Partition(to_device(block, canvas.block.device), lengths, (False,) * num_blocks)
 
     @override
     def open(self, left: Tensor, lengths: Tensor, held: Tensor) -> Tensor:

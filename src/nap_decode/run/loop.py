@@ -21,10 +21,10 @@ from torch import Tensor
 
 from nap_decode.base.batching import host_tensor, join, narrow, select, to_device
 from nap_decode.base.errors import NapDecodeError
+from nap_decode.base.rows import Rows
 from nap_decode.canvas import Canvas, count_blocks
 from nap_decode.model.denoiser import Denoiser
 from nap_decode.model.prediction import Prediction
-from nap_decode.model.rows import Rows
 from nap_decode.parts.decoder import Decoder
 from nap_decode.parts.scheduler import Left, Plan
 from nap_decode.parts.slots import Slots

@@ -19,9 +19,8 @@ from torch import Tensor
 from typing_extensions import TypedDict, Unpack
 
 from nap_decode.base.batching import append, copy_of, join, select, to_device
-from nap_decode.base.errors import NapDecodeError, check_integer, check_name
+from nap_decode.base.errors import NapDecodeError, check_integer, check_name, check_seed
 from nap_decode.base.random import row_seeds as seeds_of_rows
-from nap_decode.base.random import wrap
 from nap_decode.canvas import Canvas, CanvasTemplate
 from nap_decode.model.denoiser import Denoiser, Model
 from nap_decode.parts.decoder import Decoder
@@ -33,7 +32,7 @@ from nap_decode.run.generate import for_generate
 from nap_decode.run.loop import Batch, Loop, Watch
 from nap_decode.run.state import Callback, DecodeState, State
 from nap_decode.run.watch import Streams, interrupts
-from nap_decode.speed.modes import prepare
+from nap_decode.speed.compile import prepare
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -318,7 +317,7 @@ class Sampler:
             self._check(canvas)
             seeds = None
             if draws:
-                given = [wrap(seed) for seed in own if seed is not None]
+                given = [check_seed(seed) for seed in own if seed is not None]
                 seeds = torch.tensor(given, device="cpu") if base is None else seeds_of_rows(base, numbers)
             started = time.perf_counter()
             for i, (number, ids, _) in enumerate(coming):
@@ -520,8 +519,8 @@ class Sampler:
         self.denoiser.check(canvas)
         if self._compiled[0] is not self.denoiser:
             self._compiled[0].refresh()
-        masked = (canvas.tokens == self.denoiser.mask_token_id) & canvas.attention_mask.bool()
-        if bool((masked & ~canvas.decodable).any()):
+        tokens, block, mask = canvas.host
+        if bool(((tokens == self.denoiser.mask_token_id) & (mask > 0) & (block < 0)).any()):
             raise NapDecodeError(
                 f"there is a mask token ({self.denoiser.mask_token_id}) in a slot of the canvas that is not to be "
                 "decoded; give it a block, or another token"
@@ -535,14 +534,14 @@ class Sampler:
             given = "seed too" if seed is not None else f"{len(row_seeds)} for {num_rows} rows"
             raise NapDecodeError(f"row_seeds must be one seed for every row, and no seed besides; given: {given}")
         if row_seeds is not None:
-            own = [wrap(s) for s in row_seeds]
+            own = [check_seed(s) for s in row_seeds]
             return torch.tensor(own, dtype=torch.int64, device="cpu") if self.decoder.needs.random else None
         base = self._base_seed(seed)
         return None if base is None else seeds_of_rows(base, range(num_rows))
 
     def _base_seed(self, seed: int | None) -> int | None:
         """The seed that those of rows derive from; None if nothing is drawn."""
-        seed = None if seed is None else wrap(seed)
+        seed = None if seed is None else check_seed(seed)
         if not self.decoder.needs.random:
             return None
         return int(torch.randint(2**62, (), device="cpu")) if seed is None else seed
@@ -565,20 +564,23 @@ class Sampler:
             state = select(state, order, to_device(order, state.tokens.device))
             spent, saved = spent[order], saved[order]
         passes = spent[:, 0]
+        # All at once, as each copy waits for the device.
+        whole = [state.tokens, state.commit_step, state.masked, state.edited, state.closed]
+        tokens, step, masked, edited, closed = torch.stack([tensor.long() for tensor in whole]).cpu()
+        is_masked = masked.bool()  # after an interruption
         trace = DecodeTrace(
-            tokens=state.tokens.to("cpu", copy=True),
-            block=canvas.block.to("cpu", copy=True),
-            step=state.commit_step.cpu(),
+            tokens=tokens,
+            block=canvas.host[1].clone(),
+            step=step,
             confidence=state.confidence.cpu(),
             forward_passes=passes,
             block_names=canvas.block_names,
             mask_token_id=self.denoiser.mask_token_id,
             end_token_ids=self.denoiser.end_token_ids,
-            closed=state.closed.cpu() if self._ends else None,
+            closed=closed.bool() if self._ends else None,
             forwarded=None if self.denoiser.reuse is None else spent[:, 1:],
         )
-        is_masked = state.masked.cpu()  # after an interruption
-        expected = (trace.block >= 0) & ~state.edited.cpu() & ~is_masked
+        expected = (trace.block >= 0) & ~edited.bool() & ~is_masked
         if trace.closed is not None:
             expected &= ~trace.closed
         self._check_result(canvas, trace, expected, is_masked)
@@ -614,7 +616,7 @@ class Sampler:
             is_masked: ``(B, L)`` bool, slots that are masked still.
         """
         if bool((trace.confidence.isnan() & expected).any()):
-            given = (trace.block < 0) & canvas.attention_mask.bool().cpu()
+            given = (trace.block < 0) & (canvas.host[2] > 0)
             empty = ((trace.confidence.isnan() & expected).any(1) & ~given.any(1)).nonzero()[:, 0].tolist()
             remedy = "Try another precision (bfloat16 instead of float16) or attention implementation, and look at the "
             remedy += "logits processors"

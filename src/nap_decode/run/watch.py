@@ -51,8 +51,8 @@ class Streams:
             if getattr(streamer, "_takes_logits", False):
                 raise NapDecodeError(f"{type(streamer).__name__} wants logits, which samplers do not keep; use another")
         self.ends, self.is_final = tuple(ends), is_final
-        self.block, self.lengths = canvas.block.cpu(), canvas.row_lengths.tolist()
-        tokens, prompt = canvas.tokens.cpu(), canvas.prompt.cpu()
+        tokens, self.block, _ = canvas.host
+        self.lengths, prompt = canvas.row_lengths.tolist(), canvas.prompt.cpu()
         self.shown: dict[int, int] = {}  # of each row that somebody looks at, the columns that were shown
         for row, streamer in enumerate(self.streamers):
             if streamer is not None:

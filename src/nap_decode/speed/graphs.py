@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nap_decode.base.batching import copy_of, mapped, tensors
-from nap_decode.model.rows import Rows
+from nap_decode.base.rows import Rows
 
 Take: TypeAlias = Callable[[Any, Rows, int, int], "tuple[Any, Tensor | None, int]"]
 """Takes a turn, see :meth:`nap_decode.run.loop.Loop.step`: what it reads, the rows, K and T."""

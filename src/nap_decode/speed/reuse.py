@@ -22,12 +22,12 @@ from torch.nn.functional import conv1d, pad
 
 from nap_decode.base.batching import host_tensor, join, narrow
 from nap_decode.base.errors import NapDecodeError, check_between, check_flag, check_integer
+from nap_decode.base.rows import Rows
 from nap_decode.model.call import ModelCall, visibility
 from nap_decode.model.denoiser import Denoiser
 from nap_decode.model.foreign import attention_window
 from nap_decode.model.head import Output, take
 from nap_decode.model.probe import Probing, differ
-from nap_decode.model.rows import Rows
 from nap_decode.speed.kv import Store, call_storing
 
 __all__ = ["BlockReuse", "CommittedReuse", "DriftReuse", "Glance", "Kept", "PromptReuse", "Reuse"]
@@ -211,11 +211,12 @@ class Reuse(abc.ABC):
             for flag in (1, 0):
                 some = [row for row in range(number) if flags[row] == flag]
                 if some:
-                    index = torch.tensor(some, device=tokens.device)
-                    positions = None if flag else _packed(computed[index], max(1, *(counts[row] for row in some)))
+                    index, is_all = torch.tensor(some, device=tokens.device), len(some) == number
+                    own, most = computed if is_all else computed[index], max(1, *(counts[row] for row in some))
+                    positions = None if flag else _packed(own, most)
                     # Where all is called, all is made anew: compiled code would look at what was there before.
-                    states = {} if flag and len(some) == number else kept[name].states
-                    store = Store(states, number, rows.width, None if len(some) == number else index, positions)
+                    states = {} if flag and is_all else kept[name].states
+                    store = Store(states, number, rows.width, None if is_all else index, positions)
                     parts.append((index, self._call(call, rows, tokens, wanted, store)))
                     kept[name].states.update(states)
             outputs.append(parts[0][1] if len(parts) == 1 else Output.joined(parts))

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from nap_decode.base.batching import host_tensor
-from nap_decode.canvas import Canvas
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,10 +22,9 @@ class Rows:
         mask: ``(B, W)`` bool, false for padding, if it is there already.
 
     Example:
-        >>> canvas = Canvas.from_infill([[5, 1, 6], [5, 1]], mask_token_id=1)
-        >>> rows = Rows.of(canvas)
-        >>> rows.lengths, rows.present.long().tolist()
-        ((3, 2), [[1, 1, 1], [1, 1, 0]])
+        >>> rows = Rows((3, 2), torch.zeros(2, 3, dtype=torch.bool))
+        >>> rows.width, rows.present.long().tolist()
+        (3, [[1, 1, 1], [1, 1, 0]])
     """
 
     lengths: tuple[int, ...]
@@ -34,11 +32,6 @@ class Rows:
     mask: Tensor | None = None
     made: dict[object, Any] = field(default_factory=dict, init=False, repr=False)
     """What forward passes made of the rows and need again."""
-
-    @classmethod
-    def of(cls, canvas: Canvas) -> Rows:
-        """Those of a canvas."""
-        return cls(tuple(canvas.row_lengths.tolist()), canvas.prompt, canvas.attention_mask.bool())
 
     @property
     def width(self) -> int:

@@ -5,14 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nap_decode import Canvas, CanvasTemplate
-from nap_decode.model.rows import Rows
+from nap_decode.base.rows import Rows
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=5))
 def test_what_is_known_of_rows(lengths):
     prompts = [list(range(5, 5 + n)) for n in lengths]
     canvas = Canvas.from_prompts(prompts, CanvasTemplate.plain(2), mask_token_id=1)
-    rows = Rows.of(canvas)
+    rows = canvas.rows
     width = max(lengths) + 2
     assert rows.lengths == tuple(n + 2 for n in lengths)
     assert rows.width == width
