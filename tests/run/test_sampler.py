@@ -765,6 +765,18 @@ def test_a_committer_that_does_not_ask(denoiser):
         sampler([5], callback=lambda state: torch.where(state.canvas.decodable, VOCABULARY, state.tokens))
 
 
+def test_more_than_the_quota_is_said(denoiser):
+    class Greedy(Selection):
+        needs = Needs()
+
+        def __call__(self, proposal):
+            return proposal.slots.open
+
+    decoder = Decoder(MacroParallelScheduler(tokens_per_step=2), MicroConfidenceCommitter(selection=Greedy()))
+    with pytest.raises(NapDecodeError, match="committed more than the quota"):
+        Sampler(denoiser, decoder=decoder, template=TEMPLATE)([[5], [6, 7]])
+
+
 def test_a_committer_cannot_leave_masks(denoiser):
     sampler = Sampler(denoiser, decoder=Decoder(AnyOrderScheduler(), Sevens(MASK)), template=TEMPLATE)
     with pytest.raises(NapDecodeError, match="Sevens committed the mask token"):

@@ -235,7 +235,8 @@ class Sampler:
             interrupts(caught=options.get("interruptible", False)) as interrupted,
         ):
             done = [*loop.run(arrivals, interrupted)]
-            output = self._output(canvas, done, loop.forward_passes, started, seeds, is_interrupted=interrupted())
+            passes, stopped = loop.forward_passes, interrupted()
+            output = self._output(canvas, done, passes, started, seeds, is_fixed=loop.is_fixed, is_interrupted=stopped)
         if streams is not None:
             streams.end(output.trace.tokens, ~output.trace.masked())
         return output
@@ -333,7 +334,8 @@ class Sampler:
                     started, ids, seeds = admitted.pop(number)
                     canvas = append_to([ids], is_single=True)
                     bar.update(1)
-                    yield self._output(canvas, [one], int(one.progress.spent[0, 1]), started, seeds, index=number)
+                    passes = int(one.progress.spent[0, 1])
+                    yield self._output(canvas, [one], passes, started, seeds, number, is_fixed=loop.is_fixed)
 
     # ---------------------------------------------------------------------------------------- by hand
 
@@ -556,25 +558,26 @@ class Sampler:
         seeds: Tensor | None,
         index: int | None = None,
         *,
+        is_fixed: bool = False,
         is_interrupted: bool = False,
     ) -> SamplerOutput:
         """That of rows which left one after the other."""
         fills = {"tokens": self.denoiser.pad_token_id, "commit_step": -1, "confidence": torch.nan}
         state = fold(partial(join, fills=fills), (batch.state for batch in done))
-        spent, saved = (fold(append, values) for values in zip(*map(self._cost_of, done), strict=True))
+        spent, saved, turns = (fold(append, values) for values in zip(*map(self._cost_of, done), strict=True))
         if len(done) > 1:
             order = torch.cat([batch.number for batch in done]).argsort()
             state = select(state, order, to_device(order, state.tokens.device))
-            spent, saved = spent[order], saved[order]
+            spent, saved, turns = spent[order], saved[order], turns[order]
         passes = spent[:, 0]
         # All at once, as each copy waits for the device.
         whole = [state.tokens, state.commit_step, state.masked, state.edited, state.closed]
         tokens, step, masked, edited, closed = torch.stack([tensor.long() for tensor in whole]).cpu()
         is_masked = masked.bool()  # after an interruption
         trace = DecodeTrace(
-            tokens=tokens,
+            tokens=tokens.clone(),
             block=canvas.host[1].clone(),
-            step=step,
+            step=step.clone(),
             confidence=state.confidence.cpu(),
             forward_passes=passes,
             block_names=canvas.block_names,
@@ -593,6 +596,12 @@ class Sampler:
                 f"{type(self.decoder.committer).__name__}, or a part of it, committed less than the quota, or masked "
                 "slots again; it must commit the quota, or say needs = Needs(adaptive=True)"
             )
+        taken = torch.zeros(len(step), int(step.max()) + 2, dtype=torch.int64, device="cpu").scatter_(1, step + 1, 1)
+        if is_fixed and not is_interrupted and bool((taken[:, 1:].sum(1) < turns).any()):
+            raise NapDecodeError(
+                f"steps had nothing left to commit, because {type(self.decoder.committer).__name__}, or a part of it, "
+                "committed more than the quota before; it must commit the quota, or say needs = Needs(adaptive=True)"
+            )
         saves = self._ends and not self.decoder.needs.adaptive and not bool(is_masked.any())
         return SamplerOutput(
             sequences=state.tokens,
@@ -607,13 +616,13 @@ class Sampler:
             cost=self.denoiser.cost,
         )
 
-    def _cost_of(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """``(B, 1 + S)`` forward passes, and positions that each computed if any reuse; ``(B,)`` steps saved."""
+    def _cost_of(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """``(B, 1 + S)`` forward passes, and positions that each computed if any reuse; ``(B,)`` steps saved, taken."""
         turns, passes = batch.progress.spent.unbind(1)
         spent = passes[:, None]
         if self.denoiser.reuse is not None:
             spent = torch.cat([spent, self.denoiser.reuse.computed(batch.kept, passes)], dim=1)
-        return spent, batch.plan.busy_steps - turns
+        return spent, batch.plan.busy_steps - turns, turns
 
     def _check_result(self, canvas: Canvas, trace: DecodeTrace, expected: Tensor, is_masked: Tensor) -> None:
         """Raise where a model or a part of somebody else's made nonsense.
