@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from nap_decode.base.errors import NapDecodeError, check_integer, check_seed, is_whole
+from nap_decode.base.errors import NapDecodeError, check_ids, check_integer, check_seed
 from nap_decode.base.random import SCHEDULE_STREAM, SELECTION_STREAM, uniform
 from nap_decode.base.random import row_seeds as seeds_of_rows
 from nap_decode.canvas import Canvas
@@ -199,32 +199,25 @@ def _encode(denoiser: Denoiser, prompts: Prompts, completions: Completions, batc
         )
     size, texts = denoiser.num_embeddings, []
     for row, (prompt, completion) in enumerate(zip(rows, several, strict=True)):
-        ids = _encode_completion(completion, row, denoiser)
+        if not isinstance(completion, str):
+            ids = check_ids(f"completion {row}", completion)
+        elif denoiser.tokenizer is None:
+            raise NapDecodeError("a completion that is text needs a tokenizer; pass token ids")
+        else:
+            ids = list(denoiser.tokenizer(completion, add_special_tokens=False)["input_ids"])
         if not ids:
             raise NapDecodeError(f"completion {row} is empty; there is nothing to score")
-        whole = [*prompt, *ids]
-        if denoiser.mask_token_id in whole:
+        if denoiser.mask_token_id in [*prompt, *ids]:
             raise NapDecodeError(f"there is a mask token in row {row}; a likelihood is that of ordinary tokens")
-        wrong = [token for token in whole if token < 0 or (size and token >= size)]
-        if wrong:
-            known = f"from 0 to {size - 1}" if size else "from 0"
-            raise NapDecodeError(f"token id {wrong[0]} is out of range: the model has ids {known}. Wrong tokenizer?")
-        texts.append(_Text(torch.tensor(whole, dtype=torch.int64, device="cpu"), len(prompt)))
+        if size is not None and max([*prompt, *ids]) >= size:
+            raise NapDecodeError(
+                f"token id {max([*prompt, *ids])} is out of range: the model has ids from 0 to {size - 1}. Wrong tokenizer?"
+            )
+        texts.append(_Text(torch.tensor([*prompt, *ids], dtype=torch.int64, device="cpu"), len(prompt)))
     longest = max(texts, key=lambda text: len(text.tokens))
     completion = torch.arange(len(longest.tokens), device="cpu") >= longest.start
     denoiser.check(_canvas(denoiser, [_Row(longest, completion, completion)]))
     return texts
-
-
-def _encode_completion(completion: Any, row: int, denoiser: Denoiser) -> list[int]:
-    if isinstance(completion, str):
-        if denoiser.tokenizer is None:
-            raise NapDecodeError("a completion that is text needs a tokenizer; pass token ids")
-        return list(denoiser.tokenizer(completion, add_special_tokens=False)["input_ids"])
-    ids = completion.tolist() if isinstance(completion, Tensor) else completion
-    if not isinstance(ids, Sequence) or not all(map(is_whole, ids)):
-        raise NapDecodeError(f"completion {row} must be text or token ids, not {completion!r:.80}")
-    return [int(token) for token in ids]
 
 
 def _score(denoiser: Denoiser, rows: Sequence[_Row], batch_size: int) -> tuple[Tensor, Tensor, int]:
