@@ -193,7 +193,7 @@ def test_equal_masks_take_one_pass(denoiser, table):
         ([[2]], [[99]], {}, "token id 99 is out of range"),
         ([[2, 3, 2], [99]], [[3, 2], [2]], {}, "token id 99 is out of range"),
         ([[2]], [[-3]], {}, "a token id of completion 0 must be a whole number of at least 0, but is -3"),
-        ([[-3]], [[2]], {}, "at least 0, but is -3"),
+        ([[2, 3, 2], [-3]], [[3, 2], [2]], {}, "token id -3 is out of range"),
         ([[2]], [5], {}, "completion 0 must be a list of token ids"),
         ([[2]], [[3]], {"batch_size": 0}, "batch_size must be"),
         ([[2]], [[3]], {"samples": 3}, "samples must be even"),

@@ -207,13 +207,14 @@ def _encode(denoiser: Denoiser, prompts: Prompts, completions: Completions, batc
             ids = list(denoiser.tokenizer(completion, add_special_tokens=False)["input_ids"])
         if not ids:
             raise NapDecodeError(f"completion {row} is empty; there is nothing to score")
-        if denoiser.mask_token_id in [*prompt, *ids]:
+        whole = [*prompt, *ids]
+        if denoiser.mask_token_id in whole:
             raise NapDecodeError(f"there is a mask token in row {row}; a likelihood is that of ordinary tokens")
-        if size is not None and max([*prompt, *ids]) >= size:
-            raise NapDecodeError(
-                f"token id {max([*prompt, *ids])} is out of range: the model has ids from 0 to {size - 1}. Wrong tokenizer?"
-            )
-        texts.append(_Text(torch.tensor([*prompt, *ids], dtype=torch.int64, device="cpu"), len(prompt)))
+        wrong = [token for token in whole if not 0 <= token < (size or token + 1)]
+        if wrong:
+            known = f"from 0 to {size - 1}" if size else "from 0"
+            raise NapDecodeError(f"token id {wrong[0]} is out of range: the model has ids {known}. Wrong tokenizer?")
+        texts.append(_Text(torch.tensor(whole, dtype=torch.int64, device="cpu"), len(prompt)))
     longest = max(texts, key=lambda text: len(text.tokens))
     completion = torch.arange(len(longest.tokens), device="cpu") >= longest.start
     denoiser.check(_canvas(denoiser, [_Row(longest, completion, completion)]))
