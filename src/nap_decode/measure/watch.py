@@ -205,17 +205,20 @@ class _Watched:
     """One decode: its rows as last shown, and when each slot was committed."""
 
     def __init__(self, call: _Call, mask_token_id: int) -> None:
-        masked = call.ids == mask_token_id
         self.mask_token_id, self.cache, self.is_padded = mask_token_id, call.cache, call.is_padded
         self.ids = call.ids  # (B, L)
-        self.decodable = masked  # (B, L) masked when first shown
         self.step = torch.full_like(call.ids, -1)  # (B, L) call that committed a slot, -1 for none yet
-        self.masked_at = torch.where(masked, 0, -1)  # (B, L) last call that showed a slot masked
+        self.masked_at = (call.ids == mask_token_id).long() - 1  # (B, L) last call that showed a slot masked, or -1
         self.passes = torch.ones(len(call.ids), dtype=torch.int64)  # (B,) calls that showed a row
         self.last_call = torch.zeros(len(call.ids), dtype=torch.int64)  # (B,) the last of them
         self.calls, self.problem = 1, ""
         self.is_guided = False  # by calls of their own
         self.previous: tuple[Tensor, Tensor] | None = None  # columns and ids, until a twin of it comes
+
+    @property
+    def decodable(self) -> Tensor:
+        """``(B, L)``: masked when first shown; what was given is never masked."""
+        return self.masked_at >= 0
 
     def refuse(self, reason: str) -> bool:
         """Remember the first thing that could not be followed; the call is taken."""
@@ -313,7 +316,7 @@ class _Watched:
         if bool((best.sum(1) > 1).any()) or len(set(rows.tolist())) < len(rows):
             return self.refuse(f"shows {len(ids)} of {len(self.ids)} rows, and the ids do not say which; {_BEGIN}")
         if torch.equal(rows, self._conditional(len(rows))):  # guidance that is switched off
-            for name in ("ids", "decodable", "step", "masked_at", "passes", "last_call"):
+            for name in ("ids", "step", "masked_at", "passes", "last_call"):
                 setattr(self, name, getattr(self, name)[rows])
             rows = torch.arange(len(rows))
         return self._follow(ids, rows, columns, call, resume=False)
@@ -339,16 +342,14 @@ class _Watched:
         self.previous = None if is_twin else (columns, ids)
         if is_twin:
             return True
-        grown, new = max(int(columns.max()) + 1 - length, 0) if len(columns) else 0, columns >= length
-        for name, fill in (("ids", self.mask_token_id), ("decodable", False), ("step", -1), ("masked_at", -1)):
+        grown = max(int(columns.max()) + 1 - length, 0) if len(columns) else 0
+        for name, fill in (("ids", self.mask_token_id), ("step", -1), ("masked_at", -1)):
             setattr(self, name, pad(getattr(self, name), (0, grown), value=fill))
         here = (rows[:, None], columns[None])
-        self.decodable[rows[:, None], columns[new][None]] = masked[:, new]
-        step = torch.where(masked, -1, self.step[here])  # a slot that is masked again counts when committed for good
-        # It is the last call that showed it masked whose logits decoded it.
-        newly = self.decodable[here] & ~masked & (step < 0)
-        self.step[here] = torch.where(newly, self.masked_at[here], step)
-        self.masked_at[here] = torch.where(masked, self.calls, self.masked_at[here])
+        step, masked_at = self.step[here], self.masked_at[here]
+        # It is the last call that showed a slot masked whose logits decoded it; masked again, it counts once more.
+        self.step[here] = torch.where(masked, -1, torch.where(step < 0, masked_at, step))
+        self.masked_at[here] = torch.where(masked, self.calls, masked_at)
         self.ids[here] = ids
         self.passes[rows] += 1
         self.last_call[rows] = self.calls
