@@ -271,14 +271,6 @@ class CommittedReuse(Reuse):
     Args:
         delay: passes that compute a token after its commit; then its keys and values are kept.  They change most
             when the mask becomes a token, so 1 is right for most models.
-
-    Example:
-        >>> from nap_decode import CommittedReuse, Denoiser, ParallelForcedSampler, demo
-        >>> denoiser = Denoiser(*demo.load(), reuse=CommittedReuse())
-        >>> sampler = ParallelForcedSampler(denoiser, path_length=11, summary_length=2, tokens_per_step=4)
-        >>> out = sampler("6 0 6 4 6 2 1 2 4 7 0 6 =")
-        >>> out.summary, out.positions_forwarded, out.positions_exact
-        ('6', [200], [477])
     """
 
     delay: int = 1
@@ -332,14 +324,6 @@ class DriftReuse(Reuse):
         share: of the wanted positions, rounded up.
         reach: positions.
         max_age: passes after which a wanted position is computed in any case.
-
-    Example:
-        >>> from nap_decode import Denoiser, DriftReuse, ParallelForcedSampler, demo
-        >>> denoiser = Denoiser(*demo.load(), reuse=DriftReuse())
-        >>> sampler = ParallelForcedSampler(denoiser, path_length=11, summary_length=2, tokens_per_step=4)
-        >>> out = sampler("6 0 6 4 6 2 1 2 4 7 0 6 =")
-        >>> out.summary, out.positions_forwarded, out.positions_exact
-        ('6', [158], [477])
     """
 
     share: float = 0.6
