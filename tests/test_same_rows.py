@@ -182,7 +182,8 @@ def test_rows(case, denoisers):
             [float("nan") if c is None else c for c in expected["confidence"]], abs=1e-4, nan_ok=True
         )
     found, totals = zip(*map(brief, rows), strict=True)
-    assert list(found) == [[*row[:3], *row[4:]] for row in case["rows"]]
+    stored = [[*row[:3], *row[4:]] for row in case["rows"]]  # no positions where all were computed
+    assert [row[: len(stored[0])] for row in found] == stored
     assert list(totals) == pytest.approx([row[3] for row in case["rows"]], abs=2e-3)
 
 

@@ -265,9 +265,14 @@ class Denoiser:
 
     # ---------------------------------------------------------------------------------------- checks
 
+    @property
+    def is_stale(self) -> bool:
+        """Whether the model has changed since it was looked at."""
+        return self.call.fingerprint() != self.probing.fingerprint
+
     def refresh(self) -> bool:
         """Look at the model again if it has changed; whether it has."""
-        if self.call.fingerprint() == self.probing.fingerprint:
+        if not self.is_stale:
             return False
         other = copy.copy(self)  # until all is known, threads that decode go on with what was
         other.call = ModelCall(self.model, self.call.family)

@@ -520,8 +520,8 @@ class Sampler:
 
     def _check(self, canvas: Canvas) -> None:
         self.denoiser.check(canvas)
-        if self._compiled[0] is not self.denoiser:
-            self._compiled[0].refresh()
+        if self._compiled[0].is_stale:
+            self._compiled = prepare(self.denoiser, self.decoder, self.compile)
         tokens, block, mask = canvas.host
         if bool(((tokens == self.denoiser.mask_token_id) & (mask > 0) & (block < 0)).any()):
             raise NapDecodeError(
@@ -584,7 +584,7 @@ class Sampler:
             mask_token_id=self.denoiser.mask_token_id,
             end_token_ids=self.denoiser.end_token_ids,
             closed=closed.bool() if self._ends else None,
-            forwarded=None if self.denoiser.reuse is None else spent[:, 1:],
+            forwarded=None if self._compiled[0].reuse is None else spent[:, 1:],
         )
         expected = (trace.block >= 0) & ~edited.bool() & ~is_masked
         if trace.closed is not None:
@@ -620,8 +620,9 @@ class Sampler:
         """``(B, 1 + S)`` forward passes, and positions that each computed if any reuse; ``(B,)`` steps saved, taken."""
         turns, passes = batch.progress.spent.unbind(1)
         spent = passes[:, None]
-        if self.denoiser.reuse is not None:
-            spent = torch.cat([spent, self.denoiser.reuse.computed(batch.kept, passes)], dim=1)
+        reuse = self._compiled[0].reuse
+        if reuse is not None:
+            spent = torch.cat([spent, reuse.computed(batch.kept, passes)], dim=1)
         return spent, batch.plan.busy_steps - turns, turns
 
     def _check_result(self, canvas: Canvas, trace: DecodeTrace, expected: Tensor, is_masked: Tensor) -> None:

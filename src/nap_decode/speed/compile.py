@@ -17,6 +17,7 @@ from nap_decode.model.denoiser import Denoiser
 from nap_decode.model.head import take
 from nap_decode.parts.decoder import Decoder
 from nap_decode.speed.graphs import CudaRecorder, Graphs
+from nap_decode.speed.reuse import exact
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -125,7 +126,7 @@ def _without(module: nn.Module, head: nn.Linear) -> nn.Module:
 
 
 def prepare(denoiser: Denoiser, decoder: Decoder, mode: bool | str) -> tuple[Denoiser, Decoder, Graphs | None]:
-    """A model and a decoder with their kernels compiled, and what captures their steps, as a mode says."""
+    """What runs in place of a model and a decoder, and what captures their steps; ``mode`` is ``compile=``."""
     if mode not in (False, True, "kernels", "graphs") or not isinstance(mode, bool | str):
         raise NapDecodeError(f'compile must be False, True, "kernels" or "graphs", but is {mode!r}')
     graphs = None
@@ -135,7 +136,7 @@ def prepare(denoiser: Denoiser, decoder: Decoder, mode: bool | str) -> tuple[Den
     if mode in (True, "kernels"):
         committer = decoder.committer.compiled(partial(compiled, dynamic=True))
         denoiser, decoder = compiled_model(denoiser), Decoder(decoder.scheduler, committer, decoder.close_on)
-    return denoiser, decoder, graphs
+    return denoiser if graphs else exact(denoiser), decoder, graphs
 
 
 def _check_captured(denoiser: Denoiser, decoder: Decoder) -> None:

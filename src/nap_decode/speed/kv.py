@@ -26,13 +26,14 @@ class Store:
     shape: Size  # B, W
     rows: Tensor | None = None  # (n,) int64, the rows that are called; None if all are
     positions: Tensor | None = None  # (n, P) int64, the positions that are called; None if all are
+    width: int | None = None  # columns that are looked at, from the first; None if all are
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer; see :meth:`put`."""
         return self.put(f"keys {layer}", keys), self.put(f"values {layer}", values)
 
     def put(self, name: str, new: Tensor) -> Tensor:
-        """``(n, heads, P, D)`` of what is called ``-> (n, heads, W, D)`` of all positions of these rows."""
+        """``(n, heads, P, D)`` of what is called ``-> (n, heads, width, D)`` of all that these rows look at."""
         if self.rows is None and self.positions is None:
             self.states[name] = new.contiguous()
             return new  # as it came, so that the pass is what it is without a store
@@ -46,7 +47,7 @@ class Store:
             some.scatter_(2, self.positions[:, None, :, None].expand_as(new), new)
         if self.rows is not None:
             kept.index_copy_(0, self.rows, some)
-        return some
+        return some[:, :, : self.width]
 
 
 def call_storing(call: ModelCall, tokens: Tensor, options: Options, wanted: Tensor, store: Store) -> Output:
@@ -98,7 +99,7 @@ def _cache_class() -> type[Any]:
             return 0
 
         def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-            return self.store.shape[1], 0
+            return self.store.width or self.store.shape[1], 0
 
     return StoringCache
 

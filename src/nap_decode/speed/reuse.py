@@ -14,7 +14,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -72,6 +72,10 @@ class Kept:
     def counted(self, computed: Tensor) -> Kept:
         """With one pass more, of ``(B,)`` positions."""
         return replace(self, counts=torch.cat([self.counts, computed[:, None]], dim=1))
+
+
+Memory: TypeAlias = dict[str, Kept]
+"""By branch; empty at first."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +136,9 @@ class Reuse(abc.ABC):
         """``(B, W)`` float32: how much changes, ``(B, W)`` bool, concern each position."""
         return changed.float()
 
-    def plan(self, kept: Kept, rows: Rows, tokens: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Kept]:
+    def plan(
+        self, kept: Kept, rows: Rows, tokens: Tensor, wanted: Tensor, block_size: int | None
+    ) -> tuple[Tensor, Tensor, Kept]:
         """What the next pass computes of rows whose tokens and wanted predictions are ``(B, W)``.
 
         Returns:
@@ -178,13 +184,7 @@ class Reuse(abc.ABC):
             )
 
     def forward(
-        self,
-        call: ModelCall,
-        rows: Rows,
-        branches: Sequence[Tensor],
-        wanted: Tensor,
-        is_slot: Tensor,
-        kept: dict[str, Kept],
+        self, call: ModelCall, rows: Rows, branches: Sequence[Tensor], wanted: Tensor, is_slot: Tensor, kept: Memory
     ) -> Output:
         """One forward pass, see :class:`nap_decode.model.denoiser.Reuse`.
 
@@ -195,9 +195,10 @@ class Reuse(abc.ABC):
         parts, number = [], len(branches[0])
         for branch, tokens in enumerate(branches):
             before = kept.get(_BRANCHES[branch]) or Kept.nothing(tokens)
-            computed, is_whole, known = self.plan(before, rows, tokens, where)
+            computed, is_whole, known = self.plan(before, rows, tokens, where, call.family.block_size)
             kept[_BRANCHES[branch]] = known
-            counts, flags = torch.stack([computed.sum(1), is_whole.long()]).tolist()  # the one place that waits
+            facts = computed.sum(1), is_whole.long(), _ends(computed, call.family.block_size)
+            counts, flags, ends = torch.stack(facts).tolist()  # the one place that waits
             for flag in (1, 0):
                 some = [row for row in range(number) if flags[row] == flag]
                 if some:
@@ -205,7 +206,9 @@ class Reuse(abc.ABC):
                     own, most = computed if is_all else computed[index], max(1, *(counts[row] for row in some))
                     # Where all is called, all is made anew: compiled code would look at what was there before.
                     states = {} if flag and is_all else known.states
-                    store = Store(states, tokens.shape, None if is_all else index, None if flag else _packed(own, most))
+                    width = rows.width if flag else max(ends[row] for row in some)
+                    positions = None if flag else _packed(own, most)
+                    store = Store(states, tokens.shape, None if is_all else index, positions, width)
                     parts.append((index + branch * number, self._call(call, rows, tokens, wanted, store)))
                     known.states.update(states)
         return parts[0][1] if len(parts) == 1 else Output.joined(parts)
@@ -220,7 +223,8 @@ class Reuse(abc.ABC):
             options = call.whole(tokens.shape, present if rows.is_padded else None, tokens.device)
         else:
             columns = torch.arange(rows.width, device=tokens.device).expand_as(tokens)
-            seen = visibility(columns, present, queries=positions, block_size=call.block_size)
+            keys, known = columns[:, : store.width], present[:, : store.width]
+            seen = visibility(keys, known, queries=positions, block_size=call.family.block_size)
             options = call.some(positions, seen)
             # Where each position stands among those that are called, 0 if it does not.
             places = torch.zeros_like(tokens).scatter_(1, positions, columns[:, : positions.shape[1]]).gather(1, wanted)
@@ -231,14 +235,14 @@ class Reuse(abc.ABC):
         output = call_storing(call, tokens, options, every, store)
         return output._replace(rows=take(store.put("outputs", output.rows[:, None])[:, 0], wanted))
 
-    def count(self, rows: Rows, branches: int, kept: dict[str, Kept]) -> None:
+    def count(self, rows: Rows, branches: int, kept: Memory) -> None:
         """Note down a pass that computed everything."""
         lengths = host_tensor(rows.lengths, rows.prompt.device)
         for name in _BRANCHES[:branches]:
             kept[name] = (kept.get(name) or Kept.nothing(rows.prompt)).counted(lengths)
 
     @staticmethod
-    def computed(kept: dict[str, Kept], passes: Tensor) -> Tensor:
+    def computed(kept: Memory, passes: Tensor) -> Tensor:
         """``(B, S)``: positions that were computed in each of the passes ``(B,)`` of a row, 0 behind the last."""
         if not kept or not len(passes):
             return torch.zeros(len(passes), 0, dtype=torch.int64, device="cpu")
@@ -253,6 +257,48 @@ def _packed(computed: Tensor, most: int) -> Tensor:
     """``(n, most)`` int64: the positions that are true; rows with fewer bring one of theirs more than once."""
     positions = computed.long().argsort(dim=1, descending=True, stable=True)[:, :most]
     return torch.where(computed.gather(1, positions), positions, positions[:, :1])
+
+
+def _ends(computed: Tensor, block_size: int | None) -> Tensor:
+    """``(B,)`` int64: columns that what is computed can look at, from the first."""
+    width = computed.shape[1]
+    last = torch.where(computed, torch.arange(width, device=computed.device), 0).amax(1)
+    size = width if block_size is None else block_size
+    return ((last // size + 1) * size).clamp(max=width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExactReuse(Reuse):
+    """Computes what changes of block-causal models, and nothing behind what is wanted: exact, and used by itself.
+
+    What a model makes of a block depends on the blocks before it and on the block itself.  So a pass computes the
+    blocks from the first with a change to the last with something wanted: the open block, and one that was closed once
+    more.  Where all see all, every change concerns everything.
+    """
+
+    def select(self, glance: Glance) -> Tensor:
+        """See :meth:`plan`."""
+        raise NotImplementedError
+
+    def check(self, denoiser: Denoiser) -> None:
+        """Raise unless the model can be called so, and its blocks see nothing behind them; asked once."""
+        super().check(denoiser)
+        reason = denoiser.probing.why_not("keep blocks", lambda: _why_not_blocks(self, denoiser.probing))
+        if reason is not None:
+            raise NapDecodeError(f"{denoiser.call.name} ({denoiser.family.name}) cannot keep blocks: {reason}")
+
+    def plan(
+        self, kept: Kept, rows: Rows, tokens: Tensor, wanted: Tensor, block_size: int | None
+    ) -> tuple[Tensor, Tensor, Kept]:
+        """See :meth:`Reuse.plan`."""
+        width = rows.width
+        block = torch.arange(width, device=tokens.device) // (block_size or width)
+        changed = (tokens != kept.tokens) & rows.present
+        first = torch.where(changed, block, width).amin(1, keepdim=True)
+        last = torch.where(wanted, block, -1).amax(1, keepdim=True)
+        computed = (wanted | (block >= first)) & (block <= last) & rows.present
+        known = replace(kept, tokens=torch.where(computed, tokens, kept.tokens))
+        return computed, (computed == rows.present).all(1), known.counted(computed.sum(1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -369,7 +415,7 @@ def _why_not(probing: Probing) -> str | None:
     other = tokens.clone()
     other[:, 1] = probing.tokens[2, 1]
     before, after = (head.logits(call.with_rows(rows, one, wanted)) for one in (other, tokens))
-    kept: dict[str, Kept] = {}
+    kept: Memory = {}
     # The whole of other rows; then all positions of these, called for as some; then one, though nothing is new.
     steps = (
         (PromptReuse(refresh_every=1), other, before),
@@ -389,6 +435,38 @@ def _why_not(probing: Probing) -> str | None:
     except Exception as error:
         return f"asked for some positions, it fails ({type(error).__name__}: {error})"
     return None
+
+
+def _why_not_blocks(policy: Reuse, probing: Probing) -> str | None:
+    """What is wrong with keeping a block that is followed by another, if anything."""
+    call, size = probing.call, probing.call.family.block_size
+    if size is None or (call.position_limit[0] or 2 * size) < 2 * size:
+        return "it has no two blocks"
+    assert probing.tokens is not None
+    same, other = probing.tokens[1:3, 1].tolist()
+    tokens = torch.full((3, 2 * size), probing.mask_token_id, device=probing.device)
+    tokens[:, 0] = tokens.new_tensor([same, other, same])
+    tokens[2, size] = other
+    wanted = tokens.new_tensor([size - 1, size - 1, 2 * size - 1])[:, None]
+    rows = [Rows((2 * size,) * n, torch.zeros_like(tokens[:n], dtype=torch.bool)) for n in (1, 3)]
+    whole = call.head.logits(call.with_rows(rows[1], tokens, wanted))
+    kept: Memory = {}
+    for row in (0, 2):  # the first block alone; then the second, behind what was kept of the first
+        where = wanted[row : row + 1]
+        found = call.head.logits(policy.forward(call, rows[0], [tokens[row : row + 1]], where, where >= 0, kept))
+        if differ(found[0], whole[row], effect=(whole[0] - whole[1]).abs().max()):
+            return f"what it says in a block of {size} tokens depends on the next block"
+    return None
+
+
+def exact(denoiser: Denoiser) -> Denoiser:
+    """The same model, computing nothing anew that would come out the same; as it is, if it reuses already or cannot."""
+    if denoiser.reuse is not None or denoiser.family.block_size is None:
+        return denoiser
+    try:
+        return denoiser.replace(reuse=ExactReuse())
+    except NapDecodeError:
+        return denoiser
 
 
 REUSES: dict[str, type[Reuse]] = {
