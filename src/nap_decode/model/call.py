@@ -50,6 +50,8 @@ class ModelCall:
         """Whether the model looks ahead only if a mask of its own for every query says so."""
         self.body: Callable[[Tensor, Options], Tensor] | None = None
         """Makes hidden states of ids in the model's place, if it is compiled."""
+        self.learned: dict[str, Any] = {}
+        """What callers found out about it; copies share it."""
         self._check(is_family_given=family is not None)
 
     def _check(self, is_family_given: bool) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nap_decode.base.errors import NapDecodeError
 
-_CALLING = threading.RLock()
+HOOKING = threading.RLock()
 """Held while hooks are on a model.  They look at the calls of their own thread only; the lock is for their list."""
 
 
@@ -191,7 +191,7 @@ class Head:
         if self.layer is None:
             yield inputs, outputs
             return
-        with _CALLING:
+        with HOOKING:
             # Before hooks that there are already: they see what passes the layer later.
             handles = [
                 self.layer.register_forward_pre_hook(before, prepend=True),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Size, Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -15,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from nap_decode.model.call import ModelCall, Options
 from nap_decode.model.foreign import parameters_of
-from nap_decode.model.head import Output
+from nap_decode.model.head import HOOKING, Output
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,22 +46,98 @@ class Store:
         if self.positions is None:
             some = new
         else:
-            some.scatter_(2, self.positions[:, None, :, None].expand_as(new), new)
+            some.scatter_(2, _like(self.positions, new), new)
         if self.rows is not None:
             kept.index_copy_(0, self.rows, some)
         return some[:, :, : self.width]
 
 
-def call_storing(call: ModelCall, tokens: Tensor, options: Options, wanted: Tensor, store: Store) -> Output:
-    """One call of a model that attends to what is in the store, too, and puts there what it makes; see ModelCall."""
+Way: TypeAlias = Callable[[ModelCall, Tensor, Options, Tensor, Store], Output]
+"""One call of a model that attends to what is in the store, too, and puts there what it makes; see ModelCall."""
+
+
+def by_cache(call: ModelCall, tokens: Tensor, options: Options, wanted: Tensor, store: Store) -> Output:
+    """Of decoders that take a ``Cache``."""
     name = cache_argument(parameters_of(call.module) or {})
-    if name is not None:
-        return call(tokens, options | {name: _cache_class()(store)}, wanted)
-    if call.body is not None:  # compiled attention does not pass where it could be caught
-        call = copy.copy(call)
-        call.body = None
+    if name is None:
+        raise LookupError("it takes no cache")
+    return call(tokens, options | {name: _cache_class()(store)}, wanted)
+
+
+def by_attention(call: ModelCall, tokens: Tensor, options: Options, wanted: Tensor, store: Store) -> Output:
+    """Of models that take positions and a mask, and call torch's attention, such as encoders."""
     with ThroughAttention(store):
-        return call(tokens, options, wanted)
+        return _as_written(call)(tokens, options, wanted)
+
+
+def by_mask(call: ModelCall, tokens: Tensor, options: Options, wanted: Tensor, store: Store) -> Output:
+    """Of models that call torch's attention, but make their mask, or their positions, of the index alone.
+
+    Torch's attention gets the mask that they do not take.  Rotary embeddings that take queries and keys and no
+    positions, as LLaDA's, get both in rows as long as the canvas, where the index is the position.
+    """
+    mask = None
+    if store.positions is not None:
+        mask = options["attention_mask"]
+        options = {name: v for name, v in options.items() if name in call.arguments and name != "attention_mask"}
+    with ThroughAttention(store, mask), _in_place(call.module, store):
+        return _as_written(call)(tokens, options, wanted)
+
+
+WAYS: tuple[Way, ...] = (by_cache, by_attention, by_mask)
+"""In the order in which a model is asked which of them it goes."""
+
+
+def _as_written(call: ModelCall) -> ModelCall:
+    """Not compiled: compiled attention does not pass where it could be caught."""
+    call = copy.copy(call)
+    call.body = None
+    return call
+
+
+def knows_positions(call: ModelCall) -> bool:
+    """Whether a model can be told at which positions its tokens stand."""
+    return "position_ids" in call.arguments or bool(_rotations(call.module))
+
+
+def _rotations(module: nn.Module) -> list[nn.Module]:
+    """Rotary embeddings that take queries and keys ``(N, heads, Q, D)``, and nothing that says where these stand."""
+    return [part for part in module.modules() if [*(parameters_of(part) or ())] == ["q", "k"]]
+
+
+@contextmanager
+def _in_place(module: nn.Module, store: Store) -> Iterator[None]:
+    """While open, the calls of this thread find queries and keys turned as at the store's positions."""
+    positions, own_thread = store.positions, threading.get_ident()
+    if positions is None:
+        yield
+        return
+
+    def spread(_: nn.Module, states: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if threading.get_ident() != own_thread:  # a call of somebody else's
+            return None
+        whole = [state.new_zeros(*state.shape[:2], store.shape[1], state.shape[3]) for state in states]
+        return tuple(row.scatter_(2, _like(positions, state), state) for row, state in zip(whole, states, strict=True))
+
+    def gather(_: nn.Module, __: tuple[Tensor, ...], states: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if threading.get_ident() != own_thread:
+            return None
+        return tuple(state.gather(2, _like(positions, state)) for state in states)
+
+    with HOOKING:
+        parts = _rotations(module)
+        handles = [part.register_forward_pre_hook(spread) for part in parts]
+        handles += [part.register_forward_hook(gather) for part in parts]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _like(positions: Tensor, states: Tensor) -> Tensor:
+    """``(n, P)`` positions as an index of ``(n, heads, P or W, D)``."""
+    return positions[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
 
 
 def cache_argument(parameters: Mapping[str, inspect.Parameter]) -> str | None:
@@ -107,13 +185,14 @@ def _cache_class() -> type[Any]:
 class ThroughAttention(TorchFunctionMode):
     """While open, torch's attention, in this thread alone, attends to what ``store.update`` makes of keys and values.
 
+    With a mask, it is that which counts, whatever the model makes of its own.
     That is for models without a cache, such as encoders.  Nothing of the model is exchanged; attention that is written
     out by hand does not pass here, and the store stays empty.
     """
 
-    def __init__(self, store: Any) -> None:
+    def __init__(self, store: Any, mask: Tensor | None = None) -> None:
         super().__init__()
-        self.store, self.calls = store, 0
+        self.store, self.mask, self.calls = store, mask, 0
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -122,6 +201,9 @@ class ThroughAttention(TorchFunctionMode):
         if function is scaled_dot_product_attention:
             named |= zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False)
             named["key"], named["value"] = self.store.update(self.calls, named["key"], named["value"])
+            if (mask := self.mask) is not None:
+                named["attn_mask"] = mask.to(named["query"].dtype) if mask.is_floating_point() else mask
+                named["is_causal"] = False
             args = ()
             self.calls += 1
         return function(*args, **named)

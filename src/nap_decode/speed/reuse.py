@@ -14,6 +14,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import ClassVar, TypeAlias
 
 import torch
@@ -28,7 +29,7 @@ from nap_decode.model.denoiser import Denoiser
 from nap_decode.model.foreign import attention_window
 from nap_decode.model.head import Output, take
 from nap_decode.model.probe import Probing, differ
-from nap_decode.speed.kv import Store, call_storing
+from nap_decode.speed.kv import WAYS, Store, Way, knows_positions
 
 __all__ = ["BlockReuse", "CommittedReuse", "DriftReuse", "Glance", "Kept", "PromptReuse", "Reuse"]
 
@@ -177,11 +178,16 @@ class Reuse(abc.ABC):
                 f"{type(self).__name__} keeps what goes into the output layer, which cannot be told from the rest of "
                 f"{name}; use CommittedReuse()"
             )
-        reason = probing.why_not("compute some positions", lambda: _why_not(probing))
-        if reason is not None:
-            raise NapDecodeError(
-                f"{name} ({denoiser.family.name}) cannot reuse keys and values: {reason}. Decode it without reuse="
-            )
+        reasons = []
+        for way in WAYS:
+            reason = probing.why_not(f"compute some positions, {way.__name__}", partial(_why_not, probing, way))
+            if reason is None:
+                denoiser.call.learned.update({"way": way, "hides padding": probing.hides_padding})
+                return
+            reasons.append(reason)
+        raise NapDecodeError(
+            f"{name} ({denoiser.family.name}) cannot reuse keys and values: {reasons[-1]}. Decode it without reuse="
+        )
 
     def forward(
         self, call: ModelCall, rows: Rows, branches: Sequence[Tensor], wanted: Tensor, is_slot: Tensor, kept: Memory
@@ -197,6 +203,8 @@ class Reuse(abc.ABC):
             before = kept.get(_BRANCHES[branch]) or Kept.nothing(tokens)
             computed, is_whole, known = self.plan(before, rows, tokens, where, call.family.block_size)
             kept[_BRANCHES[branch]] = known
+            if rows.is_padded and not call.learned["hides padding"]:
+                is_whole = torch.zeros_like(is_whole)  # called for all positions as for some, it is told what is there
             facts = computed.sum(1), is_whole.long(), _ends(computed, call.family.block_size)
             counts, flags, ends = torch.stack(facts).tolist()  # the one place that waits
             for flag in (1, 0):
@@ -215,6 +223,7 @@ class Reuse(abc.ABC):
 
     def _call(self, call: ModelCall, rows: Rows, tokens: Tensor, wanted: Tensor, store: Store) -> Output:
         """One call of the model for the rows and positions that a store is to get."""
+        way: Way = call.learned["way"]
         present, positions = rows.present, store.positions
         if store.rows is not None:
             tokens, wanted, present = (values[store.rows] for values in (tokens, wanted, present))
@@ -230,10 +239,10 @@ class Reuse(abc.ABC):
             places = torch.zeros_like(tokens).scatter_(1, positions, columns[:, : positions.shape[1]]).gather(1, wanted)
             tokens = tokens.gather(1, positions)
         if not self.leaves_out_wanted:
-            return call_storing(call, tokens, options, places, store)
+            return way(call, tokens, options, places, store)
         every = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        output = call_storing(call, tokens, options, every, store)
-        return output._replace(rows=take(store.put("outputs", output.rows[:, None])[:, 0], wanted))
+        output, everywhere = way(call, tokens, options, every, store), replace(store, width=None)
+        return output._replace(rows=take(everywhere.put("outputs", output.rows[:, None])[:, 0], wanted))
 
     def count(self, rows: Rows, branches: int, kept: Memory) -> None:
         """Note down a pass that computed everything."""
@@ -400,22 +409,22 @@ class DriftReuse(Reuse):
         return wanted & ((rank < most) | (age + 1 >= self.max_age) | ~glance.kept.opened)
 
 
-def _why_not(probing: Probing) -> str | None:
+def _why_not(probing: Probing, way: Way) -> str | None:
     """What is wrong with calls for some positions, if anything: they must agree with calls for all positions."""
     call, head = probing.call, probing.call.head
-    if probing.tokens is None or "position_ids" not in call.arguments:
+    if probing.tokens is None or not knows_positions(call):
         return "it takes no position_ids"
     if attention_window(call.config) is not None:
         return "some of its layers attend to a window only"
     if call.is_split:
         return "it is split over devices"
-    if not probing.hides_padding:
-        return "it does not hide padding"
     rows, tokens, wanted = probing.padded()
+    wanted = torch.cat([wanted, wanted + 1], dim=1)  # two, as a mask for one query would be right for more
     other = tokens.clone()
     other[:, 1] = probing.tokens[2, 1]
-    before, after = (head.logits(call.with_rows(rows, one, wanted)) for one in (other, tokens))
-    kept: Memory = {}
+    is_grouped = not probing.hides_padding
+    before, after = (head.logits(call.with_rows(rows, one, wanted, is_grouped=is_grouped)) for one in (other, tokens))
+    call.learned["way"], call.learned["hides padding"], kept = way, not is_grouped, Memory()
     # The whole of other rows; then all positions of these, called for as some; then one, though nothing is new.
     steps = (
         (PromptReuse(refresh_every=1), other, before),
