@@ -64,7 +64,7 @@ class Shape:
 
     @classmethod
     def parse(cls, text: str) -> Shape:
-        """A preset's name, or ``name=number`` pairs with commas between; the rest is as in the smallest preset."""
+        """A preset's name, or ``name=number`` pairs with commas between; the rest is as in ``"small"``."""
         if "=" not in text:
             check_name("shape", text, SHAPES)
             return SHAPES[text]
