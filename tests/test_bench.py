@@ -36,7 +36,7 @@ SMALL = "hidden=32,layers=2,heads=2,intermediate=48,vocab=300"
 def decode_both(workload, **shape):
     denoiser = Denoiser(Shape.parse(SMALL).build(dtype=torch.float64, **shape))
     canvas = workload.canvas(denoiser)
-    loops = make_loops(denoiser, canvas, workload, None)
+    loops = make_loops(denoiser, canvas, workload, False)
     return canvas, loops["textbook"](), loops["ours"]()
 
 
@@ -97,7 +97,7 @@ def test_bare_passes_see_the_wanted_rows_only():
     workload = Workload(prompt_length=3, new_tokens=7, steps=3, batch_size=2)
     model = Shape.parse(SMALL).build()
     denoiser = Denoiser(model)
-    loops = make_loops(denoiser, workload.canvas(denoiser), workload, None)
+    loops = make_loops(denoiser, workload.canvas(denoiser), workload, False)
     shapes = []
     model.lm_head.register_forward_pre_hook(lambda _, arguments: shapes.append(tuple(arguments[0].shape)))
     loops["bare"]()
@@ -130,7 +130,7 @@ def test_models_are_told_who_sees_whom_in_their_own_way(tiny, own, ragged):
     denoiser = Denoiser(tiny, mask_token_id=1, family=ModelFamily(name="Own", **own))
     workload = Workload(prompt_length=6, new_tokens=6, steps=2, batch_size=2, ragged=ragged)
     canvas = workload.canvas(denoiser)
-    loops = make_loops(denoiser, canvas, workload, None)
+    loops = make_loops(denoiser, canvas, workload, False)
     assert "bare" in loops
     assert torch.equal(loops["textbook"](), loops["ours"]().sequences)
 
@@ -203,7 +203,7 @@ def result_of(bare, full, textbook, ours):
     times = {"bare": bare, "full": full, "textbook": textbook, "ours": ours}
     extra = {"textbook": 100, "ours": 10}
     loops = {name: Loop(seconds, None, extra.get(name, 0), None) for name, seconds in times.items()}
-    model = {"name": "M", "parameters": 5e7, "vocabulary": 9, "dtype": "float32", "device": "cpu", "compile": None}
+    model = {"name": "M", "parameters": 5e7, "vocabulary": 9, "dtype": "float32", "device": "cpu", "compile": False}
     return BenchmarkResult(Workload(), model, loops, 1.0, environment("cpu"))
 
 
@@ -226,7 +226,7 @@ def test_benchmark_of_a_model():
     assert all(len(loop.seconds) == 2 and loop.extra_bytes > 0 for loop in result.loops.values())
     assert result.loops["ours"].tokens == result.loops["textbook"].tokens == 24
     assert lines[-1].startswith("repetition 2 of 2: ")
-    assert "2 rows, ragged, prompt 5, 12 new tokens in 1 block (macro-parallel), 3 steps" in str(result)
+    assert "2 rows, ragged, prompt 5, 12 new tokens, 3 steps, temperature 0; medians of 2" in str(result)
     plain = json.loads(json.dumps(result.to_dict()))
     assert plain["workload"]["steps"] == 3
     assert plain["loops"]["ours"]["seconds"] == result.loops["ours"].seconds

@@ -132,5 +132,5 @@ def test_checking_a_gpu(tmp_path):
     (row,) = record["rows"]
     assert row["identical"] == 1
     assert record["left_out"] == []
-    assert "| `llada-8b` | 1 row, 64 + 256 tokens, 64 steps, temperature 0 | `None` |" in page.read_text()
+    assert "| `llada-8b` | 1 row, prompt 64, 256 new tokens, 64 steps, temperature 0 | `False` |" in page.read_text()
     assert "old" not in page.read_text()

@@ -71,7 +71,7 @@ class BulkPrompt:
         """Check a row; one that has no ``seed`` of its own gets one from that of the run and its id.
 
         It has an ``id`` (text or a whole number) and either a ``prompt`` (text, or a mapping of ``messages`` and
-        options of the chat template), ``messages`` (chat) or ``input_ids`` (token ids).  A column that is None is missing.
+        options of the chat template), ``messages`` (chat) or ``input_ids`` (token ids).  None counts as missing.
 
         Raises:
             NapDecodeError: anything else.

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``nap-decode bench``."""
     add = add_model_arguments(parser, required=False)
     add("--shape", help=f"random weights instead: {', '.join(SHAPES)}, or hidden=512,layers=12,... (default: small)")
-    add("--compile", choices=("kernels", "graphs"), help="passed on to the sampler, see there")
+    add("--compile", choices=("kernels", "graphs"), default=False, help="as of nap-decode generate")
     add = parser.add_argument_group("what to decode").add_argument
     for name, text in _WORKLOAD.items():
         flag, value = "--" + name.replace("_", "-"), getattr(Workload, name)

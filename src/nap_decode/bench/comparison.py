@@ -92,7 +92,7 @@ class BenchmarkResult:
         }
 
     def __str__(self) -> str:
-        w, m = self.workload, self.model
+        m = self.model
         names = {
             "bare": "bare forward x steps",
             "full": "full forward x steps",
@@ -105,7 +105,9 @@ class BenchmarkResult:
             rate = "-" if loop.tokens is None else f"{loop.tokens / seconds:.1f}"
             memory = "?" if loop.extra_bytes is None else f"{loop.extra_bytes / 2**20:.1f}"
             syncs = "?" if loop.syncs_per_step is None else f"{loop.syncs_per_step:.3g}"
-            rows.append([names[key], f"{seconds:.3f}", f"{1e3 * seconds / w.steps:.2f}", rate, memory, syncs])
+            rows.append(
+                [names[key], f"{seconds:.3f}", f"{1e3 * seconds / self.workload.steps:.2f}", rate, memory, syncs]
+            )
 
         def said(name: str, unit: str, scale: float = 1.0) -> str:
             low, middle, high = (scale * f(self.ratios[name]) for f in (min, statistics.median, max))
@@ -126,9 +128,7 @@ class BenchmarkResult:
         lines = [
             f"{m['name']}: {m['parameters'] / 1e6:.3g} M parameters, {m['vocabulary']} ids, {m['dtype']}, "
             f"{m['device']}",
-            f"{w.batch_size} row{'s' * (w.batch_size > 1)}{', ragged' * w.ragged}, prompt {w.prompt_length}, "
-            f"{w.new_tokens} new tokens in {w.blocks} block{'s' * (w.blocks > 1)} ({w.scheduler}), {w.steps} steps, "
-            f"temperature {w.temperature:g}; medians of {len(self.loops['ours'].seconds)}",
+            f"{self.workload}; medians of {len(self.loops['ours'].seconds)}",
             "",
             *table(rows),
             "",
@@ -146,18 +146,18 @@ def benchmark(
     *,
     mask_token_id: int | None = None,
     repeats: int = 5,
-    compile: str | bool | None = None,
+    compile: str | bool = False,
     progress: Say | None = None,
 ) -> BenchmarkResult:
     """Measure bare forward passes, the textbook loop and ours side by side.
 
     Args:
-        model: a transformers model, or a :class:`Denoiser` of one.
+        model: a transformers model.
         workload: what to decode.
         tokenizer: see :class:`Denoiser`.
         mask_token_id: see :class:`Denoiser`.
         repeats: repetitions of all loops, after a warm-up.
-        compile: passed on to :class:`Sampler`, unless it is None.
+        compile: see :class:`Sampler`.
         progress: called with a line of text now and then.
 
     Raises:

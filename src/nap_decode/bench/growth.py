@@ -114,7 +114,7 @@ def ladder(
     repeats: int = 5,
     limit: float = 60.0,
     seed: int = 0,
-    compile: str | bool | None = None,
+    compile: str | bool = False,
     progress: Say | None = None,
 ) -> LadderResult:
     """Measure bare forward passes and our loop at growing sizes, one dimension at a time.
@@ -130,7 +130,7 @@ def ladder(
         repeats: repetitions after a warm-up.
         limit: seconds that all repetitions of one size may take; larger sizes are skipped.
         seed: of weights, prompts and draws.
-        compile: passed on to :class:`Sampler`, unless it is None.
+        compile: see :class:`Sampler`.
         progress: called with a line of text now and then.
 
     Example:

@@ -17,9 +17,9 @@ from nap_decode.run.sampler import Sampler
 
 @torch.no_grad()
 def make_loops(
-    denoiser: Denoiser, canvas: Canvas, workload: Workload, mode: str | bool | None
+    denoiser: Denoiser, canvas: Canvas, workload: Workload, compile: str | bool
 ) -> dict[str, Callable[[], Any]]:
-    """The loops by name, each to be called without arguments; ``mode`` is ``compile=`` of :class:`Sampler`.
+    """The loops by name, each to be called without arguments.
 
     There is no ``"bare"`` if body and output layer do not make the model: something stands between or behind them.
     """
@@ -56,7 +56,7 @@ def make_loops(
         banned=denoiser.banned(logits.shape[-1], tokens.device),
         temperature=workload.temperature,
     )
-    sampler = Sampler(denoiser, decoder=workload.decoder(), compile=False if mode is None else mode)
+    sampler = Sampler(denoiser, decoder=workload.decoder(), compile=compile)
     ours = partial(sampler.decode, canvas, seed=workload.seed, progress=False)
     loops: dict[str, Callable[[], Any]] = {"full": full, "textbook": textbook, "ours": ours}
     if isinstance(head, nn.Linear) and model.base_model is not model:
@@ -69,15 +69,15 @@ def make_loops(
 
 @torch.no_grad()
 def textbook_loop(
-    forward: Callable[[Tensor], Tensor],
-    tokens: Tensor,
-    block: Tensor,
-    quotas: Tensor,
+    forward: Callable[[Tensor], Tensor],  # (B, L) -> (B, L, V) logits, which may be overwritten
+    tokens: Tensor,  # (B, L)
+    block: Tensor,  # (B, L) the block of every slot to decode, -1 elsewhere
+    quotas: Tensor,  # (S, B, M) tokens that each block commits at each step, on the CPU
     *,
     mask_token_id: int,
-    banned: Tensor,
+    banned: Tensor,  # (N,) ids that are never proposed
     temperature: float = 0.0,
-) -> Tensor:
+) -> Tensor:  # (B, L)
     """The loop that is published with LLaDA, and copied with most decoders since.
 
     After ``generate`` of ML-GSAI/LLaDA b7e6c3565f19, ``generate.py``: logits of the whole canvas, proposals from
@@ -86,18 +86,6 @@ def textbook_loop(
     24cc59e75f20, ``llada/generate.py``); LLaDA's newest ``generate.py`` takes the model's precision.  Two things
     are added so that it decodes what :class:`Sampler` does: some ids are never proposed, and there may be a
     top-k for each of several blocks of a row, where LLaDA has one block at a time.
-
-    Args:
-        forward: ``(B, L) -> (B, L, V)`` logits, which may be overwritten.
-        tokens: ``(B, L)`` int64; not changed.
-        block: ``(B, L)`` int64, the block of every slot to decode, -1 elsewhere.
-        quotas: ``(S, B, M)`` int64 on the CPU, tokens that each block commits at each step.
-        mask_token_id: what slots hold.
-        banned: ``(N,)`` int64, ids that are never proposed.
-        temperature: see :func:`add_gumbel_noise`.
-
-    Returns:
-        ``(B, L)`` int64.
 
     Example:
         >>> def forward(tokens):  # surer of later positions, where it proposes a larger id

@@ -154,6 +154,12 @@ class Workload:
             raise NapDecodeError(f"{self.new_tokens} new tokens cannot be cut into {self.blocks} blocks; ask for fewer")
         self.quotas()  # whose parts check the rest
 
+    def __str__(self) -> str:
+        rows = f"{self.batch_size} row{'s' * (self.batch_size > 1)}{', ragged' * self.ragged}"
+        slots = f"prompt {self.prompt_length}, {self.new_tokens} new tokens"
+        blocks = f" in {self.blocks} blocks ({self.scheduler})" if self.blocks > 1 else ""
+        return f"{rows}, {slots}{blocks}, {self.steps} steps, temperature {self.temperature:g}"
+
     def decoder(self) -> Decoder:
         """How to decode."""
         scheduler = SCHEDULERS[self.scheduler](steps=self.steps)
