@@ -2,7 +2,7 @@
 
     python examples/check_gpu.py                  # writes docs/gpu.json, and its section of docs/benchmarks.md
     python examples/check_gpu.py --device cpu --small --json FILE    # that this command works
-    python examples/check_gpu.py --draw           # the section again, from the file
+    python examples/check_gpu.py --draw           # the section again, from docs/gpu.json
 
 Weights are random.  What does not fit into the time any more is left out, and named.  Needs the extra ``test``.
 """
@@ -133,7 +133,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="a few tests and one small model")
     parser.add_argument("--json", type=Path, default=RECORD, metavar="FILE")
-    parser.add_argument("--page", type=Path, metavar="FILE", help="(default: docs/benchmarks.md, for docs/gpu.json)")
     parser.add_argument("--draw", action="store_true", help="write the page's section again, and measure nothing")
     args = parser.parse_args(arguments)
     is_gpu = args.device.startswith("cuda")
@@ -148,9 +147,8 @@ def main(arguments: list[str] | None = None) -> int:
         args.json.write_text(json.dumps(started, indent=1) + "\n")
         measure(args.device, args.small, SECONDS - (time.perf_counter() - begun), started, args.json)
     record: dict[str, Any] | None = json.loads(args.json.read_text()) if args.json.exists() else None
-    page = args.page or (PAGE if args.json == RECORD else None)
-    if page is not None:
-        page.write_text(fill_in(page.read_text(), record))
+    if args.json == RECORD:
+        PAGE.write_text(fill_in(PAGE.read_text(), record))
     if args.draw or record is None:
         return 0
     tests = record["tests"]

@@ -249,11 +249,12 @@ class BulkDecoder:
         row_of = {name: number for number, name in enumerate(found["id"].to_pylist())}
         table = found.take(pa.array([row_of[prompt.id] for prompt in prompts], pa.int64()))
         for prompt, row in zip(prompts, table.select(["prompt", "seed", "extra"]).to_pylist(), strict=True):
+            given = prompt.columns()
             for column, old in row.items():
-                if old != (new := prompt.columns()[column]):
+                if old != given[column]:
                     raise NapDecodeError(
                         f"row {prompt.id!r} is in {self.directory} already, but with {column} {old!r:.80} "
-                        f"instead of {new!r:.80}; give it another id, or write to another directory"
+                        f"instead of {given[column]!r:.80}; give it another id, or write to another directory"
                     )
         return table
 

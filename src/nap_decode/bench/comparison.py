@@ -105,9 +105,8 @@ class BenchmarkResult:
             rate = "-" if loop.tokens is None else f"{loop.tokens / seconds:.1f}"
             memory = "?" if loop.extra_bytes is None else f"{loop.extra_bytes / 2**20:.1f}"
             syncs = "?" if loop.syncs_per_step is None else f"{loop.syncs_per_step:.3g}"
-            rows.append(
-                [names[key], f"{seconds:.3f}", f"{1e3 * seconds / self.workload.steps:.2f}", rate, memory, syncs]
-            )
+            per_step = f"{1e3 * seconds / self.workload.steps:.2f}"
+            rows.append([names[key], f"{seconds:.3f}", per_step, rate, memory, syncs])
 
         def said(name: str, unit: str, scale: float = 1.0) -> str:
             low, middle, high = (scale * f(self.ratios[name]) for f in (min, statistics.median, max))

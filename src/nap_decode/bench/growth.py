@@ -39,12 +39,7 @@ class Fit(NamedTuple):
 
 
 def fit_growth(sizes: Sequence[float], costs: Sequence[float]) -> Fit:
-    """Fit costs at two or more sizes.
-
-    Example:
-        >>> [round(value, 6) for value in fit_growth([1, 2, 4], [5, 7, 11])[:3]]
-        [3.0, 2.0, 1.0]
-    """
+    """Fit costs at two or more sizes."""
     x, y = np.array(sizes, dtype=float), np.array(costs, dtype=float)
     slope, intercept = np.polyfit(x, y, 1)
     rest = y - intercept - slope * x

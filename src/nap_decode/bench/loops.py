@@ -86,13 +86,6 @@ def textbook_loop(
     24cc59e75f20, ``llada/generate.py``); LLaDA's newest ``generate.py`` takes the model's precision.  Two things
     are added so that it decodes what :class:`Sampler` does: some ids are never proposed, and there may be a
     top-k for each of several blocks of a row, where LLaDA has one block at a time.
-
-    Example:
-        >>> def forward(tokens):  # surer of later positions, where it proposes a larger id
-        ...     return torch.diag(torch.arange(5.0)).expand(len(tokens), 5, 5).clone()
-        >>> slots, block = torch.full((1, 5), 9), torch.zeros(1, 5, dtype=torch.int64)
-        >>> textbook_loop(forward, slots, block, torch.tensor([[[2]]]), mask_token_id=9, banned=slots[0, :0])
-        tensor([[9, 9, 9, 3, 4]])
     """
     tokens, num_transfer_tokens = tokens.clone(), quotas.to(tokens.device)
     open_blocks = [(quota > 0).any(0).nonzero()[:, 0].tolist() for quota in quotas]  # LLaDA's loop over blocks

@@ -29,10 +29,6 @@ def extra_memory(function: Callable[[], Any], device: torch.device) -> int | Non
     What is kept from the first run for the next is counted.  On the CPU it is every block that torch's allocator hands
     out, what an operation or compiled code takes for its own use included; scratch space of the matrix libraries
     (oneDNN, MKL) is not torch's, and not seen.
-
-    Example:
-        >>> extra_memory(lambda: torch.zeros(1000, dtype=torch.float64) + 1, torch.device("cpu")) // 1000
-        16
     """
     if device.type == "cpu":
         activities = [torch.profiler.ProfilerActivity.CPU]
@@ -67,12 +63,10 @@ def count_syncs() -> Iterator[Callable[[], int]]:
 
 
 def syncs_per_step(function: Callable[[], Any], forward: nn.Module) -> float | None:
-    """How often a loop waits for CUDA in a step, what stands before and after the loop left out.
+    """How often a function waits for CUDA in a step, from its first forward pass to its last.
 
-    Args:
-        function: the loop.
-        forward: a module that every forward pass calls once; if fewer than two calls are seen (a replayed CUDA graph
-            shows none), it cannot be told.
+    Every pass calls ``forward`` once; if fewer than two calls are seen (a replayed CUDA graph shows none), the answer
+    is None.
     """
     marks: list[int] = []
     with count_syncs() as count:
@@ -118,12 +112,7 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def environment(device: torch.device | str) -> dict[str, Any]:
-    """Machine, versions and date, for the record.
-
-    Example:
-        >>> sorted(environment("cpu"))
-        ['date', 'machine', 'versions']
-    """
+    """Machine, versions and date, for the record."""
     import transformers
 
     info = Path("/proc/cpuinfo")
