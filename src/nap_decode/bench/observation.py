@@ -37,7 +37,8 @@ def extra_memory(function: Callable[[], Any], device: torch.device) -> int | Non
         recorded: Any = profile.profiler
         events = [event for event in recorded.kineto_results.events() if event.name() == "[memory]"]
         events.sort(key=lambda event: event.start_ns())
-        return max(accumulate((event.nbytes() for event in events), initial=0))
+        changes: list[int] = [event.nbytes() for event in events]
+        return max(accumulate(changes, initial=0))
     if device.type != "cuda":
         function()
         return None
