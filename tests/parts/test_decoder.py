@@ -35,10 +35,10 @@ from nap_decode.decoders.lookahead import LookaheadCommitter
 from nap_decode.decoders.maskgit import CosineSchedule
 from nap_decode.decoders.wide_in_narrow_out import CappedSelection
 from nap_decode.parts.committer import Adjustment, Committer
-from nap_decode.parts.reviser import Reviser
+from nap_decode.parts.confidence import divergence
 from nap_decode.parts.schedule import EvenSchedule, Schedule
 from nap_decode.parts.scheduler import Scheduler
-from nap_decode.parts.selection import Selection
+from nap_decode.parts.selection import Reviser, Selection
 
 KINDS = (Scheduler, Schedule, Committer, Selection, Reviser, Adjustment)
 
@@ -103,7 +103,8 @@ def test_decoders_are_values(name):
 
 
 def test_a_decoder_says_what_its_parts_need():
-    assert Decoder(AnyOrderScheduler()).needs == Needs()
+    assert Decoder() == Decoder(AnyOrderScheduler(), MicroConfidenceCommitter())
+    assert Decoder().needs == Needs()
     everything = decoders.dream_origin().needs
     assert everything == decoders.dream_origin().scheduler.needs | decoders.dream_origin().committer.needs
     assert everything.random
@@ -189,13 +190,17 @@ class TestSet:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: MicroConfidenceCommitter(confidence=divergence, adjustment=Credit()), "as divergence compares"),
         (lambda: Decoder(MicroConfidenceCommitter()), "scheduler must be a Scheduler, such as AnyOrderScheduler"),
         (lambda: Decoder(AnyOrderScheduler), "scheduler must be a Scheduler, such as .* but is <class"),
         (lambda: Decoder(AnyOrderScheduler(), QuotaSelection()), "committer must be a Committer, such as Micro"),
         (lambda: Decoder(AnyOrderScheduler(), close_on=2), "close_on must be a list of token ids, but is 2"),
         (lambda: Decoder(AnyOrderScheduler(), close_on=[2.0]), "a token id of close_on must be a whole number"),
         (lambda: MicroConfidenceCommitter(reviser="edit"), "reviser must be a Reviser, such as EditReviser"),
-        (lambda: MicroConfidenceCommitter(adjustment=EditReviser()), "adjustment must be a Adjustment, such as Credit"),
+        (
+            lambda: MicroConfidenceCommitter(adjustment=EditReviser()),
+            "adjustment must be an Adjustment, such as Credit",
+        ),
         (lambda: decoders.credit().set(selection=decoders.klass().committer.selection), "StableSelection compares"),
         (lambda: decoders.klass().set(scheduler=SemiAutoregressiveScheduler(steps=3)), "steps=3 cannot be kept"),
         (

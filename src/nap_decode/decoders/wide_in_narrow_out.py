@@ -8,14 +8,19 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from nap_decode.base.errors import NapDecodeError, check_between, check_integer, check_number
-from nap_decode.parts.committer import MicroConfidenceCommitter
-from nap_decode.parts.decoder import Decoder
-from nap_decode.parts.needs import Needs
-from nap_decode.parts.reviser import Reviser
-from nap_decode.parts.scheduler import in_blocks
-from nap_decode.parts.selection import Selection, ThresholdSelection
-from nap_decode.parts.slots import Decision, Proposal, rank_in_block
+from nap_decode.base.errors import check_between, check_integer, check_number, check_part
+from nap_decode.parts import (
+    Decision,
+    Decoder,
+    MicroConfidenceCommitter,
+    Needs,
+    Proposal,
+    Reviser,
+    Selection,
+    ThresholdSelection,
+    in_blocks,
+    rank_in_block,
+)
 
 
 @dataclass(frozen=True)
@@ -42,8 +47,7 @@ class CappedSelection(Selection):
     most: int = 20
 
     def __post_init__(self) -> None:
-        if not isinstance(self.capped, Selection):
-            raise NapDecodeError(f"capped must be a Selection, such as ThresholdSelection(), but is {self.capped!r}")
+        check_part("capped", self.capped, Selection, "ThresholdSelection()")
         check_between("share", self.share, 0.0, 1.0)
         check_integer("least", self.least, 1)
         check_integer("most", self.most, self.least)
@@ -72,10 +76,6 @@ class RemaskReviser(Reviser):
 
     Args:
         back_threshold: support below which a token is masked again.
-
-    Example:
-        >>> RemaskReviser(0.8)
-        RemaskReviser(back_threshold=0.8)
     """
 
     back_threshold: float = 0.9
@@ -107,7 +107,7 @@ def wino(*, threshold: float = 0.6, back_threshold: float = 0.9, block_length: i
     Args:
         threshold: tokens surer than this are committed: 5 to 20 of a block at once, and no more than 70 %.
         back_threshold: see :class:`RemaskReviser`.
-        block_length: semi-autoregressive blocks; None decodes anywhere.
+        block_length: semi-autoregressive blocks.
     """
     bold = CappedSelection(ThresholdSelection(threshold), share=0.7, least=5, most=20)
     committer = MicroConfidenceCommitter(selection=bold, reviser=RemaskReviser(back_threshold))

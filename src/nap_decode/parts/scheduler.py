@@ -1,9 +1,8 @@
 """Which blocks a step may decode, and how many tokens each of them commits.
 
 A scheduler is a partition of the slots into blocks, and one function: which of the slots that are left are decoded
-now (:meth:`Scheduler.open`).  Everything else follows by playing it: the phases of a fixed schedule, between which its
-steps are divided; the shares of a step's budget, which goes to what is open; and the blocks that an adaptive decoder
-may commit in.
+now (:meth:`Scheduler.open`).  Everything else follows by playing it: the phases of a fixed schedule, the shares of a
+step's budget, and the blocks that an adaptive decoder may commit in.
 
 What three schedulers do with a canvas of two paths and a summary, two tokens per step (digits: the step that commits a
 slot; inside a block the committer decides which)::
@@ -13,8 +12,7 @@ slot; inside a block the committer decides which)::
     SemiAutoregressive       0 0 1 1  2 2 3 3  4 4     one block after the other
     AnyOrder                 ? ? ? ?  ? ? ? ?  ? ?     no blocks: the committer decides alone
 
-All of it is exact int64 arithmetic on tensors of shape (rows, blocks), on the host, where a fixed schedule is known in
-advance, so that the device is neither asked nor given work.
+All of it is exact int64 arithmetic on the host: the device is neither asked nor given work.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ from torch.nn.functional import pad
 from typing_extensions import override
 
 from nap_decode.base.batching import to_device
-from nap_decode.base.errors import NapDecodeError, check_between, check_flag, check_integer
+from nap_decode.base.errors import NapDecodeError, check_between, check_flag, check_integer, check_part
 from nap_decode.base.random import SCHEDULE_STREAM, uniform
 from nap_decode.canvas import Canvas, count_blocks
 from nap_decode.parts.needs import Needs
@@ -72,7 +70,7 @@ class Left:
 
     @classmethod
     def all(cls, lengths: Tensor) -> Left:
-        """Everything."""
+        """Everything, before the first step."""
         nothing = torch.zeros_like(lengths)
         return cls(lengths, nothing, nothing.sum(1), nothing, nothing)
 
@@ -108,10 +106,8 @@ class Plan:
 class Scheduler(ABC):
     """Decides which blocks are decoded now.  A subclass writes :meth:`open`.
 
-    This one decodes the blocks from the last to the first:
-
     Example:
-        >>> class Backwards(Scheduler):
+        >>> class Backwards(Scheduler):  # from the last block to the first
         ...     def open(self, left, lengths, held):
         ...         behind = left.flip(1).cumsum(1).flip(1) - left  # slots left in the blocks behind
         ...         return left * (behind == 0)
@@ -136,6 +132,8 @@ class Scheduler(ABC):
 
     either: ClassVar[tuple[str, ...]] = ("steps", "tokens_per_step")
     """Options of which one at most is given."""
+    more_steps: ClassVar[str] = "ask for more steps"
+    """How to mend it that there are fewer steps than phases."""
 
     def __post_init__(self) -> None:
         for name in self.either:
@@ -143,8 +141,7 @@ class Scheduler(ABC):
                 check_integer(name, getattr(self, name), 1)
         if self.steps is not None and self.tokens_per_step is not None:
             raise NapDecodeError(f"give steps ({self.steps}) or tokens_per_step ({self.tokens_per_step}), not both")
-        if not isinstance(self.schedule, Schedule):
-            raise NapDecodeError(f"schedule must be a Schedule, such as EvenSchedule(), but is {self.schedule!r}")
+        check_part("schedule", self.schedule, Schedule, "EvenSchedule()")
 
     @property
     def needs(self) -> Needs:
@@ -174,6 +171,10 @@ class Scheduler(ABC):
 
     # ---------------------------------------------------------------------------------------- by playing it
 
+    @property
+    def _per_step(self) -> int:
+        return 1 if self.tokens_per_step is None else int(self.tokens_per_step)
+
     def plan(
         self,
         lengths: Tensor,
@@ -197,8 +198,7 @@ class Scheduler(ABC):
         total, phases = lengths.sum(1), self._phases(lengths, is_held)  # (B,), (B, P) tokens
         if adaptive:
             return Plan(lengths, is_held, total.new_zeros(len(total), 0), torch.zeros_like(total))
-        per_step = 1 if self.tokens_per_step is None else int(self.tokens_per_step)
-        steps = -(-total // per_step) if self.steps is None else torch.where(total > 0, int(self.steps), 0)
+        steps = -(-total // self._per_step) if self.steps is None else torch.where(total > 0, int(self.steps), 0)
         phases = total[:, None] if self.shares_steps() else phases
         self._check_steps(total, steps, (phases > 0).sum(1))
         return Plan(lengths, is_held, self._targets(phases, divide_steps(phases, steps), seeds), steps)
@@ -230,9 +230,9 @@ class Scheduler(ABC):
     def next(self, plan: Plan, left: Left) -> tuple[Tensor, Left]:
         """Tokens that each block commits at the next step of a fixed schedule at which its row has anything to do.
 
-        A step's budget is what the row is behind its plan; slots that were filled without being decoded do not count,
-        so that a row keeps its pace and comes to its end earlier.  It is shared by what is open: the ideal shares since
-        the last block opened or closed, rounded so that they make the budget exactly (:func:`fair_share`).
+        A step's budget is what the row is behind its plan, not counting slots that were filled without being decoded.
+        It is shared by what is open: the ideal shares since the last block opened or closed, rounded so that they make
+        the budget exactly (:func:`fair_share`).
 
         Returns:
             ``(B, M)`` int64 quota; and what is left after it, but for what the canvas itself tells, with the step that
@@ -265,7 +265,7 @@ class Scheduler(ABC):
         ``tokens_per_step`` for each row, or what is open, shared by what each block still has.
         """
         opened = self._opened(left, plan.lengths, plan.held)
-        target = opened.sum(1).clamp(max=1 if self.tokens_per_step is None else int(self.tokens_per_step))
+        target = opened.sum(1).clamp(max=self._per_step)
         return fair_share(opened, torch.zeros_like(opened), target)
 
     def may_commit(self, plan: Plan, left: Tensor) -> Tensor:
@@ -301,11 +301,8 @@ class Scheduler(ABC):
             raise NapDecodeError(
                 f"{asked} makes {int(steps[row])} steps for the {int(total[row])} tokens of row {row}, but "
                 f"{type(self).__name__} decodes them in {int(num_phases[row])} phases of at least one step each; "
-                f"{self._fewer_phases_hint()} (fewer tokens per step)"
+                f"{self.more_steps} (fewer tokens per step)"
             )
-
-    def _fewer_phases_hint(self) -> str:
-        return "ask for more steps"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,9 +312,8 @@ class MacroParallelScheduler(Scheduler):
     "The unmasking budget is distributed across all m reasoning blocks at every step" (arXiv 2602.23225, section 4.2);
     what the paper leaves open is decided here:
 
-    * cumulative fair share: after every step each block has received its ideal share, rounded down or up, and the
-      shares of a step make its budget exactly (:func:`fair_share`).  With fewer tokens per step than blocks, the blocks
-      take turns;
+    * cumulative fair share: after every step each block has received its ideal share, rounded down or up
+      (:func:`fair_share`).  With fewer tokens per step than blocks, the blocks take turns;
     * blocks marked ``held`` (the summary) open when ``hold_until`` of the other tokens are committed.  The steps are
       divided between the two phases in proportion to their tokens, at least one each.
 
@@ -341,6 +337,8 @@ class MacroParallelScheduler(Scheduler):
     hold_until: float = 1.0
     share_last_step: bool = False
 
+    more_steps = "set share_last_step=True or hold_until=0.0, or ask for more steps"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_between("hold_until", self.hold_until, 0.0, 1.0)
@@ -360,14 +358,12 @@ class MacroParallelScheduler(Scheduler):
     def shares_steps(self) -> bool:
         return self.share_last_step
 
-    @override
-    def _fewer_phases_hint(self) -> str:
-        return "set share_last_step=True or hold_until=0.0, or ask for more steps"
-
 
 @dataclass(frozen=True, kw_only=True)
 class SemiAutoregressiveScheduler(Scheduler):
     """One block after the other, each with steps in proportion to its tokens (LLaDA, arXiv 2502.09992).
+
+    Blocks that the template marks as held back have no special part in it.
 
     Args:
         block_length: cut each row's slots into blocks of this length, whatever the blocks of the canvas (the last one
@@ -385,6 +381,8 @@ class SemiAutoregressiveScheduler(Scheduler):
 
     block_length: int | None = None
     on_grid: bool = False
+
+    more_steps = "cut longer blocks, or ask for more steps"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -411,10 +409,6 @@ class SemiAutoregressiveScheduler(Scheduler):
     @override
     def open(self, left: Tensor, lengths: Tensor, held: Tensor) -> Tensor:
         return left * (left.cumsum(1) == left)  # nothing is left in the blocks in front
-
-    @override
-    def _fewer_phases_hint(self) -> str:
-        return "cut longer blocks, or ask for more steps"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
-"""How many of the scored slots are committed: the last of a committer's three questions.
+"""How many of the scored slots are committed, and what becomes of those that are already.
 
-A selection chooses inside each block.  Those of a single paper stand with their decoder, in :mod:`nap_decode.decoders`.
+A selection chooses inside each block; a reviser may replace committed tokens or mask them again.  Those of a single
+paper stand with their decoder, in :mod:`nap_decode.decoders`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing_extensions import override
 from nap_decode.base.errors import check_between, check_name, check_number
 from nap_decode.base.random import SELECTION_STREAM
 from nap_decode.parts.needs import Needs
-from nap_decode.parts.slots import Proposal
+from nap_decode.parts.slots import Decision, Proposal
 
 
 class Selection(ABC):
@@ -119,3 +120,36 @@ class ThresholdSelection(Selection):
     @override
     def __call__(self, proposal: Proposal) -> Tensor:
         return proposal.fill_up(proposal.confidence >= self.threshold)
+
+
+class Reviser(ABC):
+    """Looks at the committed slots of the open blocks.  A subclass writes ``__call__``.
+
+    It must come to an end: mask fewer slots than are committed, and leave blocks settled some time.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> class SecondThoughts(Reviser):  # edits whatever the model would now say otherwise
+        ...     def __call__(self, proposal, decision):
+        ...         slots = proposal.slots
+        ...         edited = slots.committed & (proposal.tokens != slots.tokens)
+        ...         return replace(decision, chosen=decision.chosen | edited)
+    """
+
+    @property
+    def needs(self) -> Needs:
+        """See :class:`Needs`; committed slots in any case."""
+        return Needs(adaptive=True, memory=True, committed=True)
+
+    @abstractmethod
+    def __call__(self, proposal: Proposal, decision: Decision) -> Decision:
+        """Revise a decision.
+
+        Args:
+            proposal: masked and committed slots of the open blocks, and the tokens that are proposed for them; only
+                ``proposal.slots.committed`` may be revised.
+            decision: so far: ``chosen`` are the masked slots that are committed at this step.
+
+        Returns:
+            The decision with edited slots among the ``chosen``, ``remasked`` slots and ``unsettled`` blocks.
+        """
