@@ -19,12 +19,6 @@ class PipelineScheduler(SemiAutoregressiveScheduler):
     Args:
         done_before_next: share of a block, 0 to 1, that is committed before the next one opens; 1 decodes one block
             after the other.
-
-    Example:
-        >>> import torch
-        >>> lengths = torch.tensor([[4, 4, 4]])
-        >>> PipelineScheduler().open(torch.tensor([[2, 4, 4]]), lengths, torch.zeros(1, 3).bool()).tolist()
-        [[2, 4, 0]]
     """
 
     done_before_next: float = 0.5

@@ -14,15 +14,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from nap_decode.base.errors import check_between
-from nap_decode.parts import (
-    AnyOrderScheduler,
-    Decoder,
-    MicroConfidenceCommitter,
-    Needs,
-    QuotaSelection,
-    Schedule,
-    steps_taken,
-)
+from nap_decode.parts import AnyOrderScheduler, Decoder, MicroConfidenceCommitter, Needs, QuotaSelection
+from nap_decode.parts.schedule import Schedule, steps_taken
 
 
 @dataclass(frozen=True)

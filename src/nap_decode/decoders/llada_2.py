@@ -8,16 +8,8 @@ import torch
 from typing_extensions import override
 
 from nap_decode.base.errors import check_integer, check_number
-from nap_decode.parts import (
-    Decision,
-    Decoder,
-    MicroConfidenceCommitter,
-    Needs,
-    Proposal,
-    Reviser,
-    ThresholdSelection,
-    in_blocks,
-)
+from nap_decode.parts import Decoder, MicroConfidenceCommitter, Needs, Reviser, ThresholdSelection, in_blocks
+from nap_decode.parts.slots import Decision, Proposal
 
 
 @dataclass(frozen=True)

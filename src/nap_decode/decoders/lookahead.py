@@ -11,18 +11,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from nap_decode.base.errors import NapDecodeError, check_between, check_integer, check_part
-from nap_decode.parts import (
-    Committer,
-    Decision,
-    Decoder,
-    MicroConfidenceCommitter,
-    Needs,
-    Predict,
-    Proposal,
-    Slots,
-    ThresholdSelection,
-    in_blocks,
-)
+from nap_decode.parts import Committer, Decoder, MicroConfidenceCommitter, Needs, Predict, ThresholdSelection, in_blocks
+from nap_decode.parts.slots import Decision, Proposal, Slots
 
 
 @dataclass(frozen=True, kw_only=True)

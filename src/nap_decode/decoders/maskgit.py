@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from nap_decode.parts import AnyOrderScheduler, Decoder, MicroConfidenceCommitter, QuotaSelection, Schedule, steps_taken
+from nap_decode.parts import AnyOrderScheduler, Decoder, MicroConfidenceCommitter, QuotaSelection
+from nap_decode.parts.schedule import Schedule, steps_taken
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from nap_decode.parts.committer import Adjustment, Committer, MicroConfidenceCom
 from nap_decode.parts.confidence import Candidates, Confidence, leftmost, margin, negative_entropy, probability, random
 from nap_decode.parts.decoder import Decoder
 from nap_decode.parts.needs import Needs
-from nap_decode.parts.schedule import EvenSchedule, Schedule, steps_taken
+from nap_decode.parts.schedule import EvenSchedule, Schedule
 from nap_decode.parts.scheduler import (
     AnyOrderScheduler,
     MacroParallelScheduler,
@@ -56,5 +56,4 @@ __all__ = [
     "probability",
     "random",
     "rank_in_block",
-    "steps_taken",
 ]

@@ -70,12 +70,7 @@ class Committer(ABC):
 
     @abstractmethod
     def __call__(self, slots: Slots, predict: Predict) -> Decision:
-        """Decide one step.
-
-        Args:
-            slots: the slots of the open blocks.
-            predict: asks the model about them.
-        """
+        """Decide one step, about the slots of the open blocks, of which ``predict`` asks the model."""
 
 
 Chunk: TypeAlias = tuple[Tensor, Tensor]
@@ -117,9 +112,6 @@ class MicroConfidenceCommitter(Committer):
     Confidences are by default those of the model's own distribution (temperature 1, nothing cut off),
     whatever the proposal is drawn from.  Softmax and draws are computed in float32 (float64 if the logits are).  A
     draw inverts the distribution function at one 24-bit uniform number.
-
-    Raises:
-        NapDecodeError: a value out of range, an unknown name, or a cut-off without a temperature.
 
     Example:
         >>> committer = MicroConfidenceCommitter(temperature=0.7, top_p=0.95, confidence="margin")
@@ -182,15 +174,14 @@ class MicroConfidenceCommitter(Committer):
         return whole
 
     @lazy
-    def _asked(self) -> dict[Any, Confidence]:
-        """The functions whose values are needed: the confidence, then the statistics by what they are asked for."""
-        statistics = {name: find_confidence(name, STATISTICS) for name in self.needs.statistics}
-        return {None: find_confidence(self.confidence)} | statistics
+    def _asked(self) -> tuple[Confidence, ...]:
+        """The functions whose values are needed: the confidence, then the statistics."""
+        return tuple(find_confidence(function, STATISTICS) for function in (self.confidence, *self.needs.statistics))
 
     @lazy
     def _reads(self) -> tuple[tuple[str, ...], bool]:
         """The properties of a distribution that are known to be read, and whether nothing else of it is."""
-        known = [getattr(function, "reads", None) for function in self._asked.values()]
+        known = [getattr(function, "reads", None) for function in self._asked]
         names = dict.fromkeys(name for names in known for name in names or ())
         return ("best", "mode", *names), None not in known
 
@@ -211,12 +202,7 @@ class MicroConfidenceCommitter(Committer):
         return decision if self.reviser is None else self.reviser(proposal, decision)
 
     def propose(self, prediction: Prediction, slots: Slots) -> Proposal:
-        """Score every slot; confidences are nan where no id is both possible and allowed.
-
-        Args:
-            prediction: what the model says about the slots.
-            slots: the slots.
-        """
+        """Score every slot by what the model says; confidences are nan where no id is both possible and allowed."""
         before = _logits_before(slots, prediction) if self.needs.previous else None
         draws = slots.uniform(TOKEN_STREAM).flatten() if self.temperature > 0 else None
         draws_as_is = self.temperature == 1 and self.top_k is None and self.top_p is None
@@ -252,7 +238,7 @@ class MicroConfidenceCommitter(Committer):
     def _score(self, candidates: Candidates, possible: Tensor) -> tuple[Tensor, ...]:
         """The candidates' tokens, and what each asked function says of them; nan where no id is possible."""
         scores: dict[int, Tensor] = {}
-        for function in self._asked.values():
+        for function in self._asked:
             if id(function) not in scores:  # each is computed once
                 score = function(candidates)
                 if not isinstance(score, Tensor) or score.shape != possible.shape:
@@ -262,7 +248,7 @@ class MicroConfidenceCommitter(Committer):
                         f"{name} must return one number for each of the {len(possible)} candidates, but returned {got}"
                     )
                 scores[id(function)] = score.where(possible, torch.nan)
-        return candidates.tokens, *(scores[id(function)] for function in self._asked.values())
+        return candidates.tokens, *(scores[id(function)] for function in self._asked)
 
     def _read(
         self, logits: Tensor, banned: Tensor | None, names: tuple[str, ...], uniform: Tensor | None

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -91,7 +91,7 @@ Confidence: TypeAlias = Callable[[Candidates], Tensor]
 """``Candidates -> (R,)`` scores.  One of yours that draws nothing may say so: ``needs = Needs()``."""
 
 
-def _asks(reads: tuple[str, ...] | None, **needs: bool) -> Callable[[Confidence], Confidence]:
+def _asks(reads: tuple[str, ...] | None, **needs: Any) -> Callable[[Confidence], Confidence]:
     """Note the properties of a :class:`Distribution` that a function reads of the logits, if that is all; its needs."""
 
     def note(function: Confidence) -> Confidence:

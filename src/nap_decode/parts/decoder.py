@@ -28,9 +28,6 @@ class Decoder:
             everything before it are committed, the rest of the block is filled with the padding id without being
             decoded, and its share of the budget goes to the other blocks; with a fixed schedule, fewer steps are taken.
 
-    Raises:
-        NapDecodeError: parts that do not go together.
-
     Example:
         >>> from nap_decode import MacroParallelScheduler, decoders
         >>> decoder = decoders.klass(threshold=0.8).set(temperature=0.7, block_length=16)
@@ -80,10 +77,7 @@ class Decoder:
         """The same with options of its parts exchanged, each by its name; of steps and tokens_per_step, the other goes.
 
         A part that is exchanged takes its options with it (with a scheduler goes its ``tokens_per_step``); any given
-        along with the new one are the new one's.
-
-        Raises:
-            NapDecodeError: an option that no part has, or more than one; a value out of range.
+        along with the new one are the new one's.  Refused is an option that no part has, or more than one.
         """
         found = self.options(**options)
         for name in options:

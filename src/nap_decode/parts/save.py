@@ -28,9 +28,6 @@ _HOMES = ("canvas", "parts", "decoders", "speed")
 def to_plain(value: Any) -> Any:
     """A part as JSON can hold it: dataclasses as their options (those that are not the default), and their name.
 
-    Raises:
-        NapDecodeError: something that is no part, number, text or list of these.
-
     Example:
         >>> from nap_decode import AnyOrderScheduler
         >>> to_plain(AnyOrderScheduler(steps=8))
@@ -52,7 +49,7 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, FunctionType) and value.__name__ != "<lambda>":
         return _named("function", value)
     kind = type(value)
-    has_options = kind.__init__ is not object.__init__ or kind.__new__ is not object.__new__
+    has_options = any("__init__" in vars(base) or "__new__" in vars(base) for base in kind.__mro__[:-1])
     if callable(value) and not has_options and getattr(value, "__dict__", None) == {}:  # it is nothing but its class
         return _named("part", kind)
     raise NapDecodeError(
@@ -62,14 +59,7 @@ def to_plain(value: Any) -> Any:
 
 
 def from_plain(data: Any, parts: Sequence[Part] = ()) -> Any:
-    """The part that :func:`to_plain` wrote.
-
-    Args:
-        data: what it returned.
-        parts: classes and functions of yours that occur in it.
-
-    Raises:
-        NapDecodeError: the name of a part that is neither of this package nor among ``parts``.
+    """The part that :func:`to_plain` wrote; ``parts`` are classes and functions of yours that occur in it.
 
     Example:
         >>> from_plain({"part": "parts.scheduler.AnyOrderScheduler", "steps": 8})

@@ -42,7 +42,7 @@ class Partition(NamedTuple):
     Args:
         block: ``(B, W)`` int64, block of every slot to decode, -1 elsewhere.
         lengths: ``(B, M)`` int64 on the host, slots of each block.
-        held: for each block whether it is held back until the others are done.
+        held: for each block whether the template marks it as held back.
     """
 
     block: Tensor
@@ -121,9 +121,6 @@ class Scheduler(ABC):
         tokens_per_step: instead of ``steps``: each row takes its tokens divided by this, rounded up, in steps; 1 if
             neither is given.  With an adaptive selection it is the least number of tokens per step.
         schedule: how the tokens of a phase are spread over its steps.
-
-    Raises:
-        NapDecodeError: both, or a number below 1.
     """
 
     steps: int | None = None
@@ -154,15 +151,12 @@ class Scheduler(ABC):
 
     @abstractmethod
     def open(self, left: Tensor, lengths: Tensor, held: Tensor) -> Tensor:
-        """Slots of each block that are decoded now; something, as long as anything is left.
+        """``(B, M)`` int64, slots of each block that are decoded now: at most ``left``, but some where any are left.
 
         Args:
             left: ``(B, M)`` int64, slots that are masked.
             lengths: ``(B, M)`` int64, all slots of each block.
             held: ``(B, M)`` bool, blocks that the template marks as held back.
-
-        Returns:
-            ``(B, M)`` int64, at most ``left``.
         """
 
     def shares_steps(self) -> bool:
@@ -183,16 +177,13 @@ class Scheduler(ABC):
         adaptive: bool = False,
         seeds: Tensor | None = None,
     ) -> Plan:
-        """Fix the steps of every row.
+        """Fix the steps of every row; refused are more steps than tokens, and fewer than phases.
 
         Args:
             lengths: ``(B, M)`` int64, slots of each block.
             held: for each block whether it is held back; none by default.
             adaptive: whether the number of steps depends on the model.
             seeds: ``(B,)`` int64, seeds of the rows; needed if the schedule is random.
-
-        Raises:
-            NapDecodeError: more steps than tokens, or fewer steps than phases.
         """
         is_held = torch.tensor(held or (False,) * lengths.shape[1], device=lengths.device).expand_as(lengths)
         total, phases = lengths.sum(1), self._phases(lengths, is_held)  # (B,), (B, P) tokens
@@ -235,38 +226,36 @@ class Scheduler(ABC):
         the budget exactly (:func:`fair_share`).
 
         Returns:
-            ``(B, M)`` int64 quota; and what is left after it, but for what the canvas itself tells, with the step that
-            is taken now.
+            ``(B, M)`` int64 quota; and what is left after it, with the step that is taken now.
         """
         decoded = (plan.lengths - left.masked - left.closed).sum(1)
         step = left.step
         while bool((idle := (left.masked.sum(1) > 0) & (plan.due(step) <= decoded) & (step < plan.steps)).any()):
             step = step + idle
         budget = (plan.due(step) - decoded).clamp(min=0)
-        quota, masked = torch.zeros_like(left.masked), left.masked
+        quota = torch.zeros_like(left.masked)
         while True:
-            opened = self._opened(masked, plan.lengths, plan.held)
+            opened = self._opened(left.masked, plan.lengths, plan.held)
             is_new = (opened != left.weights - left.given).any(1, keepdim=True)
             weights, given = torch.where(is_new, opened, left.weights), left.given.masked_fill(is_new, 0)
             now = torch.minimum(budget - quota.sum(1), opened.sum(1))
             share = fair_share(weights, given, given.sum(1) + now) - given
-            quota, masked = quota + share, masked - share
-            left = replace(left, masked=masked, step=step, weights=weights, given=given + share)
+            quota = quota + share
+            left = replace(left, masked=left.masked - share, step=step, weights=weights, given=given + share)
             # A rest goes on to what opens next, unless a block that closed early left it.
             goes_on = self.shares_steps() | (left.closed.sum(1) == 0)
-            more = goes_on & (quota.sum(1) < budget) & (masked.sum(1) > 0)
+            more = goes_on & (quota.sum(1) < budget) & (left.masked.sum(1) > 0)
             if not bool(more.any()):
                 return quota, left
             budget = torch.where(more, budget, quota.sum(1))
 
     def least(self, plan: Plan, left: Tensor) -> Tensor:
-        """Tokens that each block commits at least at a step of an adaptive decoder, ``(B, M) -> (B, M)`` int64.
+        """``(B, M)`` int64: the fewest tokens that each block commits at a step of an adaptive decoder.
 
         ``tokens_per_step`` for each row, or what is open, shared by what each block still has.
         """
         opened = self._opened(left, plan.lengths, plan.held)
-        target = opened.sum(1).clamp(max=self._per_step)
-        return fair_share(opened, torch.zeros_like(opened), target)
+        return fair_share(opened, torch.zeros_like(opened), opened.sum(1).clamp(max=self._per_step))
 
     def may_commit(self, plan: Plan, left: Tensor) -> Tensor:
         """``(B, M)`` bool: blocks in which an adaptive decoder may commit; one that has begun may go on."""
@@ -310,18 +299,15 @@ class MacroParallelScheduler(Scheduler):
     """NAP's rule: every step's budget is spread over all paths; the summary is held back.
 
     "The unmasking budget is distributed across all m reasoning blocks at every step" (arXiv 2602.23225, section 4.2);
-    what the paper leaves open is decided here:
-
-    * cumulative fair share: after every step each block has received its ideal share, rounded down or up
-      (:func:`fair_share`).  With fewer tokens per step than blocks, the blocks take turns;
-    * blocks marked ``held`` (the summary) open when ``hold_until`` of the other tokens are committed.  The steps are
-      divided between the two phases in proportion to their tokens, at least one each.
+    what the paper leaves open is decided here.  After every step each block has received its ideal share, rounded down
+    or up (:func:`fair_share`); with fewer tokens per step than blocks, the blocks take turns.  The steps are divided
+    between paths and summary in proportion to their tokens, at least one each.
 
     Args:
-        hold_until: share of the path tokens, 0 to 1, that are committed before the summary opens.  1 decodes it last,
-            0 along with the paths.
-        share_last_step: let the summary use what is left of the step that completes the first phase, instead of having
-            steps of its own.
+        hold_until: share of the other tokens, 0 to 1, that are committed before blocks that are held back open.  1
+            decodes them last, 0 along with the others.
+        share_last_step: let the summary use what is left of the step that completes the paths, instead of having steps
+            of its own.
 
     Example:
         >>> scheduler = MacroParallelScheduler(tokens_per_step=2)
@@ -373,10 +359,8 @@ class SemiAutoregressiveScheduler(Scheduler):
             attention do (LLaDA2, SDAR); the first block is then what the prompt left of it.
 
     Example:
-        >>> scheduler = SemiAutoregressiveScheduler(steps=3)
-        >>> plan = scheduler.plan(torch.tensor([[4, 2]]))
-        >>> scheduler.next(plan, Left.all(plan.lengths))[0].tolist()
-        [[2, 0]]
+        >>> SemiAutoregressiveScheduler().open(torch.tensor([[0, 3, 4]]), torch.tensor([[4, 4, 4]]), None).tolist()
+        [[0, 3, 0]]
     """
 
     block_length: int | None = None
@@ -416,11 +400,8 @@ class AnyOrderScheduler(Scheduler):
     """No blocks: the budget of a step goes to any slots of the canvas ("AO" in the paper).
 
     Example:
-        >>> scheduler = AnyOrderScheduler(tokens_per_step=4)
-        >>> plan = scheduler.plan(torch.tensor([[10]]))
-        >>> quota, left = scheduler.next(plan, Left.all(plan.lengths))
-        >>> quota.tolist(), left.masked.tolist()
-        ([[4]], [[6]])
+        >>> AnyOrderScheduler(tokens_per_step=4).plan(torch.tensor([[10]])).targets.tolist()
+        [[4, 7, 10]]
     """
 
     @override

@@ -103,7 +103,7 @@ class ThresholdSelection(Selection):
     """Every slot that reaches a confidence (Fast-dLLM, arXiv 2505.22618, algorithm 1).
 
     Args:
-        threshold: slots with at least this confidence are committed.
+        threshold: the confidence.
 
     Example:
         >>> from nap_decode.parts import Slots
@@ -143,13 +143,8 @@ class Reviser(ABC):
 
     @abstractmethod
     def __call__(self, proposal: Proposal, decision: Decision) -> Decision:
-        """Revise a decision.
+        """Revise a decision, whose ``chosen`` so far are the masked slots that are committed at this step.
 
-        Args:
-            proposal: masked and committed slots of the open blocks, and the tokens that are proposed for them; only
-                ``proposal.slots.committed`` may be revised.
-            decision: so far: ``chosen`` are the masked slots that are committed at this step.
-
-        Returns:
-            The decision with edited slots among the ``chosen``, ``remasked`` slots and ``unsettled`` blocks.
+        The proposal is for masked and committed slots of the open blocks; only ``proposal.slots.committed`` may be
+        revised.  What comes back has edited slots among the ``chosen``, ``remasked`` slots and ``unsettled`` blocks.
         """

@@ -153,15 +153,10 @@ class Slots:
         return values.gather(1, self.rank.clamp(min=0))
 
     def kept(self, name: str, like: Tensor) -> Tensor:
-        """What a part put in ``memory[name]`` at an earlier step; zeros for rows that are new.
+        """What a part put in ``memory[name]`` at an earlier step, padded or cut to the shape of ``like``, or that.
 
         The batch changes while it is decoded: rows leave and others come, and their widths with them.  So what
         is kept is a tensor with the batch as its first dimension, in which zero stands for nothing.
-
-        Args:
-            name: the name.
-            like: what there is if nothing was kept; its shape, but for the first dimension, is what comes back,
-                padded or cut at the end.
         """
         return pad_to(self.memory[name], like.shape[1:]) if name in self.memory else like
 
@@ -176,8 +171,8 @@ class Slots:
 
     def repeat(self, times: int) -> Slots:
         """The slots of the batch several times over, one batch after the other."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("places", "memory")}
-        repeated = {name: torch.cat([tensor] * times) for name, tensor in tensors.items()}
+        names = [f.name for f in fields(self) if f.name not in ("places", "memory")]
+        repeated: dict[str, Any] = {name: torch.cat([getattr(self, name)] * times) for name in names}
         first = torch.arange(times, device=self.places.device)[:, None] * self.block.numel()
         return replace(self, places=(self.places + first).flatten(), **repeated)
 
