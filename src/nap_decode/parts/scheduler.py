@@ -349,7 +349,7 @@ class MacroParallelScheduler(Scheduler):
 class SemiAutoregressiveScheduler(Scheduler):
     """One block after the other, each with steps in proportion to its tokens (LLaDA, arXiv 2502.09992).
 
-    Blocks that the template marks as held back have no special part in it.
+    A block that the template marks as held back is one like the others.
 
     Args:
         block_length: cut each row's slots into blocks of this length, whatever the blocks of the canvas (the last one

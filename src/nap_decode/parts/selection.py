@@ -102,9 +102,6 @@ def _topk(proposal: Proposal, score: Tensor) -> Tensor:
 class ThresholdSelection(Selection):
     """Every slot that reaches a confidence (Fast-dLLM, arXiv 2505.22618, algorithm 1).
 
-    Args:
-        threshold: the confidence.
-
     Example:
         >>> from nap_decode.parts import Slots
         >>> slots = Slots.of(block=torch.tensor([[0, 0, 0, 1, 1]]), quota=torch.tensor([[0, 1]]))

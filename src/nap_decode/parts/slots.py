@@ -63,11 +63,11 @@ class Slots:
         Args:
             wanted: ``(B, W)`` bool, the slots.
             block: ``(B, W)`` int64, block of every slot to decode, -1 elsewhere.
-            quota: ``(B, M)`` int64.
+            quota: as it is kept, like the other fields.
             width: K, the largest number of slots in a row, or more.
             total: T, the number of all slots, or more.
             committed: ``(B, W)`` bool, slots that are not masked; None if all wanted ones are.
-            fields: seeds, step, row_tokens, row_offsets and memory of :class:`Slots`.
+            fields: seeds, step, row_tokens, row_offsets and memory.
         """
         #   wanted  . x . x x .   ->   rank  -1 0 -1 1 2 -1   ->   index  1 3 4
         rank = torch.where(wanted, wanted.cumsum(1) - 1, -1)
