@@ -227,8 +227,8 @@ def test_draws_differ_between_steps_and_positions():
         ({"selection": "threshold"}, "selection must be a Selection, such as"),
         ({"temperature": 1.0, "top_k": 0}, "top_k must be a whole number of at least 1, but is 0"),
         ({"temperature": 1.0, "top_p": 1.2}, "top_p must be a number from 0 to 1, but is 1.2"),
-        ({"top_k": 3}, "top_k=3 has no effect at temperature 0"),
-        ({"top_p": 0.9}, "top_p=0.9 has no effect at temperature 0"),
+        ({"top_k": 3}, "top_k=3 would have no effect: nothing is drawn"),
+        ({"top_p": 0.9}, "top_p=0.9 would have no effect: nothing is drawn"),
         ({"confidence": "entropi"}, "there is no confidence 'entropi'"),
     ],
 )

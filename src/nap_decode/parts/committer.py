@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self, override
 
-from nap_decode.base.errors import NapDecodeError, check_between, check_flag, check_integer, check_part
+from nap_decode.base.errors import NapDecodeError, check_between, check_flag, check_integer, check_part, refuse
 from nap_decode.base.lazy import lazy
 from nap_decode.base.random import TOKEN_STREAM
 from nap_decode.model.prediction import Prediction
@@ -118,7 +118,7 @@ class MicroConfidenceCommitter(Committer):
         >>> MicroConfidenceCommitter(top_k=5)
         Traceback (most recent call last):
         ...
-        nap_decode.base.errors.NapDecodeError: top_k=5 has no effect at temperature 0; set a temperature or leave it out
+        nap_decode.base.errors.NapDecodeError: top_k=5 would have no effect: nothing is drawn at ...
     """
 
     temperature: float = 0.0
@@ -135,19 +135,16 @@ class MicroConfidenceCommitter(Committer):
 
     def __post_init__(self) -> None:
         check_between("temperature", self.temperature, 0.0, math.inf)
-        check_flag("scores_proposal", self.scores_proposal)
-        check_flag("model_precision", self.model_precision)
         if 0 < self.temperature < 1e-6:
             raise NapDecodeError(f"temperature must be 0 or at least 1e-6, but is {self.temperature!r}")
+        check_flag("scores_proposal", self.scores_proposal)
+        check_flag("model_precision", self.model_precision)
         if self.top_k is not None:
             check_integer("top_k", self.top_k, 1)
         if self.top_p is not None:
             check_between("top_p", self.top_p, 0.0, 1.0)
-        for name in ("top_k", "top_p"):
-            if getattr(self, name) is not None and self.temperature == 0 and not self.scores_proposal:
-                raise NapDecodeError(
-                    f"{name}={getattr(self, name)} has no effect at temperature 0; set a temperature or leave it out"
-                )
+        if self.temperature == 0 and not self.scores_proposal:
+            refuse({"top_k": self.top_k, "top_p": self.top_p}, {}, "nothing is drawn at temperature 0")
         find_confidence(self.confidence)
         check_part("selection", self.selection, Selection, "QuotaSelection()")
         if self.reviser is not None:
@@ -155,11 +152,11 @@ class MicroConfidenceCommitter(Committer):
         if self.adjustment is not None:
             check_part("adjustment", self.adjustment, Adjustment, "Credit()")
         if self.needs.previous and self.adjustment is not None:
-            parts = [part for part in (self.selection, self.reviser) if part is not None and part.needs.previous]
-            compares = type(parts[0]).__name__ if parts else "a confidence or statistic such as divergence"
+            parts = (self.selection, self.reviser, *self._asked, self.adjustment)
+            compares = next(part for part in parts if getattr(part, "needs", Needs()).previous)
             raise NapDecodeError(
-                f"{compares} compares the model's predictions from step to step, which "
-                f"{type(self.adjustment).__name__} changes by itself; leave one of them out"
+                f"{_name(compares)} compares the model's predictions from step to step, which "
+                f"{_name(self.adjustment)} changes by itself; leave one of them out"
             )
 
     @lazy
@@ -243,9 +240,9 @@ class MicroConfidenceCommitter(Committer):
                 score = function(candidates)
                 if not isinstance(score, Tensor) or score.shape != possible.shape:
                     got = f"a tensor {tuple(score.shape)}" if isinstance(score, Tensor) else f"{score!r:.80}"
-                    name = getattr(function, "__name__", type(function).__name__)
                     raise NapDecodeError(
-                        f"{name} must return one number for each of the {len(possible)} candidates, but returned {got}"
+                        f"{_name(function)} must return one number for each of the {len(possible)} candidates, but "
+                        f"returned {got}"
                     )
                 scores[id(function)] = score.where(possible, torch.nan)
         return candidates.tokens, *(scores[id(function)] for function in self._asked)
@@ -276,6 +273,10 @@ class MicroConfidenceCommitter(Committer):
         for warper in reversed(warpers) if self.scores_proposal else warpers:  # Dream cuts by top_p first
             scores = warper(unused, scores)
         return scores
+
+
+def _name(part: Any) -> str:
+    return str(getattr(part, "__name__", type(part).__name__))
 
 
 def _precision(logits: Tensor) -> torch.dtype:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
-from nap_decode.base.errors import NapDecodeError, check_ids, check_name, check_part
+from nap_decode.base.errors import NapDecodeError, check_ids, check_name, check_part, refuse
 from nap_decode.parts.committer import Committer, MicroConfidenceCommitter
 from nap_decode.parts.needs import Needs
 from nap_decode.parts.schedule import EvenSchedule
@@ -51,15 +51,12 @@ class Decoder:
         else:  # a tuple, to be compared, hashed and saved
             object.__setattr__(self, "close_on", tuple(check_ids("close_on", self.close_on)))
         if self.needs.adaptive:
-            scheduler, decides = self.scheduler, "because the committer decides how many tokens a step commits"
-            if scheduler.schedule != EvenSchedule():
-                raise NapDecodeError(f"{scheduler.schedule!r} has no effect, {decides}; leave it out")
-            if scheduler.shares_steps():
-                raise NapDecodeError(f"share_last_step=True has no effect, {decides}; leave it out")
-            if scheduler.steps is not None:
-                raise NapDecodeError(
-                    f"steps={scheduler.steps} cannot be kept, {decides}; use tokens_per_step= for the least number"
-                )
+            scheduler = self.scheduler
+            refuse(
+                {"schedule": scheduler.schedule, "share_last_step": scheduler.shares_steps(), "steps": scheduler.steps},
+                {"schedule": EvenSchedule(), "share_last_step": False},
+                "the committer decides how many tokens a step commits (at least tokens_per_step)",
+            )
 
     @property
     def needs(self) -> Needs:
