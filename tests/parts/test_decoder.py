@@ -151,6 +151,10 @@ class TestSet:
         assert changed.committer.selection == ThresholdSelection(0.7)
         changed = decoders.llada_random().set(hold_until=0.5, scheduler=MacroParallelScheduler())
         assert changed.scheduler == MacroParallelScheduler(hold_until=0.5)
+        # A part that is exchanged takes its options with it, unless they are given along with the new one.
+        slow = decoders.llada_random().set(tokens_per_step=4)
+        assert slow.set(scheduler=MacroParallelScheduler()).scheduler == MacroParallelScheduler()
+        assert slow.set(scheduler=MacroParallelScheduler(), tokens_per_step=2).scheduler.tokens_per_step == 2
         changed = decoders.entropy_bounded().set(
             reviser=EditReviser(), edit_threshold=0.1, adjustment=Credit(), decay=0.1
         )

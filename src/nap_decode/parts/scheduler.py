@@ -441,17 +441,14 @@ def fair_share(weights: Tensor, committed: Tensor, target: Tensor) -> Tensor:
         ``(B, M)`` int64.
 
     Example:
-        >>> weights = committed = torch.tensor([[2, 2, 2]])
+        >>> weights = torch.tensor([[2, 2, 2]])
         >>> committed = torch.zeros_like(weights)
-        >>> for target in range(1, 7):
+        >>> for target in range(1, 4):
         ...     committed = fair_share(weights, committed, torch.tensor([target]))
         ...     print(committed.tolist()[0])
         [1, 0, 0]
         [1, 1, 0]
         [1, 1, 1]
-        [2, 1, 1]
-        [2, 2, 1]
-        [2, 2, 2]
     """
     total = weights.sum(1, keepdim=True).clamp(min=1)
     ideal = target[:, None] * weights  # times total
