@@ -172,7 +172,7 @@ def test_parts_with_the_names_of_ours_are_not_taken_for_them():
         "parts.scheduler.torch",
         "parts.scheduler.replace",
         "parts.scheduler.Canvas",
-        "parts.save._restore",
+        "parts.save._named",
         "parts.scheduler",
         "..os.system",
         "parts.scheduler.",

@@ -597,7 +597,7 @@ class TestBadInput:
 
     def test_parts_that_do_not_go_together(self, denoiser):
         adaptive = MicroConfidenceCommitter(selection=ThresholdSelection())
-        with pytest.raises(NapDecodeError, match="steps=4 cannot be kept, because the committer decides"):
+        with pytest.raises(NapDecodeError, match="steps=4 would have no effect: the committer decides"):
             Decoder(AnyOrderScheduler(steps=4), adaptive)
         with pytest.raises(NapDecodeError, match="a Sampler takes a model, its tokenizer and a Decoder"):
             Sampler(denoiser)
@@ -784,7 +784,7 @@ def test_a_committer_cannot_leave_masks(denoiser):
 
 
 def test_sharing_the_last_step_means_nothing_to_adaptive_committers(denoiser):
-    with pytest.raises(NapDecodeError, match="share_last_step=True has no effect"):
+    with pytest.raises(NapDecodeError, match="share_last_step=True would have no effect"):
         decoders.parallel_forced().set(selection=ThresholdSelection(), share_last_step=True)
 
 

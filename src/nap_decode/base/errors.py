@@ -79,6 +79,13 @@ def check_number(name: str, value: Any) -> None:
         raise NapDecodeError(f"{name} must be a number, but is {value!r}")
 
 
+def check_part(name: str, value: Any, kind: type, example: str) -> None:
+    """Raise unless ``value`` is an object of this kind of part."""
+    if not isinstance(value, kind):
+        article = "an" if kind.__name__[0] in "AEIOU" else "a"
+        raise NapDecodeError(f"{name} must be {article} {kind.__name__}, such as {example}, but is {value!r:.80}")
+
+
 def check_name(what: str, name: str, known: Iterable[str]) -> None:
     """Raise unless ``name`` is one of ``known``; the message suggests the nearest."""
     names = sorted(known)
