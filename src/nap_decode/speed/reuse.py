@@ -14,7 +14,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -72,6 +72,10 @@ class Kept:
     def counted(self, computed: Tensor) -> Kept:
         """With one pass more, of ``(B,)`` positions."""
         return replace(self, counts=torch.cat([self.counts, computed[:, None]], dim=1))
+
+
+Memory: TypeAlias = dict[str, Kept]
+"""By branch; empty at first."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,13 +182,7 @@ class Reuse(abc.ABC):
             )
 
     def forward(
-        self,
-        call: ModelCall,
-        rows: Rows,
-        branches: Sequence[Tensor],
-        wanted: Tensor,
-        is_slot: Tensor,
-        kept: dict[str, Kept],
+        self, call: ModelCall, rows: Rows, branches: Sequence[Tensor], wanted: Tensor, is_slot: Tensor, kept: Memory
     ) -> Output:
         """One forward pass, see :class:`nap_decode.model.denoiser.Reuse`.
 
@@ -231,14 +229,14 @@ class Reuse(abc.ABC):
         output = call_storing(call, tokens, options, every, store)
         return output._replace(rows=take(store.put("outputs", output.rows[:, None])[:, 0], wanted))
 
-    def count(self, rows: Rows, branches: int, kept: dict[str, Kept]) -> None:
+    def count(self, rows: Rows, branches: int, kept: Memory) -> None:
         """Note down a pass that computed everything."""
         lengths = host_tensor(rows.lengths, rows.prompt.device)
         for name in _BRANCHES[:branches]:
             kept[name] = (kept.get(name) or Kept.nothing(rows.prompt)).counted(lengths)
 
     @staticmethod
-    def computed(kept: dict[str, Kept], passes: Tensor) -> Tensor:
+    def computed(kept: Memory, passes: Tensor) -> Tensor:
         """``(B, S)``: positions that were computed in each of the passes ``(B,)`` of a row, 0 behind the last."""
         if not kept or not len(passes):
             return torch.zeros(len(passes), 0, dtype=torch.int64, device="cpu")
@@ -369,7 +367,7 @@ def _why_not(probing: Probing) -> str | None:
     other = tokens.clone()
     other[:, 1] = probing.tokens[2, 1]
     before, after = (head.logits(call.with_rows(rows, one, wanted)) for one in (other, tokens))
-    kept: dict[str, Kept] = {}
+    kept: Memory = {}
     # The whole of other rows; then all positions of these, called for as some; then one, though nothing is new.
     steps = (
         (PromptReuse(refresh_every=1), other, before),
