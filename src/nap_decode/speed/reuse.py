@@ -255,7 +255,12 @@ def _packed(computed: Tensor, most: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptReuse(Reuse):
-    """Computes all but the prompt (the prompt interval of dLLM-Cache, arXiv 2506.06295)."""
+    """Computes all but the prompt (the prompt interval of dLLM-Cache, arXiv 2506.06295).
+
+    Example:
+        >>> PromptReuse(refresh_every=16)
+        PromptReuse(refresh_every=16)
+    """
 
     def select(self, glance: Glance) -> Tensor:
         """All but the prompt."""
@@ -269,6 +274,14 @@ class CommittedReuse(Reuse):
     Args:
         delay: passes that compute a token after its commit; then its keys and values are kept.  They change most
             when the mask becomes a token, so 1 is right for most models.
+
+    Example:
+        >>> from nap_decode import Denoiser, ParallelForcedSampler, demo
+        >>> denoiser = Denoiser(*demo.load(), reuse=CommittedReuse())
+        >>> sampler = ParallelForcedSampler(denoiser, path_length=11, summary_length=2, tokens_per_step=4)
+        >>> out = sampler("6 0 6 4 6 2 1 2 4 7 0 6 =")
+        >>> out.summary, out.positions_forwarded, out.positions_exact
+        ('6', [200], [477])
     """
 
     delay: int = 1
@@ -292,6 +305,10 @@ class BlockReuse(Reuse):
     Args:
         with_suffix: compute what stands behind the block, too: Fast-dLLM's prefix cache.  Without, it is its dual
             cache.
+
+    Example:
+        >>> BlockReuse(with_suffix=True)
+        BlockReuse(refresh_every=None, with_suffix=True)
     """
 
     with_suffix: bool = False
@@ -322,6 +339,14 @@ class DriftReuse(Reuse):
         share: of the wanted positions, rounded up.
         reach: positions.
         max_age: passes after which a wanted position is computed in any case.
+
+    Example:
+        >>> from nap_decode import Denoiser, ParallelForcedSampler, demo
+        >>> denoiser = Denoiser(*demo.load(), reuse=DriftReuse())
+        >>> sampler = ParallelForcedSampler(denoiser, path_length=11, summary_length=2, tokens_per_step=4)
+        >>> out = sampler("6 0 6 4 6 2 1 2 4 7 0 6 =")
+        >>> out.summary, out.positions_forwarded, out.positions_exact
+        ('6', [158], [477])
     """
 
     share: float = 0.6
