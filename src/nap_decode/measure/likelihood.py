@@ -52,6 +52,10 @@ class LogLikelihood:
         standard_error: ``(N,)`` float64, of an estimate; 0 where the value is exact.
         is_greedy: ``(N,)`` bool, whether left-to-right greedy decoding gives the completion; None of the bound.
         forward_passes: forward passes of all batches.
+
+    Example:
+        >>> LogLikelihood(torch.tensor([-1.5]), torch.tensor([0.0]), torch.tensor([True]), 3).value.exp()
+        tensor([0.2231])
     """
 
     value: Tensor
@@ -137,6 +141,14 @@ def chain_log_likelihood(
 
     Ids that are never emitted (the mask, and what the tokenizer does not have) are not considered as the most likely.
     Arguments and errors are those of :func:`log_likelihood_bound`; a completion of L tokens takes L rows.
+
+    Example:
+        >>> from nap_decode import demo
+        >>> prompt = "6 0 6 4 6 2 1 2 4 7 0 6 = <think 1>"
+        >>> completions = ["6 0 4 2 0 1 3 7 0 0 6", "6 0 4 1"]
+        >>> found = chain_log_likelihood(Denoiser(*demo.load()), [prompt, prompt], completions)
+        >>> found.is_greedy.tolist(), found.forward_passes
+        ([True, False], 1)
     """
     texts = _encode(denoiser, prompts, completions, batch_size)
     rows = []
