@@ -61,18 +61,10 @@ def make(
     compile: bool | str = False,
     **options: Any,
 ) -> Sampler:
-    """The sampler of what :func:`find` found and a model.
+    """The sampler of what :func:`find` found and a model, which may be a Denoiser already; its options are the others.
 
-    Args:
-        how: the decoder; of a file also a template, and guidance and reuse, which go into the Denoiser.
-        model: also a Denoiser, to which the options of one do not apply.
-        tokenizer: see :class:`Denoiser`.
-        is_shifted: whether the family is shifted, whatever it is.
-        never: ids that are not emitted.
-        model_precision: compute as published code does, in the precision of the model's logits.
-        template: see :class:`Sampler`.
-        compile: see :class:`Sampler`.
-        options: others of the Denoiser.
+    A file's template is the sampler's, its guidance and reuse are the Denoiser's.  ``is_shifted`` is said of the
+    family, ``never`` of ids that are not emitted; ``model_precision`` computes as published code does.
 
     Raises:
         NapDecodeError: two templates, or a Denoiser with other guidance or reuse than the file.

@@ -29,12 +29,12 @@ from nap_decode.run import sampler
 
 # Fields of dLLM's configs and their defaults: how to decode, and what belongs to the canvas, the model and the output.
 _BOTH: dict[str, Any] = {"max_length": None, "cfg_scale": 0.0, "return_dict": False}
-_MDLM_RULE = {"steps": 128, "block_size": 128, "temperature": 0.0, "remasking": "low_confidence"}
+_MDLM_RULE: dict[str, Any] = {"steps": 128, "block_size": 128, "temperature": 0.0, "remasking": "low_confidence"}
 _MDLM_RULE |= {"stochastic_transfer": False, "begin_suppress_tokens": None}
 _MDLM = _MDLM_RULE | _BOTH | {"max_new_tokens": 128, "right_shift_logits": False}
 _MDLM |= {"cfg_keep_tokens": None, "suppress_tokens": None}
-_DREAM_RULE = {"steps": 512, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "stochastic_transfer": False}
-_DREAM_RULE |= {"alg": "origin", "alg_temp": 0.0, "eps": 1e-3}
+_DREAM_RULE: dict[str, Any] = {"steps": 512, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "alg": "origin"}
+_DREAM_RULE |= {"stochastic_transfer": False, "alg_temp": 0.0, "eps": 1e-3}
 _DREAM = _DREAM_RULE | _BOTH | {"max_new_tokens": 20, "right_shift_logits": True}
 
 

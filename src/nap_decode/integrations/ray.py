@@ -129,15 +129,11 @@ def generate(
         rows: Any = bulk.read_prompts(dataset) if isinstance(dataset, str | PathLike) else dataset
         parts = [list(map(json.dumps, part)) for part in bulk.cut_into_parts(rows, rows_per_part)]
         stage = data.from_arrow([pa.table({_PACKED: part}) for part in parts])  # each a block of its own
-    worker = {
-        "make": partial(_load, model, how, template, mask_token_id, "cuda" if num_gpus else "cpu"),
-        "output": os.path.abspath(output),
-        "options": {"seed": seed, "max_batch": max_batch, "max_tokens": max_tokens},
-        "packed": packed,
-    }
+    load = partial(_load, model, how, template, mask_token_id, "cuda" if num_gpus else "cpu")
+    options = {"output": os.path.abspath(output), "seed": seed, "max_batch": max_batch, "max_tokens": max_tokens}
     return stage.map_batches(
         _Worker,
-        fn_constructor_kwargs=worker,
+        fn_constructor_args=(load, packed, options),
         batch_format="pyarrow",
         batch_size=rows_per_part,
         zero_copy_batch=True,
@@ -167,9 +163,8 @@ def _load(
 class _Worker:
     """What Ray Data calls with a part, in a process of its own: the model is loaded once."""
 
-    def __init__(self, make: Callable[[], Sampler], output: str, options: Mapping[str, Any], packed: bool) -> None:
-        self.decoder = bulk.BulkDecoder(make(), output, **options)
-        self.packed = packed
+    def __init__(self, load: Callable[[], Sampler], packed: bool, options: Mapping[str, Any]) -> None:
+        self.decoder, self.packed = bulk.BulkDecoder(load(), **options), packed
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows = [json.loads(row) for row in batch[_PACKED].to_pylist()] if self.packed else batch.to_pylist()
