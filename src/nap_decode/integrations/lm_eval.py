@@ -21,7 +21,6 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import reduce
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -167,7 +166,6 @@ def harness_model() -> Any:
         raise NapDecodeError(
             f"evaluation needs EleutherAI's lm-evaluation-harness ({error}); run pip install 'nap_decode[eval]'"
         ) from error
-
     members = {"__doc__": harness_model.__doc__, "__module__": __name__}
     return register_model("nap_decode")(type("NapDecodeLM", (_NapDecode, HFLM), members))
 
@@ -473,7 +471,7 @@ def _scored(template: CanvasTemplate) -> list[Block]:
 def _temperature(decoder: Decoder) -> Any:
     """That at which tokens are drawn; None if there are several, or the decoder draws in its own way."""
     paths = decoder.options().get("temperature", [])
-    return reduce(getattr, (*paths[0], "temperature"), decoder) if len(paths) == 1 else None
+    return functools.reduce(getattr, (*paths[0], "temperature"), decoder) if len(paths) == 1 else None
 
 
 def _repeats(request: Any) -> int:
