@@ -149,7 +149,7 @@ def test_files_that_are_not_there(capsys, tmp_path):
     assert "No such file" in err
     status, _, err = run(capsys, "demo", "--problems", "0")
     assert status == 2
-    assert "--problems must be at least 1" in err
+    assert "--problems must be a whole number of at least 1" in err
 
 
 def test_unknown_options(capsys):

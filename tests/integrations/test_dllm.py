@@ -252,7 +252,7 @@ class TestUsing:
             make(decoders.klass)
         with pytest.raises(NapDecodeError, match=r"threshold=0.5 would have no effect: the decoder is made already"):
             make(decoders.klass(), threshold=0.5)
-        with pytest.raises(NapDecodeError, match="scheduler=3 would have no effect: the decoder has a scheduler"):
+        with pytest.raises(NapDecodeError, match="scheduler=3 would have no effect: the decoder has its own"):
             Sampler.using("klass")(tiny, Tokenizer(), 3).sample(PROMPTS)
 
 
