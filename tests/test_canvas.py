@@ -149,13 +149,13 @@ def test_bad_canvases():
     Canvas(**good)
     for change, message in (
         ({"tokens": ids[0]}, r"must be \(B, L\)"),
-        ({"block": ids[:, :1]}, r"block and tokens of a canvas must have one shape, but block has \(1, 1\)"),
+        ({"block": ids[:, :1]}, r"block of a canvas must be torch.int64 \(1, 2\), but is torch.int64 \(1, 1\)"),
         ({"block": torch.tensor([[0, 1]])}, "block index 1 needs 2 block names and held flags"),
         ({"attention_mask": torch.tensor([[1, 0]])}, "padding of a canvas cannot be decoded"),
         ({"attention_mask": torch.tensor([[0, 1]])}, "must be 1 from column 0 on, then 0 for padding"),
         ({"block": torch.tensor([[-1, -1]])}, "no slot of the canvas is to be decoded"),
         ({"attention_mask": torch.tensor([[1, 2]])}, "must be 1 from column 0 on, then 0 for padding"),
-        ({"tokens": ids.double()}, "tokens of a canvas must be torch.int64, but is torch.float64"),
+        ({"tokens": ids.double()}, r"tokens of a canvas must be torch.int64 \(1, 2\), but is torch.float64"),
         ({"block": ids.int() * 0}, "block of a canvas must be torch.int64"),
         ({"attention_mask": torch.ones_like(ids).bool()}, "attention_mask of a canvas must be torch.int64"),
         ({"prompt": ids}, "prompt of a canvas must be torch.bool"),

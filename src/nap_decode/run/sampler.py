@@ -412,9 +412,9 @@ class Sampler:
                 "logits processors cannot be saved; save the sampler without them, and give them to the Denoiser that "
                 "it is loaded with"
             )
-        parts = {"decoder": self.decoder, "template": self.template, "reuse": self.denoiser.reuse}
-        plain = {name: to_plain(part) for name, part in parts.items()}
-        content = {"format": _FORMAT, "cfg_scale": float(self.denoiser.cfg_scale)} | plain
+        own = {"cfg_scale": float(self.denoiser.cfg_scale), "reuse": self.denoiser.reuse}
+        parts = {"decoder": self.decoder, "template": self.template} | own
+        content = {"format": _FORMAT} | {name: to_plain(part) for name, part in parts.items()}
         Path(path).write_text(json.dumps(content, indent=2) + "\n")
 
     @staticmethod
@@ -454,20 +454,19 @@ class Sampler:
         Raises:
             NapDecodeError: not such a file, or a part that is not known.
         """
+        names = ("cfg_scale", "decoder", "template", "reuse")
         try:
             content = json.loads(Path(path).read_text())
-            found, cfg_scale = content["format"], content["cfg_scale"]
-            if found != _FORMAT:
-                raise NapDecodeError(
-                    f"{path} has format {found}, but this version reads {_FORMAT}; use the version that wrote it, or "
-                    "save the sampler anew"
-                )
-            plain = {name: content[name] for name in ("decoder", "template", "reuse")}
-        except NapDecodeError:
-            raise
+            found = content["format"]
+            plain = {name: content[name] for name in names if found == _FORMAT}
         except (ValueError, KeyError, TypeError) as error:
             raise NapDecodeError(f"{path} is not a file written by Sampler.save ({error})") from error
-        return {name: from_plain(data, tuple(parts)) for name, data in plain.items()} | {"cfg_scale": cfg_scale}
+        if found != _FORMAT:
+            raise NapDecodeError(
+                f"{path} has format {found}, but this version reads {_FORMAT}; use the version that wrote it, or save "
+                "the sampler anew"
+            )
+        return {name: from_plain(data, tuple(parts)) for name, data in plain.items()}
 
     # ---------------------------------------------------------------------------------------- behind the doors
 
