@@ -183,9 +183,7 @@ class CanvasTemplate:
                 num_blocks += 1
                 continue
             if isinstance(part, str) and tokenizer is None:
-                raise NapDecodeError(
-                    f"the template's text {part!r} needs a tokenizer; pass one, or write it as token ids"
-                )
+                raise NapDecodeError(f"the template's text {part!r} needs a tokenizer; pass one, or write token ids")
             clamped = tokenizer(part, add_special_tokens=False)["input_ids"] if isinstance(part, str) else part
             if mask_token_id in clamped:
                 raise NapDecodeError(

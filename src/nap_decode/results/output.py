@@ -80,9 +80,7 @@ class SamplerOutput:
 
     @property
     def finish_reason(self) -> list[str]:
-        """For each row ``"interrupted"`` if slots are still masked, ``"end"`` if its last block holds an end token, or
-        else ``"length"``.
-        """
+        """For each row ``"end"`` (its last block holds one), ``"length"``, or ``"interrupted"`` (masks are left)."""
         block, masked = self.trace.block, self.trace.masked()
         cut = (block == block.amax(1, keepdim=True)) & (block >= 0) & ~self._before_end
         reasons = zip(masked.any(1).tolist(), cut.any(1).tolist(), strict=True)
