@@ -182,9 +182,12 @@ class CanvasTemplate:
                 block += [num_blocks] * part.length
                 num_blocks += 1
                 continue
-            if isinstance(part, str) and tokenizer is None:
+            if not isinstance(part, str):
+                clamped = list(part)
+            elif tokenizer is not None:
+                clamped = tokenizer(part, add_special_tokens=False)["input_ids"]
+            else:
                 raise NapDecodeError(f"the template's text {part!r} needs a tokenizer; pass one, or write token ids")
-            clamped = tokenizer(part, add_special_tokens=False)["input_ids"] if isinstance(part, str) else part
             if mask_token_id in clamped:
                 raise NapDecodeError(
                     f"there is a mask token ({mask_token_id}) in the template's text {part!r:.80}, which would never "

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,16 +93,17 @@ class DecodeTrace:
             with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
                 header = json.loads(str(arrays["header"]))
                 found = header["format"]
+                values: dict[str, Any] = {}
                 if found <= _FORMAT:
-                    facts = {name: header[name] for name in _FACTS}
+                    values = {name: header[name] for name in _FACTS}
                     names = [*_TENSORS, *(name for name in _OPTIONAL if name in arrays)]
-                    tensors = {name: torch.from_numpy(arrays[name]) for name in names}
+                    values |= {name: torch.from_numpy(arrays[name]) for name in names}
         except (KeyError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise NapDecodeError(f"{path} is not a trace written by DecodeTrace.save ({error})") from error
         if found > _FORMAT:
             raise NapDecodeError(f"{path} has trace format {found}, but this version reads {_FORMAT}; update it")
-        facts = {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
-        return cls(**tensors, **facts)
+        lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        return cls(**values | lists)
 
 
 def ends_before(tokens: Tensor, block: Tensor, end_token_ids: Sequence[int]) -> Tensor:
