@@ -84,8 +84,8 @@ class CanvasTemplate:
                 f"the parts of a template must be a tuple of texts and Blocks, but are {self.parts!r:.80}"
             )
         # Tuples all through, so that templates can be compared, hashed and saved.
-        whole = (p if isinstance(p, str | Block) else tuple(check_ids("a template's text", p)) for p in self.parts)
-        object.__setattr__(self, "parts", tuple(whole))
+        whole = tuple(p if isinstance(p, Block) else _text("a template's text", p) for p in self.parts)
+        object.__setattr__(self, "parts", whole)
         names = [block.name for block in self.blocks]
         if not names:
             raise NapDecodeError("a template needs at least one Block; there is nothing to decode")
@@ -129,7 +129,7 @@ class CanvasTemplate:
             summary_footer: text clamped after the summary.
 
         Raises:
-            NapDecodeError: lengths that do not add up.
+            NapDecodeError: lengths that do not add up; a header or footer that is neither text nor ids.
         """
         check_integer("num_paths", num_paths, 1)
         check_integer("summary_length", summary_length, 0)
@@ -159,12 +159,9 @@ class CanvasTemplate:
         for number, (header, length, footer) in enumerate(zip(headers, lengths, footers, strict=True), 1):
             parts += [header, Block(f"path {number}", length), footer]
         if summary_length:
-            parts += [
-                summary_header,
-                Block("summary", summary_length, held=True),
-                "" if summary_footer is None else summary_footer,
-            ]
-        return cls(tuple(part for part in cls(tuple(parts)).parts if part not in ("", ())))
+            footer = _text("summary_footer", "" if summary_footer is None else summary_footer)
+            parts += [_text("summary_header", summary_header), Block("summary", summary_length, held=True), footer]
+        return cls(tuple(part for part in parts if part not in ("", ())))
 
     def encode(self, tokenizer: PreTrainedTokenizerBase | None, mask_token_id: int) -> tuple[list[int], list[int]]:
         """Token ids of the layout (masks in the blocks) and the block of every slot (-1: clamped).
@@ -363,13 +360,17 @@ def count_blocks(block: Tensor, num_blocks: int, where: Tensor | None = None) ->
     return counts.scatter_add_(1, block.clamp(min=0), counted.long())
 
 
+def _text(name: str, text: Text) -> Text:
+    return text if isinstance(text, str) else tuple(check_ids(name, text))
+
+
 def _texts(name: str, text: str | Sequence[Text], num_paths: int) -> list[Text]:
     if isinstance(text, str):
         return [text.replace("{}", str(j + 1)) for j in range(num_paths)]
     if not isinstance(text, Sequence) or len(text) != num_paths:
         lists = f"lists {len(text)} texts" if isinstance(text, Sequence) else f"is {text!r:.80}, not a list of texts,"
         raise NapDecodeError(f"{name} {lists} for num_paths={num_paths}")
-    return list(text)
+    return [_text(name, one) for one in text]
 
 
 def _padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:

@@ -67,16 +67,19 @@ class RunOptions(TypedDict, total=False):
 
 
 def _check_run(options: Mapping[str, Any]) -> None:
+    """Raise unless these are options of a run, and of the right kind; :class:`Streams` looks at streamers."""
     for name, value in options.items():
         check_name("option of a run", name, RunOptions.__annotations__)
-        if name == "interruptible" or (name == "progress" and value is not None):
-            check_flag(name, value)
-        elif name == "callback" and value is not None and not callable(value):
-            raise NapDecodeError(f"callback must be a function of the DecodeState, but is {value!r:.80}")
-        elif name == "row_seeds" and value is not None and not isinstance(value, Iterable):
-            raise NapDecodeError(f"row_seeds must be a list with a seed for every row, but are {value!r:.80}")
-        elif name == "seed" and value is not None:
+        if value is None and name != "interruptible":
+            continue
+        if name == "seed":
             check_seed(value)
+        elif name in ("interruptible", "progress"):
+            check_flag(name, value)
+        elif name == "callback" and not callable(value):
+            raise NapDecodeError(f"callback must be a function of the DecodeState, but is {value!r:.80}")
+        elif name == "row_seeds" and not isinstance(value, Iterable):
+            raise NapDecodeError(f"row_seeds must be a list with a seed for every row, but is {value!r:.80}")
 
 
 class Sampler:

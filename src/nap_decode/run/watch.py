@@ -31,18 +31,18 @@ class Streams:
     """
 
     def __init__(self, streamers: Any, canvas: Canvas, *, ends: Sequence[int], is_final: bool) -> None:
-        self.streamers = list(streamers) if isinstance(streamers, Sequence) else [streamers]
-        if len(self.streamers) != len(canvas.tokens):
-            given = f"{len(self.streamers)} for {len(canvas.tokens)} rows"
-            raise NapDecodeError(f"there must be one streamer for every row, or None, but there are {given}")
+        self.streamers = list(streamers) if isinstance(streamers, list | tuple) else [streamers]
         for streamer in self.streamers:
             if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
                 raise NapDecodeError(
-                    f"a streamer has put(ids) and end(), such as transformers.TextStreamer(tokenizer); "
-                    f"{type(streamer).__name__} has not"
+                    "a streamer must have put(ids) and end(), such as transformers.TextStreamer(tokenizer), but is "
+                    f"{streamer!r:.80}"
                 )
             if getattr(streamer, "_takes_logits", False):
                 raise NapDecodeError(f"{type(streamer).__name__} wants logits, which samplers do not keep; use another")
+        if len(self.streamers) != len(canvas.tokens):
+            given = f"{len(self.streamers)} for {len(canvas.tokens)} rows"
+            raise NapDecodeError(f"there must be one streamer for every row, or None, but there are {given}")
         self.ends, self.is_final = tuple(ends), is_final
         tokens, self.block, _ = canvas.host
         self.lengths, prompt = canvas.row_lengths.tolist(), canvas.prompt.cpu()
