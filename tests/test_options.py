@@ -218,10 +218,7 @@ def test_flags(function, given, name, may_be_none):
 
 WRONG_IN_A_RUN = {  # for every option of a run: what is said, and of what
     "seed": ("a seed must be a whole number", ["1", 2.5, True]),
-    "row_seeds": (
-        "(row_seeds must be a list with a seed for every row|a seed must be a whole number)",
-        [3, "1", [0.5]],
-    ),
+    "row_seeds": ("(row_seeds must be a list with a seed for every row|a seed must be .*)", [3, "1", [0.5]]),
     "callback": ("callback must be a function of the DecodeState", [3, "print"]),
     "streamer": (r"a streamer must have put\(ids\) and end\(\)", [3, "stderr", print, [3]]),
     "interruptible": ("interruptible must be True or False", ["no", 1, None]),
@@ -233,13 +230,14 @@ WAYS = {
     "infill": lambda options: SAMPLER.infill([5, MASK], **options),
     "stream": lambda options: list(SAMPLER.stream([[5]], max_new_tokens=2, **options)),
 }
+OF_A_STREAM = inspect.signature(SAMPLER.stream).parameters
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", RunOptions.__annotations__)
+@pytest.mark.parametrize(
+    ("way", "name"),
+    [(way, name) for way in WAYS for name in RunOptions.__annotations__ if way != "stream" or name in OF_A_STREAM],
+)
 def test_options_of_a_run(monkeypatch, way, name):
-    if way == "stream" and name not in inspect.signature(SAMPLER.stream).parameters:
-        pytest.skip("a stream has no such option")
     monkeypatch.setattr(Denoiser, "predict", lambda *_, **__: pytest.fail("a forward pass was made"))
     message, values = WRONG_IN_A_RUN[name]
     for value in values:
