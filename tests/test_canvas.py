@@ -164,6 +164,7 @@ def test_bad_canvases():
         ({"block": ids.int() * 0}, "block of a canvas must be torch.int64"),
         ({"attention_mask": torch.ones_like(ids).bool()}, "attention_mask of a canvas must be torch.int64"),
         ({"prompt": ids}, "prompt of a canvas must be torch.bool"),
+        ({"prompt": [[1, 0]]}, r"prompt of a canvas must be torch.bool \(1, 2\), but is \[\[1, 0\]\]"),
     ):
         with pytest.raises(NapDecodeError, match=message):
             Canvas(**(good | change))

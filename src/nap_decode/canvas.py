@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from nap_decode.base.batching import to_device
-from nap_decode.base.errors import NapDecodeError, check_flag, check_ids, check_integer
+from nap_decode.base.errors import NapDecodeError, check_flag, check_ids, check_integer, check_tensor
 from nap_decode.base.rows import Rows
 
 if TYPE_CHECKING:
@@ -237,10 +237,8 @@ class Canvas:
         if len(shape) != 2 or 0 in shape:
             raise NapDecodeError(f"canvas tokens must be (B, L) with B, L >= 1, but are {shape}")
         for name in _TENSORS:
-            value, dtype = getattr(self, name), torch.bool if name == "prompt" else torch.int64
-            if value.shape != shape or value.dtype != dtype:
-                got = f"{value.dtype} {tuple(value.shape)}"
-                raise NapDecodeError(f"{name} of a canvas must be {dtype} {shape}, but is {got}")
+            dtype = torch.bool if name == "prompt" else torch.int64
+            check_tensor(f"{name} of a canvas", getattr(self, name), shape, dtype)
         for flag in self.held:
             check_flag("held of a block", flag)
         # Everything is looked at on the host, brought there at once.

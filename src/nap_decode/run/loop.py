@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nap_decode.base.batching import host_tensor, join, narrow, select, to_device
-from nap_decode.base.errors import NapDecodeError
+from nap_decode.base.errors import NapDecodeError, check_tensor
 from nap_decode.base.rows import Rows
 from nap_decode.canvas import Canvas, count_blocks
 from nap_decode.model.denoiser import Denoiser
@@ -314,9 +314,7 @@ class Loop:
     def _look(self, batch: Batch, unsettled: Tensor | None) -> Batch:
         """Find out what is left, and plan the next turn: the one place that waits for the device.
 
-        Args:
-            batch: the rows.
-            unsettled: ``(B, M)`` bool, blocks that shall stay open.
+        ``unsettled``, ``(B, M)`` bool, are the blocks that shall stay open.
         """
         active = batch.agenda.slots[:, 0] > 0
         batch = batch.settled()
@@ -348,10 +346,9 @@ class Loop:
     def _take(
         self, turn: Turn, rows: Rows, width: int, total: int, *, memory: dict[str, Tensor], kept: dict[str, Any]
     ) -> tuple[State, Tensor | None, int]:
-        """A turn: a function of tensors and of K and T alone, without waiting, so that it can be captured.
+        """The state after a turn, blocks that stay open ``(B, M)``, and the number of forward passes.
 
-        Returns:
-            The new state, blocks that stay open ``(B, M)``, and the number of forward passes.
+        It is a function of tensors and of K and T alone, and does not wait, so that it can be captured.
         """
         state, given, revises = turn.state, turn.given, self.needs.committed
         wanted = (given.block >= 0) & ~state.closed if revises else state.masked
@@ -387,20 +384,14 @@ class Loop:
         name, shape = type(self.committer).__name__, slots.index.shape
         if not isinstance(decision, Decision):
             raise NapDecodeError(f"{name}, or its reviser, must return a Decision, not {decision!r:.80}")
-        _check_values(name, "tokens", decision.tokens, torch.int64, shape)
-        _check_values(name, "confidence", decision.confidence, None, shape)
-        _check_values(name, "chosen", decision.chosen, torch.bool, shape)
+        who = f"decided by {name} or a part of it,"
+        check_tensor(f"tokens, {who}", decision.tokens, shape, torch.int64)
+        check_tensor(f"confidence, {who}", decision.confidence, shape, None)
+        check_tensor(f"chosen, {who}", decision.chosen, shape, torch.bool)
         if decision.remasked is not None:
-            _check_values(name, "remasked", decision.remasked, torch.bool, shape)
+            check_tensor(f"remasked, {who}", decision.remasked, shape, torch.bool)
         if decision.unsettled is not None:
-            _check_values(name, "unsettled", decision.unsettled, torch.bool, slots.quota.shape)
-
-
-def _check_values(part: str, name: str, value: Any, dtype: torch.dtype | None, shape: tuple[int, ...]) -> None:
-    if not isinstance(value, Tensor) or value.shape != shape or dtype not in (None, value.dtype):
-        got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else f"{value!r:.80}"
-        expected = f"{dtype or 'numbers'} {tuple(shape)}"
-        raise NapDecodeError(f"{part} or a part of it decided with {name} that are {got}, not {expected}")
+            check_tensor(f"unsettled, {who}", decision.unsettled, slots.quota.shape, torch.bool)
 
 
 def _offsets(block: Tensor) -> Tensor:

@@ -60,12 +60,7 @@ class State:
     def close(self, ends: Tensor, fill: int, order: Tensor, block: Tensor, step: Tensor) -> State:
         """The state after blocks are filled up in which an end token and everything before it is committed.
 
-        Args:
-            ends: ``(N,)`` int64, ids that end a block.
-            fill: id that fills the rest of the block.
-            order: ``(B, W)`` int64, columns sorted by block, stably.
-            block: ``(B, W)`` int64, the sorted blocks, -1 for what is not decoded.
-            step: ``(B,)`` int64, index of the step.
+        ``order`` are the columns sorted by block, stably, and ``block`` their blocks, ``(B, W)``; ``step`` is ``(B,)``.
         """
         masked = self.masked.gather(1, order)
         ended = torch.isin(self.tokens, ends).gather(1, order) & (block >= 0) & ~masked
