@@ -7,6 +7,7 @@ import importlib
 import inspect
 import math
 import pkgutil
+import re
 
 import numpy as np
 import pytest
@@ -218,7 +219,7 @@ def test_flags(function, given, name, may_be_none):
 
 WRONG_IN_A_RUN = {  # for every option of a run: what is said, and of what
     "seed": ("a seed must be a whole number", ["1", 2.5, True]),
-    "row_seeds": ("(row_seeds must be a list with a seed for every row|a seed must be .*)", [3, "1", [0.5]]),
+    "row_seeds": ("(row_seeds must be a list with a seed for every row|a seed must .*)", [3, "1", [0.5], np.array(1)]),
     "callback": ("callback must be a function of the DecodeState", [3, "print"]),
     "streamer": (r"a streamer must have put\(ids\) and end\(\)", [3, "stderr", print, [3]]),
     "interruptible": ("interruptible must be True or False", ["no", 1, None]),
@@ -242,5 +243,5 @@ def test_options_of_a_run(monkeypatch, way, name):
     message, values = WRONG_IN_A_RUN[name]
     for value in values:
         [inner] = value if isinstance(value, list) else [value]
-        with pytest.raises(NapDecodeError, match=f"{message}, .*but is {inner!r}"):
+        with pytest.raises(NapDecodeError, match=f"{message}, .*but is {re.escape(repr(inner))}"):
             WAYS[way]({name: value})

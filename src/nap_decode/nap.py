@@ -65,7 +65,8 @@ class ParallelForcedSampler(Sampler):
         if decoder is None:
             decoder = Decoder(MacroParallelScheduler(tokens_per_step=4))
         own = {"tokens_per_step": tokens_per_step, "steps": steps, "hold_until": hold_until, "temperature": temperature}
-        decoder = decoder.set(**_given(own))
+        if isinstance(decoder, Decoder):  # anything else is refused by Sampler
+            decoder = decoder.set(**_given(own))
         sizes = {"num_paths": num_paths, "path_length": path_length}
         lengths = _given(sizes | {"summary_length": summary_length, "total_length": total_length})
         if template is not None and lengths:

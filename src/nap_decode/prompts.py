@@ -62,7 +62,7 @@ def encode_prompts(
     rows = [_encode_prompt(prompt, tokenizer) for prompt in ([prompts] if single else prompts)]
     if attention_mask is not None:
         mask = _plain(attention_mask)
-        mask = [mask] if single else mask
+        mask = [mask] if single or not isinstance(mask, Sequence) else mask
         shapes = list(map(len, rows)), [len(row) if isinstance(row, list) else row for row in mask]
         if shapes[0] != shapes[1]:
             raise NapDecodeError(

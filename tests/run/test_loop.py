@@ -283,7 +283,7 @@ class TestStream:
         with pytest.raises(NapDecodeError, match="there are more than 1 prompts"):
             list(sampler.stream([[5]], row_seeds=[1, 2]))
 
-    @pytest.mark.parametrize("prompts", ["5 6", torch.tensor([[5]]), {"input_ids": [[5]]}])
+    @pytest.mark.parametrize("prompts", ["5 6", torch.tensor([[5]]), {"input_ids": [[5]]}, 3])
     def test_not_a_list(self, sampler, prompts):
         with pytest.raises(NapDecodeError, match="stream takes a list or an iterator of prompts"):
             sampler.stream(prompts)

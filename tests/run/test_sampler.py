@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -599,8 +600,9 @@ class TestBadInput:
         adaptive = MicroConfidenceCommitter(selection=ThresholdSelection())
         with pytest.raises(NapDecodeError, match="steps=4 cannot be kept, because the committer decides"):
             Decoder(AnyOrderScheduler(steps=4), adaptive)
-        with pytest.raises(NapDecodeError, match="a Sampler takes a model, its tokenizer and a Decoder"):
-            Sampler(denoiser)
+        for make in (Sampler, partial(Sampler, decoder=3), partial(ParallelForcedSampler, decoder=3)):
+            with pytest.raises(NapDecodeError, match="a Sampler takes a model, its tokenizer and a Decoder"):
+                make(denoiser)
         for options in ({"mask_token_id": 7}, {"tokenizer": Words()}):
             with pytest.raises(NapDecodeError, match="the Denoiser has its own tokenizer and mask_token_id"):
                 Sampler(denoiser, decoder=Decoder(AnyOrderScheduler(steps=4)), **options)
@@ -611,9 +613,13 @@ class TestBadInput:
         with pytest.raises(NapDecodeError, match="a template has its own blocks; leave out num_paths"):
             ParallelForcedSampler(denoiser, template=TEMPLATE, num_paths=7)
 
-    def test_input_ids_must_be_a_tensor(self, sampler):
+    def test_arguments_of_another_kind(self, sampler):
         with pytest.raises(NapDecodeError, match=r"input_ids must be a tensor \(B, P\), but are \[\[5, 6\]\]"):
             sampler.generate([[5, 6]])
+        with pytest.raises(NapDecodeError, match=r"attention_mask and input_ids must have one shape, .* \[3\] and"):
+            sampler.generate(torch.tensor([[5, 6]]), 3)
+        with pytest.raises(NapDecodeError, match=r"decode takes a Canvas, .* makes, not 3"):
+            sampler.decode(3)
 
     def test_unknown_options(self, denoiser):
         with pytest.raises(TypeError, match="token_per_step"):

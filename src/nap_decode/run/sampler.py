@@ -78,7 +78,7 @@ def _check_run(options: Mapping[str, Any]) -> None:
             check_flag(name, value)
         elif name == "callback" and not callable(value):
             raise NapDecodeError(f"callback must be a function of the DecodeState, but is {value!r:.80}")
-        elif name == "row_seeds" and not isinstance(value, Iterable):
+        elif name == "row_seeds" and (not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0):
             raise NapDecodeError(f"row_seeds must be a list with a seed for every row, but is {value!r:.80}")
 
 
@@ -300,7 +300,7 @@ class Sampler:
         check_integer("max_batch", max_batch, 1)
         if max_tokens is not None:
             check_integer("max_tokens", max_tokens, 1)
-        if isinstance(prompts, str | Mapping | Tensor):
+        if isinstance(prompts, str | Mapping | Tensor) or not isinstance(prompts, Iterable):
             raise NapDecodeError(f"stream takes a list or an iterator of prompts, not {type(prompts).__name__}")
         append_to = partial(self._append, max_new_tokens=max_new_tokens)
         length = append_to([[]]).tokens.shape[1]  # raises, if it cannot be made
@@ -517,6 +517,8 @@ class Sampler:
         return tuple(ends)
 
     def _check(self, canvas: Canvas) -> None:
+        if not isinstance(canvas, Canvas):
+            raise NapDecodeError(f"decode takes a Canvas, such as sampler.canvas(prompts) makes, not {canvas!r:.80}")
         self.denoiser.check(canvas)
         if self._compiled[0] is not self.denoiser:
             self._compiled[0].refresh()
