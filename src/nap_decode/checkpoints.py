@@ -92,11 +92,6 @@ def auto_class(config: Any) -> Any:
 def load_all(loader: Any, path: str | PathLike[str], **options: Any) -> Any:
     """The model of a checkpoint, by a transformers class, which itself fills up what is missing with random weights.
 
-    Args:
-        loader: the class.
-        path: directory or hub name.
-        options: those of its ``from_pretrained``.
-
     Raises:
         NapDecodeError: parameters that the checkpoint does not have, or has in other shapes.
 

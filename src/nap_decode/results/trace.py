@@ -109,11 +109,6 @@ class DecodeTrace:
 def ends_before(tokens: Tensor, block: Tensor, end_token_ids: Sequence[int]) -> Tensor:
     """How many of the end tokens stand before each slot in its block, ``(B, L)`` int64; 0 where there is no block.
 
-    Args:
-        tokens: ``(B, L)`` int64.
-        block: ``(B, L)`` int64, block of every decoded slot, -1 for the others.
-        end_token_ids: ids that end a block.
-
     Example:
         >>> ends_before(torch.tensor([[2, 5, 2, 7, 2, 9]]), torch.tensor([[-1, 0, 0, 0, 1, 1]]), [2]).tolist()
         [[0, 0, 0, 1, 0, 1]]

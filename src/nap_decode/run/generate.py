@@ -152,13 +152,11 @@ def custom_generate(
 
 
 def _given(model: Any) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
-    """Arguments of the call of the model's ``generate`` that is under way; None if there is none.
+    """What the call of the model's ``generate`` that is under way was given; None if there is no such call.
 
+    First the arguments in its signature that do not have their defaults, then those for the config and the model.
     ``generate`` drops some of its arguments (a streamer, an assistant model), and passes others on among what it makes
     for its own loops, whose names change from release to release.  Its frame has them all, as users write them.
-
-    Returns:
-        Those in its signature that do not have their defaults; the others, for the generation config and the model.
     """
     from transformers import GenerationMixin
 
