@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -50,6 +50,14 @@ def check_flag(name: str, value: Any) -> None:
     """Raise unless ``value`` is a ``bool``: the text "False" is true."""
     if not isinstance(value, bool):
         raise NapDecodeError(f"{name} must be True or False, but is {value!r}")
+
+
+def check_tensor(what: str, value: Any, shape: Sequence[int], dtype: torch.dtype | None) -> None:
+    """Raise unless ``value`` is a tensor of this shape and type; None stands for any type."""
+    is_tensor = isinstance(value, torch.Tensor)
+    if not is_tensor or value.shape != shape or dtype not in (None, value.dtype):
+        got = f"{value.dtype} {tuple(value.shape)}" if is_tensor else f"{value!r:.80}"
+        raise NapDecodeError(f"{what} must be {dtype or 'numbers'} {tuple(shape)}, but is {got}")
 
 
 def check_ids(what: str, ids: Any) -> list[int]:
