@@ -13,14 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-TOKEN_STREAM = 1
-"""Draws that choose a token."""
-CONFIDENCE_STREAM = 2
-"""Draws that serve as a confidence."""
-SELECTION_STREAM = 3
-"""Draws that choose positions."""
-SCHEDULE_STREAM = 4
-"""Draws that decide how many tokens a step commits."""
+TOKEN_STREAM = 1  # draws that choose a token
+CONFIDENCE_STREAM = 2  # that serve as a confidence
+SELECTION_STREAM = 3  # that choose positions
+SCHEDULE_STREAM = 4  # that decide how many tokens a step commits
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 
