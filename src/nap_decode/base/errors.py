@@ -86,9 +86,7 @@ def check_name(what: str, name: str, known: Iterable[str]) -> None:
 
 
 def refuse(options: Mapping[str, Any], defaults: Mapping[str, Any], why: str) -> None:
-    """Raise if an option has another value than its default (None if there is none): it would have no effect, as ``why``
-    says.
-    """
+    """Raise if an option is not what it is by default (None unless said): it would have no effect, as ``why`` says."""
     given = [f"{name}={value!r:.80}" for name, value in options.items() if value != defaults.get(name)]
     if given:
         raise NapDecodeError(f"{', '.join(given)} would have no effect: {why}. Leave it out")

@@ -38,7 +38,7 @@ class Parts:
             )
         self.shift = family.shift
         self.options: dict[str, Any] = {"attention_mask": canvas.attention_mask} if canvas.is_padded else {}
-        if denoiser.must_be_told:
+        if denoiser.call.must_be_told:
             seen = canvas.attention_mask.bool()[:, None, None].expand(-1, -1, tokens.shape[1], -1)
             self.options["attention_mask"] = additive(seen, self.model.dtype)
         if "use_cache" in denoiser.call.arguments:

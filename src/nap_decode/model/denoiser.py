@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from nap_decode.base.errors import NapDecodeError, check_between, check_ids, check_integer, check_tokenizer
+from nap_decode.base.errors import NapDecodeError, check_between, check_ids, check_integer
 from nap_decode.base.rows import Rows
 from nap_decode.canvas import Canvas
 from nap_decode.model import foreign
@@ -110,7 +109,7 @@ class Denoiser:
         self.model = model
         self.call = ModelCall(model, family)
         self.tokenizer = tokenizer
-        check_tokenizer(tokenizer, self.num_embeddings)
+        _check_tokenizer(tokenizer, self.call.num_embeddings)
         self.mask_token_id = self._find_mask(mask_token_id)
         self.end_token_ids = self._find_ends()
         self.cfg_scale = 0.0
@@ -128,6 +127,9 @@ class Denoiser:
     def replace(self, **options: Any) -> Denoiser:
         """The same model with ``end_token_ids``, ``cfg_scale``, ``logits_processor`` or ``reuse`` exchanged, unprobed.
 
+        Or called for decoding ``through`` another call, made of its own and rows ``(N, W)`` to try it with (None for a
+        model that is not probed), and made again when the model has changed.
+
         Example:
             >>> from nap_decode import demo
             >>> Denoiser(*demo.load()).replace(cfg_scale=1.5).cfg_scale
@@ -143,6 +145,7 @@ class Denoiser:
         cfg_scale: float | None = None,
         logits_processor: LogitsProcessor | Sequence[LogitsProcessor] | None = None,
         reuse: Reuse | None = None,
+        through: Callable[[ModelCall, Tensor | None], ModelCall] | None = None,
     ) -> None:
         if end_token_ids is not None:
             self.end_token_ids = tuple(check_ids("end_token_ids", end_token_ids))
@@ -157,34 +160,16 @@ class Denoiser:
                 raise NapDecodeError(f"reuse must be a Reuse, such as CommittedReuse(), but is {reuse!r}")
             reuse.check(self)
             self.reuse = reuse
-
-    def through(self, make: Callable[[ModelCall, Tensor | None], ModelCall]) -> Denoiser:
-        """The same model, called for decoding as ``make`` says; see :func:`nap_decode.speed.compile.compiled_model`.
-
-        It makes another call of a call and rows ``(N, W)`` to try it with, None for a model that is not probed; it is
-        asked again when the model has changed.
-        """
-        other = copy.copy(self)
-        other._through = make
-        other._decoding = make(other.call, other.probing.tokens)
-        return other
+        if through is not None:
+            self._through = through
+            self._decoding = through(self.call, self.probing.tokens)
 
     # ---------------------------------------------------------------------------------------- facts
-
-    @property
-    def config(self) -> Any:
-        """The model's config, behind wrappers; None if it has none, or is not called with ``input_ids``."""
-        return self.call.config
 
     @property
     def family(self) -> ModelFamily:
         """How the model behaves."""
         return self.call.family
-
-    @property
-    def num_embeddings(self) -> int | None:
-        """Ids that the model has, if that is known."""
-        return self.call.num_embeddings
 
     @property
     def device(self) -> torch.device:
@@ -194,18 +179,7 @@ class Denoiser:
     @property
     def cost(self) -> Cost | None:
         """What its passes cost; None if the model does not tell its parts."""
-        cost = self.call.cost
-        return cost if cost is None or self.cfg_scale == 0 else dataclasses.replace(cost, branches=2)
-
-    @property
-    def must_be_told(self) -> bool:
-        """Whether the model looks ahead only if a 4-D mask says so."""
-        return self.call.must_be_told
-
-    @property
-    def is_split(self) -> bool:
-        """Whether the model's parameters are on several devices."""
-        return self.call.is_split
+        return Cost.of(self.call, branches=1 if self.cfg_scale == 0 else 2)
 
     @property
     def hides_padding(self) -> bool:
@@ -221,7 +195,7 @@ class Denoiser:
         if given is None:
             known = {
                 "tokenizer.mask_token_id": getattr(self.tokenizer, "mask_token_id", None),
-                "config.mask_token_id": find_mask(self.config),
+                "config.mask_token_id": find_mask(self.call.config),
             }
             ids = {value for value in known.values() if value is not None} or {self.family.mask_token_id}
             if len(ids) > 1:
@@ -233,13 +207,13 @@ class Denoiser:
                 f"family of {self.family.name!r} models names none for this vocabulary; pass mask_token_id="
             )
         check_integer("mask_token_id", given, 0)
-        size = self.num_embeddings
+        size = self.call.num_embeddings
         if not 0 <= given < (size or given + 1):
             raise NapDecodeError(f"mask_token_id {given} is not one of the model's {size} token ids")
         return int(given)
 
     def _find_ends(self) -> tuple[int, ...]:
-        said = getattr(self.call.module, "generation_config", None), self.config, self.tokenizer
+        said = getattr(self.call.module, "generation_config", None), self.call.config, self.tokenizer
         found = [getattr(owner, "eos_token_id", None) for owner in said] + [getattr(said[-1], "sep_token_id", None)]
         ends = next((ids for ids in found if ids is not None), ())
         return (ends,) if isinstance(ends, int) else tuple(ends)
@@ -247,8 +221,8 @@ class Denoiser:
     @property
     def pad_token_id(self) -> int:
         """The id that fills rows up; the mask id if none is known that the model has."""
-        size = self.num_embeddings
-        for owner in (self.tokenizer, self.config):
+        size = self.call.num_embeddings
+        for owner in (self.tokenizer, self.call.config):
             found = getattr(owner, "pad_token_id", None)
             if found is not None and 0 <= found < (size or found + 1):
                 return int(found)
@@ -270,20 +244,15 @@ class Denoiser:
         if self.call.fingerprint() == self.probing.fingerprint:
             return False
         other = copy.copy(self)  # until all is known, threads that decode go on with what was
-        other.call = ModelCall(self.model, self.call.family)
+        other.call = ModelCall(self.model, self.family)
         other._banned, other._last_canvas = {}, None
         other._ask()
-        if self.reuse is not None:
-            self.reuse.check(other)
-        if self._through is not None:
-            other._decoding = self._through(other.call, other.probing.tokens)
         vars(self).update(vars(other))
         return True
 
     def _ask(self) -> None:
         """Find out what the model does; raise if it cannot be decoded, warn if it is not what its family says."""
-        self._decoding = self.call
-        self.probing = probing = Probing(
+        self.probing = Probing(
             self.call,
             mask_token_id=self.mask_token_id,
             pad_token_id=self.pad_token_id,
@@ -291,10 +260,15 @@ class Denoiser:
             device=self.device,
         )
         self._check_dropout()  # which would make chance of the answers
-        probing.ask()
-        alone, name, family = probing.found.alone, self.call.name, self.family
-        if alone is None:
-            return
+        self.probing.ask()
+        if self.probing.found.alone is not None:
+            self._check_answers(self.probing.found.alone)
+        if self.reuse is not None:
+            self.reuse.check(self)
+        self._decoding = self.call if self._through is None else self._through(self.call, self.probing.tokens)
+
+    def _check_answers(self, alone: Tensor) -> None:
+        probing, name, family = self.probing, self.call.name, self.family
         self.banned(alone.shape[-1], self.device)  # copied to the device now, not inside a decode
         if bool(alone.isnan().any()):
             raise NapDecodeError(
@@ -304,7 +278,7 @@ class Denoiser:
             )
         if not probing.found.sees_future:
             said = "A decoder attends both ways after model.config.is_causal = False"
-            if getattr(self.config, "is_causal", None) is False:
+            if getattr(self.call.config, "is_causal", None) is False:
                 why = "does not help" if probing.error is None else f"fails: {probing.error}"
                 said = f"It does so although its config has is_causal = False; a 4-D attention mask of zeros {why}"
             raise NapDecodeError(
@@ -323,7 +297,7 @@ class Denoiser:
                 f"{name} seems to predict position p {does}, but the family {family.name!r} says {said}; to override "
                 f"it, pass family=ModelFamily(name=..., shift={shift})",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def check(self, canvas: Canvas) -> None:
@@ -343,7 +317,7 @@ class Denoiser:
                 "canvas with device="
             )
         tokens, block, _ = canvas.host
-        lowest, highest, size = int(tokens.min()), int(tokens.max()), self.num_embeddings
+        lowest, highest, size = int(tokens.min()), int(tokens.max()), self.call.num_embeddings
         if lowest < 0 or highest >= (size or highest + 1):
             wrong = lowest if lowest < 0 else highest
             ids = f"from 0 to {size - 1}" if size else "from 0"
@@ -361,8 +335,8 @@ class Denoiser:
                 UserWarning,
                 stacklevel=3,
             )
-        window = foreign.attention_window(self.config)
-        if self.must_be_told and window is not None and longest > window:
+        window = foreign.attention_window(self.call.config)
+        if self.call.must_be_told and window is not None and longest > window:
             raise NapDecodeError(
                 f"{takes}, but {self.call.name} attends to a window of {window}, which the 4-D attention mask would "
                 "override by which it is told to attend both ways; use a release of transformers that reads "
@@ -520,3 +494,27 @@ def _are_slots(wanted: Tensor, places: Tensor) -> Tensor:
     """Bool in the shape of ``wanted``: which of its entries are slots, and not there to fill up."""
     is_slot = torch.zeros_like(wanted, dtype=torch.bool).flatten().index_fill_(0, places, True).view_as(wanted)
     return is_slot & (wanted >= 0)
+
+
+def _check_tokenizer(tokenizer: Any, num_embeddings: int | None) -> None:
+    """Raise if a tokenizer's own ids go beyond the model's; warn if the model has far more.
+
+    A model may have more of them, because its vocabulary was padded, and a tokenizer a few that were added to it and
+    that no text has; everything else is a tokenizer of another model.
+    """
+    if tokenizer is None or num_embeddings is None:
+        return
+    vocabulary = tokenizer.get_vocab()
+    added = tokenizer.get_added_vocab() if hasattr(tokenizer, "get_added_vocab") else {}
+    highest = max((number for token, number in vocabulary.items() if token not in added), default=0)
+    if highest >= num_embeddings:
+        raise NapDecodeError(
+            f"the tokenizer has ids up to {highest}, but the model has {num_embeddings}, from 0 to "
+            f"{num_embeddings - 1}; take the tokenizer that the model was trained with"
+        )
+    if num_embeddings > max(2 * len(vocabulary), len(vocabulary) + 512):
+        warnings.warn(
+            f"the tokenizer has {len(vocabulary)} ids, but the model {num_embeddings}; only those of the tokenizer can "
+            "be emitted. Is it the one that the model was trained with?",
+            stacklevel=3,
+        )

@@ -12,7 +12,7 @@ import inspect
 import sys
 import weakref
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -267,18 +267,11 @@ def virtual_tokens(chain: list[Any]) -> int:
 # ---------------------------------------------------------------------------------------------- sizes
 
 
-class Sizes(NamedTuple):
-    """What a config says of a model's size."""
+def sizes_of(config: Any) -> tuple[float, float] | None:
+    """The width of all layers' heads together, and the share of its experts that a token goes through.
 
-    layers: int
-    width: int
-    """Of the heads of a layer together."""
-    active_experts: float
-    """The share that a token goes through."""
-
-
-def sizes_of(config: Any) -> Sizes | None:
-    """None if the config does not say enough."""
+    None if the config does not say enough.
+    """
 
     def said(*names: str) -> Any:
         return next((value for name in names if (value := getattr(config, name, None))), None)
@@ -287,5 +280,5 @@ def sizes_of(config: Any) -> Sizes | None:
     heads, experts = said("num_attention_heads", "n_heads"), said("num_experts", "num_local_experts") or 1
     if not (layers and hidden and heads):
         return None
-    active = min(said("num_experts_per_tok") or experts, experts)
-    return Sizes(layers, heads * (said("head_dim") or hidden // heads), active / experts)
+    width = heads * (said("head_dim") or hidden // heads)
+    return layers * width, min(said("num_experts_per_tok") or experts, experts) / experts

@@ -509,7 +509,7 @@ class Sampler:
                     f'close_on="{ends}" needs a model that says which ids end a text, but it says none; give the ids'
                 )
             return self.denoiser.end_token_ids
-        size, mask = self.denoiser.num_embeddings, self.denoiser.mask_token_id
+        size, mask = self.denoiser.call.num_embeddings, self.denoiser.mask_token_id
         for token in ends:
             if token >= (size or token + 1) or token == mask:
                 known = f"ids from 0 to {size - 1}" if size else "ids"
@@ -647,7 +647,7 @@ class Sampler:
                 "the model's logits, or the confidences made of them, were nan in places, or left no id to emit; the "
                 f"tokens committed there mean nothing. {remedy}"
             )
-        decoded, size = (trace.block >= 0) & ~is_masked, self.denoiser.num_embeddings
+        decoded, size = (trace.block >= 0) & ~is_masked, self.denoiser.call.num_embeddings
         wrong = decoded & ((trace.tokens < 0) | (trace.tokens >= (size or 2**62)))
         if bool(wrong.any()):
             raise NapDecodeError(

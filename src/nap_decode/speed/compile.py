@@ -66,17 +66,17 @@ def compiled_model(denoiser: Denoiser, **options: Any) -> Denoiser:
         >>> from nap_decode import demo
         >>> denoiser = compiled_model(Denoiser(*demo.load()), fullgraph=True)
     """
-    return denoiser.through(functools.partial(_compiled_call, compiler_options=options))
+    return denoiser.replace(through=functools.partial(_compiled_call, compiler_options=options))
 
 
 @torch.no_grad()
 def _compiled_call(call: ModelCall, tokens: Tensor | None, compiler_options: dict[str, Any]) -> ModelCall:
-    """See :meth:`Denoiser.through`."""
+    """See :meth:`Denoiser.replace`."""
     if tokens is None:
         raise NapDecodeError(f"{call.name} cannot be compiled here; compile it before, with torch.compile")
     if call.head.is_late and isinstance(call.head.layer, nn.Linear):
         body = CompiledBody(call.module, call.head.layer, **compiler_options)
-        options, wanted = call.whole(tokens.shape, None, tokens.device), torch.zeros_like(tokens[:, :1])
+        options, wanted = call.whole(tokens), torch.zeros_like(tokens[:, :1])
         if torch.equal(take(body.plain(tokens, options), wanted), call(tokens, options, wanted).rows):
             other = copy.copy(call)
             other.body = body
@@ -177,6 +177,6 @@ def _check_captured(denoiser: Denoiser, decoder: Decoder) -> None:
             f'compile="graphs" needs a model on a CUDA device, but it is on {denoiser.device}; use compile="kernels", '
             "or leave it out"
         )
-    if denoiser.is_split or not denoiser.hides_padding:
-        reason = "is split over devices" if denoiser.is_split else "does not hide padding"
+    if denoiser.call.is_split or not denoiser.hides_padding:
+        reason = "is split over devices" if denoiser.call.is_split else "does not hide padding"
         raise NapDecodeError(f'compile="graphs" is not for a model that {reason}; use compile="kernels"')

@@ -240,9 +240,9 @@ class Reuse(abc.ABC):
                 torch.zeros_like(tokens[:, :1]).repeat(1, rows.width).scatter_(1, positions, each).gather(1, wanted)
             )
         elif store.rows is None:
-            options = call.options(rows)
+            options = call.options(rows, tokens)
         else:
-            options = call.whole(tokens.shape, present if rows.is_padded else None, tokens.device)
+            options = call.whole(tokens, present if rows.is_padded else None)
         if not self.leaves_out_wanted:
             return call_storing(call, tokens, options, places, store)
         every = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
