@@ -31,7 +31,7 @@ LogitsProcessor: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 class Reuse(Protocol):
-    """Forward passes that compute some positions only; :mod:`nap_decode.speed.reuse` has some.
+    """Forward passes that compute some positions only, see :mod:`nap_decode.speed.reuse`.
 
     ``kept`` is what earlier passes found out: a dict that is empty at first, and brought up to date by each pass.
     """
@@ -48,7 +48,7 @@ class Reuse(Protocol):
         """Note down a pass that computed everything."""
 
     def computed(self, kept: Any, passes: Tensor) -> Tensor:
-        """``(B, S)``: positions that were computed in each of the passes ``(B,)`` of a row, 0 behind the last."""
+        """``(B, S)``: positions that each of the passes ``(B,)`` of a row computed, 0 behind the last."""
 
 
 class Denoiser:
@@ -67,15 +67,13 @@ class Denoiser:
         cfg_scale: strength w of classifier-free guidance, ``l = l_uncond + (w + 1) (l_cond - l_uncond)`` (LLaDA, arXiv
             2502.09992, appendix A.2); the unconditional branch has the prompt masked.  Other than 0, it doubles the
             work of a forward pass.
-        logits_processor: transformers logits processors, called with one row per wanted position, a part of them at a
-            time: ``input_ids (R, W)`` is the slot's whole row, masks included, and more of them behind a shorter row.
+        logits_processor: transformers logits processors, called with some of the wanted positions at a time:
+            ``input_ids (R, W)`` are their whole rows, masks included, and more of them behind a shorter row.
         device: where the model takes its input; found from a module's embeddings or parameters, the CPU for a function.
         reuse: which positions a pass computes anew, see :mod:`nap_decode.speed.reuse`; all by default.
 
     Raises:
-        NapDecodeError: no mask token is known; the model is of a kind that cannot be decoded by unmasking, ignores the
-            future, predicts nan, does not do what its attention mask says of blocks, is in training mode with dropout,
-            or gives no access to its keys and values, which ``reuse`` needs.
+        NapDecodeError: no mask token is known; the model cannot be decoded by unmasking, or not with these options.
 
     Warns:
         UserWarning: the model seems to be shifted though its family is not, or the other way round; with the first
@@ -118,7 +116,6 @@ class Denoiser:
         self._device = torch.device(device) if device is not None else None
         self._through: Callable[[ModelCall, Tensor | None], ModelCall] | None = None
         self._banned: dict[tuple[int, torch.device], Tensor] = {}
-        self._last_canvas: tuple[Canvas, Rows] | None = None
         self._warned_of_groups = False
         self._set(end_token_ids, cfg_scale, logits_processor)
         self._ask()
@@ -188,8 +185,8 @@ class Denoiser:
 
     def probe(self) -> Probe:
         """What the model does, as far as two small forward passes tell; all None of what has no config."""
-        found, _ = self.probing.found, self.hides_padding  # which is asked last
-        return Probe(found.sees_future, found.hides_padding, found.shift)
+        _ = self.hides_padding  # which is asked last
+        return self.probing.found
 
     def _find_mask(self, given: int | None) -> int:
         if given is None:
@@ -203,12 +200,12 @@ class Denoiser:
             given = ids.pop()
         if given is None:
             raise NapDecodeError(
-                "no mask token is known: the tokenizer has no mask_token, the config no mask_token_id, and the "
-                f"family of {self.family.name!r} models names none for this vocabulary; pass mask_token_id="
+                f"no mask token is known: tokenizer and config have none, and the family of {self.family.name!r} models "
+                "names none for this vocabulary; pass mask_token_id="
             )
         check_integer("mask_token_id", given, 0)
         size = self.call.num_embeddings
-        if not 0 <= given < (size or given + 1):
+        if given >= (size or given + 1):
             raise NapDecodeError(f"mask_token_id {given} is not one of the model's {size} token ids")
         return int(given)
 
@@ -245,7 +242,7 @@ class Denoiser:
             return False
         other = copy.copy(self)  # until all is known, threads that decode go on with what was
         other.call = ModelCall(self.model, self.family)
-        other._banned, other._last_canvas = {}, None
+        other._banned = {}
         other._ask()
         vars(self).update(vars(other))
         return True
@@ -268,6 +265,7 @@ class Denoiser:
         self._decoding = self.call if self._through is None else self._through(self.call, self.probing.tokens)
 
     def _check_answers(self, alone: Tensor) -> None:
+        """See :meth:`_ask`; ``alone`` is what the model says to rows without padding."""
         probing, name, family = self.probing, self.call.name, self.family
         self.banned(alone.shape[-1], self.device)  # copied to the device now, not inside a decode
         if bool(alone.isnan().any()):
@@ -285,7 +283,7 @@ class Denoiser:
                 f"{name} ignores the future: tokens to the right of a position do not change what it predicts there, "
                 f"so it cannot fill in masks. {said}; its weights must have been trained so"
             )
-        if family.block_size is not None and self.call.takes_mask and not self.hides_padding:
+        if self.call.block_size is not None and not self.hides_padding:
             raise NapDecodeError(
                 f"{name} does not do what a {family.attention} attention mask says, by which {family.name} models are "
                 "told their blocks; load it with attn_implementation='sdpa', or pass family= with another attention="
@@ -296,12 +294,11 @@ class Denoiser:
             warnings.warn(
                 f"{name} seems to predict position p {does}, but the family {family.name!r} says {said}; to override "
                 f"it, pass family=ModelFamily(name=..., shift={shift})",
-                UserWarning,
                 stacklevel=4,
             )
 
     def check(self, canvas: Canvas) -> None:
-        """Raise unless the model can be called with this canvas; looks at the model again if it has changed.
+        """Look at the model again if it has changed, and raise unless it can be called with this canvas.
 
         Raises:
             NapDecodeError: another device, ids out of range, too many positions, a slot to decode without a
@@ -324,15 +321,13 @@ class Denoiser:
             raise NapDecodeError(f"token id {wrong} is out of range: the model has ids {ids}. Wrong tokenizer?")
         if bool(((tokens != self.mask_token_id) & (block >= 0)).any()):
             raise NapDecodeError(f"every slot to decode must hold the mask id {self.mask_token_id} at the start")
-        longest, (limit, is_strict) = canvas.tokens.shape[1], self.call.position_limit
+        longest, (limit, is_strict) = tokens.shape[1], self.call.position_limit
         takes = f"the longest row takes {longest} positions (prompt and canvas)"
         if limit is not None and longest > limit:
             if is_strict:
                 raise NapDecodeError(f"{takes}, but the model has {limit}; shorten the prompt or the canvas")
             warnings.warn(
-                f"{takes}, more than the {limit} that the model's config names; it can be called so, but may not have "
-                "been trained so",
-                UserWarning,
+                f"{takes}, more than the {limit} that the model's config names; it may not have been trained so",
                 stacklevel=3,
             )
         window = foreign.attention_window(self.call.config)
@@ -363,9 +358,7 @@ class Denoiser:
             does = "does not hide what its attention mask says is padding" if self.call.takes_mask else "takes no mask"
             warnings.warn(
                 f"{self.call.name} ({self.family.name}) {does}, so rows of different length are decoded in groups of "
-                "equal length, one forward pass after the other: correct, but slower. Batches of prompts of one length "
-                "avoid it",
-                UserWarning,
+                "equal length, one forward pass after the other: correct, but slower than prompts of one length",
                 stacklevel=3,
             )
         return True
@@ -396,11 +389,8 @@ class Denoiser:
             NapDecodeError: shapes that do not fit; ``hidden`` with a model that cannot leave one out.
         """
         self.refresh()
-        last = self._last_canvas
-        if last is None or last[0] is not canvas:
-            self._last_canvas = last = canvas, canvas.rows
         every = torch.arange(wanted.numel(), device=wanted.device)
-        return self.predict(last[1], tokens, wanted, every, hidden=hidden).logits
+        return self.predict(canvas.rows, tokens, wanted, every, hidden=hidden).logits
 
     def predict(
         self,
@@ -419,8 +409,7 @@ class Denoiser:
             tokens: ``(N, W)`` int64, see :meth:`__call__`.
             wanted: ``(N, K)`` int64: positions.  What is not in ``places`` means nothing.
             places: ``(T,)`` int64, the slots to predict: indices into ``wanted.flatten()``.
-            hidden: ``(N, K)`` bool, see :meth:`__call__`.  Shadows of slots that are not in ``places``, or negative,
-                are seen by none.
+            hidden: see :meth:`__call__`.  Shadows of slots that are not in ``places``, or negative, are seen by none.
             kept: what earlier passes found out about the rows, empty at first; brought up to date here.  Without it,
                 with ``hidden`` or with alternatives, everything is computed.
         """
@@ -432,10 +421,8 @@ class Denoiser:
             )
         if hidden is not None:
             if hidden.shape != wanted.shape or hidden.dtype != torch.bool:
-                raise NapDecodeError(
-                    f"hidden must be bool of wanted's shape {tuple(wanted.shape)}, but is {hidden.dtype} "
-                    f"{tuple(hidden.shape)}"
-                )
+                found = f"{hidden.dtype} {tuple(hidden.shape)}"
+                raise NapDecodeError(f"hidden must be bool of wanted's shape {tuple(wanted.shape)}, but is {found}")
             self.check_leave_one_out()
         output = self._forward(rows, tokens, wanted, places, hidden, kept)
         ids = tokens
@@ -461,21 +448,17 @@ class Denoiser:
         """See :meth:`predict`; of N rows, or of 2 * N under guidance."""
         branches, times = [tokens], len(tokens) // len(rows.lengths)
         if self.cfg_scale != 0:
-            prompt = rows.prompt if times == 1 else rows.prompt.repeat(times, 1)
-            branches.append(torch.where(prompt, self.mask_token_id, tokens))
+            branches.append(torch.where(rows.prompt.repeat(times, 1), self.mask_token_id, tokens))
         # Dream predicts the first position from itself, as there is nothing before it.
         shifted = (wanted - 1 if self.family.shift else wanted).clamp(min=0)
-        if hidden is None and times == 1 and kept is not None and self.reuse is not None:
-            return self.reuse.forward(self._decoding, rows, branches, shifted, _are_slots(wanted, places), kept)
         if kept is not None and self.reuse is not None:
+            if hidden is None and times == 1:
+                return self.reuse.forward(self._decoding, rows, branches, shifted, _are_slots(wanted, places), kept)
             self.reuse.count(rows, len(branches), kept)
-        if len(branches) > 1:
-            tokens, shifted = torch.cat(branches), shifted.repeat(2, 1)
+        tokens, shifted = torch.cat(branches), shifted.repeat(len(branches), 1)
         if hidden is None:
             return self._decoding.with_rows(rows, tokens, shifted, is_grouped=self._is_grouped(rows.is_padded))
-        is_seen = _are_slots(wanted, places)
-        if len(branches) > 1:
-            hidden, is_seen = hidden.repeat(2, 1), is_seen.repeat(2, 1)
+        hidden, is_seen = (flags.repeat(len(branches), 1) for flags in (hidden, _are_slots(wanted, places)))
         return self._decoding.with_shadows(rows, tokens, shifted, hidden, is_seen, mask_token_id=self.mask_token_id)
 
     def _process(self, tokens: Tensor, wanted: Tensor, hidden: Tensor | None, places: Tensor, scores: Tensor) -> Tensor:

@@ -82,10 +82,10 @@ class Head:
             layer = self.layer
             if not isinstance(layer, nn.Linear) or not _is_just_a_product(layer, rows):
                 return self(rows)
-            size, is_inference = len(rows) * layer.out_features, torch.is_inference_mode_enabled()
-            kind = rows.dtype, is_inference
-            if memory is None or memory.numel() < size or (memory.dtype, memory.is_inference()) != kind:
-                memory = torch.empty(size, dtype=rows.dtype, device=rows.device)
+            size = len(rows) * layer.out_features
+            if memory is None or memory.numel() < size or memory.dtype != rows.dtype:
+                with torch.inference_mode(False):  # such memory may be written in either mode
+                    memory = torch.empty(size, dtype=rows.dtype, device=rows.device)
             logits = memory[:size].view(len(rows), layer.out_features)
             if layer.bias is None:
                 torch.mm(rows, layer.weight.T, out=logits)

@@ -20,8 +20,6 @@ from typing_extensions import override
 from nap_decode.base.lazy import lazy
 
 _STRETCH = 256
-_FOUND_IN = {"best": "_maxima", "mode": "_best_stretch", "second": "_best_stretch", "log_normalizer": "_mass"}
-"""What of the logits a property is found in, if that is not the property itself."""
 
 
 class Distribution:
@@ -88,8 +86,7 @@ class Distribution:
         """
         for name in ("best", "mode", *sorted(names, key=lambda name: name == "log_normalizer")):
             self._is_spent = name == "log_normalizer"
-            if not hasattr(self, f"_lazy_{name}"):
-                getattr(self, _FOUND_IN.get(name, name))
+            getattr(self, name)
         for name in ("allowed", "logits", "_weights", "_masses"):
             self.__dict__.pop(f"_lazy_{name}", None)
         del self._given
