@@ -29,7 +29,7 @@ def is_whole(value: Any) -> bool:
 
 
 def check_integer(name: str, value: Any, minimum: int) -> None:
-    """Raise unless ``value`` is a whole number (see :func:`is_whole`) of at least ``minimum``."""
+    """Raise unless ``value`` is a whole number of at least ``minimum``."""
     if not is_whole(value) or int(value) < minimum:
         raise NapDecodeError(f"{name} must be a whole number of at least {minimum}, but is {value!r}")
 

@@ -1,27 +1,17 @@
-"""Properties that are computed once, also by compiled code."""
+"""Properties that are computed once: ``functools.cached_property``, but ``torch.compile`` can see through it."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+
+__all__ = ["lazy"]
 
 if TYPE_CHECKING:
     from functools import cached_property as lazy
 else:
 
     class lazy:  # noqa: N801 - it is used as a decorator, like property
-        """``functools.cached_property``, but ``torch.compile`` can see through it: that before Python 3.12 has a lock.
-
-        Example:
-            >>> class Sum:
-            ...     @lazy
-            ...     def total(self) -> int:
-            ...         print("adding up")
-            ...         return 3
-            >>> numbers = Sum()
-            >>> numbers.total + numbers.total
-            adding up
-            6
-        """
+        """See the module: before Python 3.12 the standard one has a lock."""
 
         def __init__(self, function: Any) -> None:
             self.function, self.name = function, f"_lazy_{function.__name__}"

@@ -28,8 +28,8 @@ Options: TypeAlias = dict[str, Any]
 class ModelCall:
     """Calls a model with tokens and returns its output at some of them, as it gives it.
 
-    Facts come from the innermost module whose signature counts, see :func:`.foreign.unwrapped`; calls go
-    through the model as it was given.  Raises if it cannot be decoded by unmasking, or its forward cannot be read.
+    Facts come from the innermost module whose signature counts, see :func:`.foreign.unwrapped`; calls go through the
+    model as it was given.
     """
 
     def __init__(self, model: Model, family: ModelFamily | None) -> None:
@@ -108,9 +108,8 @@ class ModelCall:
         return (
             foreign.state_of(self.outermost, layers[1]),
             *((type(w), tuple(w.shape), w.dtype, w.device) for w in weights if w is not None),
-            foreign.attention_kind(self.config),
             foreign.virtual_tokens(self.chain),
-            repr(vars(self.config)) if hasattr(self.config, "__dict__") else None,
+            repr(getattr(self.config, "__dict__", None)),  # the kind of attention, too
         )
 
     def _parameters(self) -> Iterator[nn.Parameter]:
@@ -211,7 +210,7 @@ class ModelCall:
             rows: B rows.
             tokens: ``(N, W)`` int64; N is a multiple of B.
             wanted: ``(N, K)`` int64, positions.
-            is_grouped: call padded rows one length after the other, because padding cannot be hidden.
+            is_grouped: call rows one length after the other, because padding cannot be hidden.
         """
         if not is_grouped:
             return self(tokens, self.options(rows, tokens), wanted)
@@ -241,7 +240,7 @@ class ModelCall:
         return self(tokens, self.some(positions, seen), torch.where(hidden, columns[width:], wanted))
 
     def learn(self, tokens: Tensor, wanted: Tensor) -> tuple[Tensor, bool]:
-        """Find out what there is to know about the output layer, see :meth:`Head.learn`, with rows ``(N, W)``."""
+        """See :meth:`Head.learn`."""
         return self.head.learn(partial(self._run, tokens, self.whole(tokens)), tokens.shape, wanted)
 
     def _run(self, tokens: Tensor, options: Options) -> Any:
@@ -274,9 +273,9 @@ def visibility(
 ) -> Tensor:
     """Where each query may look, ``(N, Q, W)`` bool: rows are queries, columns are keys.
 
-    With a block size attention is block-causal: both ways inside a block and back to earlier blocks, blocks
-    being counted from position 0.  The last ``num_shadows`` columns are shadows: second versions of slots,
-    behind the row.  Nothing in the row sees a shadow; a shadow sees the row but for its own slot::
+    With a block size attention is block-causal, see :class:`ModelFamily`.  The last ``num_shadows`` columns are
+    shadows: second versions of slots, behind the row.  Nothing in the row sees a shadow; a shadow sees the row but
+    for its own slot::
 
              a  b  c  d | b' d'
         a    x  x  x  x | .  .

@@ -55,8 +55,8 @@ class Denoiser:
     """Wraps a model into: canvas and wanted positions ``(B, K)`` -> logits ``(B, K, V)``.
 
     Entry k of a row is the model's prediction of the token at the k-th wanted position, whatever the family's
-    conventions.  Only wanted positions pass the output layer, and that when their logits are looked at, a chunk at a
-    time (:meth:`predict`), if the model does nothing with them but what its output layer does.
+    conventions.  If the model allows it, only wanted positions pass the output layer, a chunk at a time, when their
+    logits are looked at (:meth:`predict`).
 
     Args:
         model: see :data:`Model`.
@@ -126,11 +126,6 @@ class Denoiser:
 
         Or called for decoding ``through`` another call, made of its own and rows ``(N, W)`` to try it with (None for a
         model that is not probed), and made again when the model has changed.
-
-        Example:
-            >>> from nap_decode import demo
-            >>> Denoiser(*demo.load()).replace(cfg_scale=1.5).cfg_scale
-            1.5
         """
         other = copy.copy(self)
         other._set(**options)
@@ -200,8 +195,8 @@ class Denoiser:
             given = ids.pop()
         if given is None:
             raise NapDecodeError(
-                f"no mask token is known: tokenizer and config have none, and the family of {self.family.name!r} models "
-                "names none for this vocabulary; pass mask_token_id="
+                f"no mask token is known: tokenizer and config name none, nor does the family of {self.family.name!r} "
+                "models for this vocabulary; pass mask_token_id="
             )
         check_integer("mask_token_id", given, 0)
         size = self.call.num_embeddings
