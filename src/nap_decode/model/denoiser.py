@@ -181,7 +181,7 @@ class Denoiser:
     def probe(self) -> Probe:
         """What the model does, as far as two small forward passes tell; all None of what has no config."""
         _ = self.hides_padding  # which is asked last
-        return self.probing.found
+        return copy.copy(self.probing.found)
 
     def _find_mask(self, given: int | None) -> int:
         if given is None:
@@ -231,26 +231,19 @@ class Denoiser:
 
     # ---------------------------------------------------------------------------------------- checks
 
-    def refresh(self) -> bool:
-        """Look at the model again if it has changed; whether it has."""
+    def refresh(self) -> None:
+        """Look at the model again if it has changed."""
         if self.call.fingerprint() == self.probing.fingerprint:
-            return False
+            return
         other = copy.copy(self)  # until all is known, threads that decode go on with what was
         other.call = ModelCall(self.model, self.family)
         other._banned = {}
         other._ask()
         vars(self).update(vars(other))
-        return True
 
     def _ask(self) -> None:
         """Find out what the model does; raise if it cannot be decoded, warn if it is not what its family says."""
-        self.probing = Probing(
-            self.call,
-            mask_token_id=self.mask_token_id,
-            pad_token_id=self.pad_token_id,
-            avoid=self.end_token_ids,
-            device=self.device,
-        )
+        self.probing = Probing(self.call, self.mask_token_id, self.pad_token_id, self.end_token_ids, self.device)
         self._check_dropout()  # which would make chance of the answers
         self.probing.ask()
         if self.probing.found.alone is not None:
@@ -374,11 +367,10 @@ class Denoiser:
                 after the other.
             wanted: ``(N, K)`` int64: columns.  Logits of a negative one mean nothing.
             canvas: the canvas that decoding started from, of B rows.
-            hidden: ``(N, K)`` bool: where the prediction shall leave out what stands in the slot itself.  The model
-                then gets K more tokens in each row: behind the canvas, a masked *shadow* of every wanted slot, which
-                sees all but the slot itself, and is seen by the other shadows alone (WINO, arXiv 2507.18578).  It is
-                not quite as if the slot were masked: from the second layer on, the other slots have seen what stands
-                in it.
+            hidden: ``(N, K)`` bool: where the prediction shall leave out what stands in the slot itself.  Behind the
+                canvas, the model then gets a masked *shadow* of every wanted slot, which sees all but the slot itself,
+                and is seen by the other shadows alone (WINO, arXiv 2507.18578).  It is not quite as if the slot were
+                masked: from the second layer on, the other slots have seen what stands in it.
 
         Raises:
             NapDecodeError: shapes that do not fit; ``hidden`` with a model that cannot leave one out.

@@ -54,15 +54,15 @@ class Probing:
     """Asks a model what it does, once; ``avoid`` are ids that end a text."""
 
     def __init__(
-        self, call: ModelCall, *, mask_token_id: int, pad_token_id: int, avoid: Sequence[int], device: torch.device
+        self, call: ModelCall, mask_token_id: int, pad_token_id: int, avoid: Sequence[int], device: torch.device
     ) -> None:
         self.call, self.mask_token_id, self.device = call, mask_token_id, device
         self.fingerprint = call.fingerprint()
         self.found = Probe()
         self.error: Exception | None = None  # when the model was told by a mask to attend both ways
+        # (N, n) int64: a row (twice), the same row with another future, and riddles.  None for functions and modules
+        # without a config, and if there are too few ids, or positions, to ask anything.
         self.tokens: Tensor | None = None
-        """``(N, n)`` int64 on the device: a row (twice), the same row with another future, and riddles.  None for
-        functions and modules without a config, and if there are too few ids, or positions, to ask anything."""
         ids = [i for i in range(call.num_embeddings or 0) if i not in {mask_token_id, pad_token_id, *avoid}]
         self._width = min(28, (call.position_limit[0] if call.config is not None else None) or 28)
         if call.config is None or len(ids) < 2 or self._width < 4:
