@@ -80,16 +80,13 @@ class ModelCall:
                 f"{family.name} models are told their blocks by an attention_mask, but the forward of {name} takes "
                 "none; give it that argument, or pass family= with another attention="
             )
-        if self.config is not None or is_family_given or self.module is None:
-            return
         # A module without a config is taken as it is, whatever stands in it.
-        for part in self.module.modules():
+        for part in () if is_known else self.module.modules():
             inside = find_family(getattr(part, "config", None), type(part).__name__)
             if inside.shift or inside.block_size is not None or inside.refusal is not None:
                 warnings.warn(
                     f"there is a {inside.name} model in {name}, which has no config and is taken to predict in place "
                     "from the whole row; if it passes on what is inside, say so with family=",
-                    UserWarning,
                     stacklevel=5,
                 )
                 return
