@@ -442,7 +442,8 @@ class Denoiser:
             if hidden is None and times == 1:
                 return self.reuse.forward(self._decoding, rows, branches, shifted, _are_slots(wanted, places), kept)
             self.reuse.count(rows, len(branches), kept)
-        tokens, shifted = torch.cat(branches), shifted.repeat(len(branches), 1)
+        if len(branches) > 1:
+            tokens, shifted = torch.cat(branches), shifted.repeat(2, 1)
         if hidden is None:
             return self._decoding.with_rows(rows, tokens, shifted, is_grouped=self._is_grouped(rows.is_padded))
         hidden, is_seen = (flags.repeat(len(branches), 1) for flags in (hidden, _are_slots(wanted, places)))

@@ -31,7 +31,7 @@ class Probe:
     Example:
         >>> from nap_decode import Denoiser, demo
         >>> Denoiser(*demo.load()).probe()
-        Probe(sees_future=True, hides_padding=True, shift=False)
+        Probe(sees_future=True, hides_padding=True, shift=None)
     """
 
     sees_future: bool | None = None
