@@ -211,7 +211,7 @@ class BulkDecoder:
         run = {
             "format": _FORMAT,
             "seed": self.seed,
-            "model": str(getattr(self.sampler.denoiser.config, "_name_or_path", "")),
+            "model": str(getattr(self.sampler.denoiser.call.config, "_name_or_path", "")),
             "template": repr(self.sampler.template),
             "sampler": self.sampler.describe().splitlines(),
         }

@@ -171,7 +171,7 @@ def benchmark(
     check_integer("repeats", repeats, 1)
     workload, say = workload or Workload(), progress or (lambda _: None)
     denoiser = Denoiser(model, tokenizer, mask_token_id=mask_token_id)
-    if denoiser.config is None:
+    if denoiser.call.config is None:
         raise NapDecodeError("the benchmark calls the model itself, and needs a transformers model for that")
     canvas, device = workload.canvas(denoiser), denoiser.device
     denoiser.check(canvas)
@@ -195,7 +195,7 @@ def benchmark(
         model={
             "name": type(model).__name__,
             "parameters": sum(p.numel() for p in model.parameters()),
-            "vocabulary": denoiser.num_embeddings,
+            "vocabulary": denoiser.call.num_embeddings,
             "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
             "device": str(device),
             "compile": compile,

@@ -24,7 +24,7 @@ def make_loops(
     There is no ``"bare"`` if body and output layer do not make the model: something stands between or behind them.
     """
     model, head = cast(Any, denoiser.model), denoiser.call.head.layer
-    tokens, options = canvas.tokens, denoiser.call.options(canvas.rows)
+    tokens, options = canvas.tokens, denoiser.call.options(canvas.rows, canvas.tokens)
     quotas, widths = workload.quotas(), workload.widths()
 
     def full_pass(tokens: Tensor) -> Tensor:  # (B, L) -> (B, L, V)

@@ -188,7 +188,7 @@ class Workload:
 
     def canvas(self, denoiser: Denoiser) -> Canvas:
         """The rows to decode, with prompts of random ids."""
-        size = denoiser.num_embeddings or 0
+        size = denoiser.call.num_embeddings or 0
         banned = denoiser.banned(size, torch.device("cpu")).tolist()
         ids = np.setdiff1d(np.arange(size), [*banned, denoiser.pad_token_id, *denoiser.end_token_ids])
         if not len(ids):

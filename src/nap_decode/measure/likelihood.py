@@ -204,7 +204,7 @@ def _encode(denoiser: Denoiser, prompts: Prompts, completions: Completions, batc
             f"there must be a completion for every prompt, but there are {len(rows)} prompts and "
             f"{'one text' if isinstance(several, str) else len(several)}"
         )
-    size, texts = denoiser.num_embeddings, []
+    size, texts = denoiser.call.num_embeddings, []
     for row, (prompt, completion) in enumerate(zip(rows, several, strict=True)):
         if not isinstance(completion, str):
             ids = check_ids(f"completion {row}", completion)

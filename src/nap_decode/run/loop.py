@@ -196,7 +196,7 @@ class Loop:
         self.is_fixed = not (self.needs.adaptive or watch or ends)
         self.turns = self.forward_passes = 0
         self.furthest = 0  # steps of the row that has taken most
-        self.vocab_size = denoiser.num_embeddings  # what the logits say is surer
+        self.vocab_size = denoiser.call.num_embeddings  # what the logits say is surer
 
     @torch.no_grad()
     def run(self, arrivals: Arrivals, stop: Callable[[], bool] = lambda: False) -> Iterator[Batch]:

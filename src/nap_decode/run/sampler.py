@@ -507,7 +507,7 @@ class Sampler:
                     f'close_on="{ends}" needs a model that says which ids end a text, but it says none; give the ids'
                 )
             return self.denoiser.end_token_ids
-        size, mask = self.denoiser.num_embeddings, self.denoiser.mask_token_id
+        size, mask = self.denoiser.call.num_embeddings, self.denoiser.mask_token_id
         for token in ends:
             if token >= (size or token + 1) or token == mask:
                 known = f"ids from 0 to {size - 1}" if size else "ids"
@@ -616,7 +616,7 @@ class Sampler:
                 "the model's logits, or the confidences made of them, were nan in places, or left no id to emit; the "
                 f"tokens committed there mean nothing. {remedy}"
             )
-        committer, size = type(self.decoder.committer).__name__, self.denoiser.num_embeddings
+        committer, size = type(self.decoder.committer).__name__, self.denoiser.call.num_embeddings
         decoded = tokens[(block >= 0) & ~masked]
         wrong = decoded[(decoded < 0) | (decoded >= (size or 2**62))].tolist()
         if wrong:

@@ -215,7 +215,8 @@ class Reuse(abc.ABC):
             tokens, wanted, present = (values[store.rows] for values in (tokens, wanted, present))
         places = wanted
         if positions is None:
-            options = call.whole(tokens.shape, present if rows.is_padded else None, tokens.device)
+            whole = store.rows is None
+            options = call.options(rows, tokens) if whole else call.whole(tokens, present if rows.is_padded else None)
         else:
             columns = torch.arange(rows.width, device=tokens.device).expand_as(tokens)
             seen = visibility(columns, present, queries=positions, block_size=call.block_size)
