@@ -92,7 +92,7 @@ def test_six_tokens_two_per_step_by_hand():
     assert got.global_at == {1: pytest.approx(2 / 6), 2: pytest.approx(4 / 6)}
     assert got.global_upper[1] == pytest.approx(3 / 6)
     assert got.global_lower[1] == pytest.approx(2 / 6)
-    assert got.global_lower[1] == pytest.approx(2 / 6)  # of {0}, {0}, {3}: 0 and 3
+    assert got.step_level[1] == pytest.approx(2 / 6)  # of {0}, {0}, {3}: 0 and 3
     assert got.local_at == {1: 0.0, 2: 0.0}
     assert got.tokens_per_step == 2.0
     assert got.tokens_per_forward == 2.0
@@ -121,7 +121,7 @@ def test_bounds_hold_for_every_order_inside_steps(step, k):
     assert got.global_lower[k] == pytest.approx(min(values))
     assert got.global_upper[k] == pytest.approx(max(values))
     start = {t: [p for p, s in enumerate(step) if s >= t] for t in step}
-    assert got.global_lower[k] == pytest.approx(sum(p in start[s][:k] for p, s in enumerate(step)) / len(step))
+    assert got.step_level[k] == pytest.approx(sum(p in start[s][:k] for p, s in enumerate(step)) / len(step))
     tau = kendall_tau_b(list(range(len(step))), step)
     assert got.kendall_tau == pytest.approx(tau, nan_ok=True)
 

@@ -74,6 +74,11 @@ class ARness:
     blocks: dict[str, ARness] = field(default_factory=dict)
     before_end: ARness | None = None
 
+    @property
+    def step_level(self) -> dict[int, float]:
+        """Global@k with the masks as they stood at the start of the step; see ``global_lower``."""
+        return self.global_lower
+
     def __str__(self) -> str:
         ks = sorted(self.global_at)
         header = ["", *(f"Global@{k} (bounds)" for k in ks), *(f"Local@{k}" for k in ks)]

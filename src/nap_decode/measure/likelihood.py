@@ -52,6 +52,10 @@ class LogLikelihood:
         standard_error: ``(N,)`` float64, of an estimate; 0 where the value is exact.
         is_greedy: ``(N,)`` bool, whether left-to-right greedy decoding gives the completion; None of the bound.
         forward_passes: forward passes of all batches.
+
+    Example:
+        >>> LogLikelihood(torch.tensor([-1.5]), torch.tensor([0.0]), torch.tensor([True]), 3).value.exp()
+        tensor([0.2231])
     """
 
     value: Tensor
@@ -105,11 +109,7 @@ def log_likelihood_bound(
         else torch.tensor([check_seed(one) for one in row_seeds], dtype=torch.int64, device="cpu")
     )
     drawn = [_masks(text.length, samples, one) for text, one in zip(texts, seeds, strict=True)]
-    rows = [
-        _Row(text, mask, mask)
-        for text, (masks, _, _) in zip(texts, drawn, strict=True)
-        for mask in pad(masks, (text.start, 0))
-    ]
+    rows = [_Row(text, mask, mask) for text, (masks, _, _) in zip(texts, drawn, strict=True) for mask in masks]
     scores, _, passes = _score(denoiser, rows, batch_size)
     value, error = torch.zeros(2, len(texts), dtype=torch.float64, device="cpu")
     parts = torch.split(scores, [len(masks) for masks, _, _ in drawn])
@@ -137,14 +137,21 @@ def chain_log_likelihood(
 
     Ids that are never emitted (the mask, and what the tokenizer does not have) are not considered as the most likely.
     Arguments and errors are those of :func:`log_likelihood_bound`; a completion of L tokens takes L rows.
+
+    Example:
+        >>> from nap_decode import demo
+        >>> prompt = "6 0 6 4 6 2 1 2 4 7 0 6 = <think 1>"
+        >>> completions = ["6 0 4 2 0 1 3 7 0 0 6", "6 0 4 1"]
+        >>> found = chain_log_likelihood(Denoiser(*demo.load()), [prompt, prompt], completions)
+        >>> found.is_greedy.tolist(), found.forward_passes
+        ([True, False], 1)
     """
     texts = _encode(denoiser, prompts, completions, batch_size)
     rows = []
     for text in texts:
         later = torch.ones(text.length, text.length, dtype=torch.bool, device="cpu").triu()
         # From the i-th token on, all are masked when it is predicted.
-        masked, asked = pad(later, (text.start, 0)), pad(later & later.T, (text.start, 0))
-        rows += [_Row(text, *two) for two in zip(masked, asked, strict=True)]
+        rows += [_Row(text, *two) for two in zip(later, later & later.T, strict=True)]
     scores, best, passes = _score(denoiser, rows, batch_size)
     lengths = [text.length for text in texts]
     value = torch.stack([part.sum() for part in torch.split(scores, lengths)])
@@ -184,8 +191,8 @@ class _Text(NamedTuple):
 
 class _Row(NamedTuple):
     text: _Text
-    masked: Tensor  # (P + L,) bool, tokens that are masked
-    asked: Tensor  # (P + L,) bool, those that are asked for
+    masked: Tensor  # (L,) bool, tokens of the completion that are masked
+    asked: Tensor  # (L,) bool, those that are asked for
 
 
 def _encode(denoiser: Denoiser, prompts: Prompts, completions: Completions, batch_size: int) -> list[_Text]:
@@ -197,7 +204,7 @@ def _encode(denoiser: Denoiser, prompts: Prompts, completions: Completions, batc
             f"there must be a completion for every prompt, but there are {len(rows)} prompts and "
             f"{'one text' if isinstance(several, str) else len(several)}"
         )
-    size, texts = denoiser.num_embeddings, []
+    size, texts = denoiser.call.num_embeddings, []
     for row, (prompt, completion) in enumerate(zip(rows, several, strict=True)):
         if not isinstance(completion, str):
             ids = check_ids(f"completion {row}", completion)
@@ -216,8 +223,8 @@ def _encode(denoiser: Denoiser, prompts: Prompts, completions: Completions, batc
             raise NapDecodeError(f"token id {wrong[0]} is out of range: the model has ids {known}. Wrong tokenizer?")
         texts.append(_Text(torch.tensor(whole, dtype=torch.int64, device="cpu"), len(prompt)))
     longest = max(texts, key=lambda text: len(text.tokens))
-    completion = torch.arange(len(longest.tokens), device="cpu") >= longest.start
-    denoiser.check(_canvas(denoiser, [_Row(longest, completion, completion)]))
+    every = torch.ones(longest.length, dtype=torch.bool, device="cpu")
+    denoiser.check(_canvas(denoiser, [_Row(longest, every, every)]))
     return texts
 
 
@@ -245,7 +252,7 @@ def _score(denoiser: Denoiser, rows: Sequence[_Row], batch_size: int) -> tuple[T
 
 @torch.no_grad()
 def _score_batch(denoiser: Denoiser, batch: Sequence[_Row]) -> tuple[Tensor, Tensor]:
-    canvas, asked = _canvas(denoiser, batch), _padded([row.asked for row in batch])
+    canvas, asked = _canvas(denoiser, batch), _padded([pad(row.asked, (row.text.start, 0)) for row in batch])
     wanted = asked.long().argsort(dim=1, descending=True, stable=True)[:, : int(asked.sum(1).max())]
     target, is_asked = _padded([row.text.tokens for row in batch]).gather(1, wanted), asked.gather(1, wanted)
     device = canvas.tokens.device
@@ -269,7 +276,7 @@ def _canvas(denoiser: Denoiser, rows: Sequence[_Row]) -> Canvas:
     """Rows of which some tokens of the completion are masked; the prompt is what guidance masks."""
     texts, device = [row.text for row in rows], denoiser.device
     tokens = _padded([text.tokens for text in texts], denoiser.pad_token_id)
-    masked = _padded([row.masked for row in rows])
+    masked = _padded([pad(row.masked, (row.text.start, 0)) for row in rows])
     starts = torch.tensor([text.start for text in texts], device="cpu")[:, None]
     return Canvas(
         tokens=tokens.masked_fill(masked, denoiser.mask_token_id).to(device),

@@ -55,17 +55,17 @@ def compiled_model(denoiser: Denoiser, **options: Any) -> Denoiser:
     Raises:
         NapDecodeError: the output layer cannot be told from the rest of the model.
     """
-    return denoiser.through(partial(_compiled_call, compiler_options=options))
+    return denoiser.replace(through=partial(_compiled_call, compiler_options=options))
 
 
 @torch.no_grad()
 def _compiled_call(call: ModelCall, tokens: Tensor | None, compiler_options: dict[str, Any]) -> ModelCall:
-    """See :meth:`Denoiser.through`."""
+    """See :meth:`Denoiser.replace`."""
     if tokens is None:
         raise NapDecodeError(f"{call.name} cannot be compiled here; compile it before, with torch.compile")
     if call.head.is_late and isinstance(call.head.layer, nn.Linear):
         body = _CompiledBody(call.module, call.head.layer, **compiler_options)
-        options, wanted = call.whole(tokens.shape, None, tokens.device), torch.zeros_like(tokens[:, :1])
+        options, wanted = call.whole(tokens), torch.zeros_like(tokens[:, :1])
         if torch.equal(take(body.plain(tokens, options), wanted), call(tokens, options, wanted).rows):
             other = copy.copy(call)
             other.body = body
@@ -147,7 +147,7 @@ def _check_captured(denoiser: Denoiser, decoder: Decoder) -> None:
         reason = f"{type(denoiser.reuse).__name__} chooses positions at each pass, which captured steps cannot"
     elif denoiser.device.type != "cuda":
         reason = f'compile="graphs" needs a model on a CUDA device, but it is on {denoiser.device}'
-    elif denoiser.is_split:
+    elif denoiser.call.is_split:
         reason = 'compile="graphs" is not for a model that is split over devices'
     elif not denoiser.hides_padding:
         reason = 'compile="graphs" is not for a model that does not hide padding'

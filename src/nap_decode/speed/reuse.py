@@ -229,7 +229,8 @@ class Reuse(abc.ABC):
             tokens, wanted, present = (values[store.rows] for values in (tokens, wanted, present))
         places = wanted
         if positions is None:
-            options = call.whole(tokens.shape, present if rows.is_padded else None, tokens.device)
+            whole = store.rows is None
+            options = call.options(rows, tokens) if whole else call.whole(tokens, present if rows.is_padded else None)
         else:
             columns = torch.arange(rows.width, device=tokens.device).expand_as(tokens)
             keys, known = columns[:, : store.width], present[:, : store.width]
@@ -312,7 +313,12 @@ class ExactReuse(Reuse):
 
 @dataclass(frozen=True, kw_only=True)
 class PromptReuse(Reuse):
-    """Computes all but the prompt (the prompt interval of dLLM-Cache, arXiv 2506.06295)."""
+    """Computes all but the prompt (the prompt interval of dLLM-Cache, arXiv 2506.06295).
+
+    Example:
+        >>> PromptReuse(refresh_every=16)
+        PromptReuse(refresh_every=16)
+    """
 
     def select(self, glance: Glance) -> Tensor:
         """All but the prompt."""
@@ -326,6 +332,14 @@ class CommittedReuse(Reuse):
     Args:
         delay: passes that compute a token after its commit; then its keys and values are kept.  They change most
             when the mask becomes a token, so 1 is right for most models.
+
+    Example:
+        >>> from nap_decode import Denoiser, ParallelForcedSampler, demo
+        >>> denoiser = Denoiser(*demo.load(), reuse=CommittedReuse())
+        >>> sampler = ParallelForcedSampler(denoiser, path_length=11, summary_length=2, tokens_per_step=4)
+        >>> out = sampler("6 0 6 4 6 2 1 2 4 7 0 6 =")
+        >>> out.summary, out.positions_forwarded, out.positions_exact
+        ('6', [200], [477])
     """
 
     delay: int = 1
@@ -349,6 +363,10 @@ class BlockReuse(Reuse):
     Args:
         with_suffix: compute what stands behind the block, too: Fast-dLLM's prefix cache.  Without, it is its dual
             cache.
+
+    Example:
+        >>> BlockReuse(with_suffix=True)
+        BlockReuse(refresh_every=None, with_suffix=True)
     """
 
     with_suffix: bool = False
@@ -379,6 +397,14 @@ class DriftReuse(Reuse):
         share: of the wanted positions, rounded up.
         reach: positions.
         max_age: passes after which a wanted position is computed in any case.
+
+    Example:
+        >>> from nap_decode import Denoiser, ParallelForcedSampler, demo
+        >>> denoiser = Denoiser(*demo.load(), reuse=DriftReuse())
+        >>> sampler = ParallelForcedSampler(denoiser, path_length=11, summary_length=2, tokens_per_step=4)
+        >>> out = sampler("6 0 6 4 6 2 1 2 4 7 0 6 =")
+        >>> out.summary, out.positions_forwarded, out.positions_exact
+        ('6', [158], [477])
     """
 
     share: float = 0.6
