@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import KNOWN, MASK, PAD, VOCABULARY, Words
+from models import KNOWN, MASK, PAD, VOCABULARY, Words, build
 from samplers import HOLES, NAMES, OPTIONS, PROMPTS, macro_parallel, make
 
-from nap_decode import Denoiser, decoders
+from nap_decode import Denoiser, ModelFamily, PromptReuse, decoders
 
 BANNED = torch.tensor([MASK, *range(KNOWN, VOCABULARY)])
 ARRANGEMENTS = {"own scheduler": lambda sampler: sampler, "macro-parallel": macro_parallel}
@@ -66,6 +66,22 @@ CASES = [
     for k, arrangement in enumerate(ARRANGEMENTS)
     if (i + j + j // 2) % 2 == k
 ]
+
+
+@pytest.fixture(scope="module")
+def blocks():
+    """A block-causal model."""
+    return Denoiser(build("Llama"), Words(), family=ModelFamily(name="blocks", attention="4d", block_size=4))
+
+
+@pytest.mark.parametrize(("name", "way", "arrangement"), CASES)
+def test_what_is_kept_of_closed_blocks_changes_nothing(blocks, name, way, arrangement):
+    """By default a pass forwards what can have changed."""
+    everything = blocks.replace(reuse=PromptReuse(refresh_every=1))
+    kept, whole = (decode(ARRANGEMENTS[arrangement](make(one, name)), way) for one in (blocks, everything))
+    assert_same(rows_of(kept), rows_of(whole))
+    for out in kept:
+        assert all(some <= every for some, every in zip(out.positions_forwarded, out.positions_exact, strict=True))
 
 
 @pytest.mark.parametrize(("name", "way", "arrangement"), CASES)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
-from models import MASK, PAD, VOCABULARY, DreamLike, Words, build, needs_transformers_5, tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
+from models import MASK, PAD, VOCABULARY, DreamLike, OwnBlocks, Words, build, needs_transformers_5, tiny_model
 from samplers import NAMES, PROMPTS, TEMPLATE, make
 from transformers import BertConfig, BertForMaskedLM
 
@@ -28,7 +34,7 @@ from nap_decode import (
     demo,
 )
 from nap_decode.base.rows import Rows
-from nap_decode.speed.reuse import Kept, Reuse
+from nap_decode.speed.reuse import ExactReuse, Kept, Reuse
 
 POLICIES = [PromptReuse, CommittedReuse, BlockReuse, DriftReuse]
 
@@ -119,6 +125,143 @@ def test_computing_everything_as_a_choice_is_exact(model, guidance):
 def test_conventions_of_families_hold(name, family, policy):
     model = build(name)
     same(*(sampler_of(model, reuse, family=family)(PROMPTS) for reuse in (None, policy)))
+
+
+# ------------------------------------------------------------------------------------------------ closed blocks
+
+BLOCKS = ModelFamily(name="blocks", attention="4d", block_size=4)
+
+
+def by_blocks(denoiser, tokens_per_step=2):
+    scheduler = SemiAutoregressiveScheduler(block_length=4, on_grid=True, tokens_per_step=tokens_per_step)
+    return Sampler(denoiser, decoder=Decoder(scheduler))
+
+
+def everything(denoiser):
+    """The same model, all of which is forwarded in every pass."""
+    return denoiser.replace(reuse=PromptReuse(refresh_every=1))
+
+
+def test_the_prompt_is_forwarded_once_and_each_block_once_more_when_it_is_closed():
+    denoiser = Denoiser(build("Llama"), Words(), family=BLOCKS)
+    out = by_blocks(denoiser)([[5, 6, 7, 8] * 3, [5, 6, 7, 8, 9, 10]], max_new_tokens=12)
+    # Two tokens of the second prompt stand in the first block that is decoded, and two slots in the last.
+    assert out.trace.forwarded.tolist() == [[12 + 4, 4, 4 + 4, 4, 4 + 4, 4], [4 + 4, 4 + 4, 4, 4 + 4, 4, 4 + 2]]
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.5])
+@pytest.mark.parametrize("compile", [False, "kernels"])
+def test_with_guidance_and_compiled(guidance, compile):
+    denoiser = Denoiser(build("Llama"), Words(), family=BLOCKS, cfg_scale=guidance)
+    outputs = [
+        Sampler(one, decoder=Decoder(MacroParallelScheduler(tokens_per_step=3)), template=TEMPLATE, compile=how)(
+            PROMPTS
+        )
+        for one, how in ((denoiser, compile), (denoiser.replace(reuse=PromptReuse(refresh_every=1)), False))
+    ]
+    same(*outputs)
+    assert sum(outputs[0].positions_forwarded) < sum(outputs[0].positions_exact)
+
+
+@pytest.mark.parametrize("size", [4, 20])
+@pytest.mark.parametrize("attention", ["none", "4d"])
+@pytest.mark.filterwarnings("ignore:.*in groups of equal length:UserWarning")
+def test_a_model_that_only_claims_blocks_is_decoded_without(attention, size):
+    """One that looks at no mask, or at a row of it, so that its blocks see what is behind them."""
+
+    class Claims(DreamLike):
+        def forward(self, input_ids, attention_mask=None, position_ids=None):
+            if attention_mask is not None and attention_mask.shape[2] == attention_mask.shape[3]:
+                attention_mask = attention_mask[:, :, -1:]  # what the last one sees
+            return self.run(input_ids, position_ids, attention_mask)
+
+    denoiser = Denoiser(Claims("x"), Words(), family=ModelFamily(name="x", attention=attention, block_size=size))
+    assert by_blocks(denoiser)(PROMPTS, max_new_tokens=40).trace.forwarded is None
+    with pytest.raises(NapDecodeError, match=r"cannot (keep blocks|reuse)"):
+        denoiser.replace(reuse=ExactReuse())
+
+
+def test_a_model_that_changes_is_asked_again():
+    model = build("Llama")
+    sampler = by_blocks(Denoiser(model, Words(), family=BLOCKS))
+    assert sampler(PROMPTS, max_new_tokens=8).trace.forwarded is not None
+    model.lm_head = torch.nn.Linear(16, VOCABULARY, bias=False).double()
+    model.eval()
+    same(
+        sampler(PROMPTS, max_new_tokens=8),
+        by_blocks(Denoiser(model, Words(), family=BLOCKS))(PROMPTS, max_new_tokens=8),
+    )
+
+
+@given(st.data())
+def test_what_is_computed_is_what_can_have_changed(data):
+    """Block by block: a block says something else if a token in it, or before it, is another; none behind is needed."""
+    size, width = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 12))
+    values = st.integers(-1, 2), st.integers(0, 2), st.booleans()
+    before, after, wanted = (data.draw(st.lists(some, min_size=width, max_size=width)) for some in values)
+    rows = Rows((width,), torch.zeros(1, width, dtype=torch.bool))
+    kept = replace(Kept.nothing(torch.zeros(1, width)), tokens=torch.tensor([before]))
+    computed, whole, known = ExactReuse().plan(kept, rows, torch.tensor([after]), torch.tensor([wanted]), size)
+    expected = []
+    for place in range(width):
+        block_end = (place // size + 1) * size
+        is_other = any(a != b for a, b in zip(before[:block_end], after[:block_end], strict=True))
+        expected.append(wanted[place] or (is_other and any(wanted[place // size * size :])))
+    assert computed[0].tolist() == expected
+    assert bool(whole) == all(expected)
+    assert known.tokens[0].tolist() == [a if new else b for a, b, new in zip(after, before, expected, strict=True)]
+
+
+# ------------------------------------------------------------------------------------------------ models without help
+
+
+class ByIndex(DreamLike):
+    """LLaDA: rotary positions by the index, no mask but a flat one, and a cache that may not be used."""
+
+    class Rotary(torch.nn.Module):
+        def forward(self, q, k):
+            angles = torch.arange(q.shape[2], dtype=q.dtype)[:, None] * torch.tensor(
+                [1.0, 0.3, 0.1, 0.03], dtype=q.dtype
+            )
+            sin, cos = angles.sin().repeat(1, 4), angles.cos().repeat(1, 4)
+            return tuple(x * cos + x.roll(1, dims=-1) * sin for x in (q, k))
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.rotary = self.Rotary()
+
+    def forward(self, input_ids, attention_mask=None, past_key_values=None):
+        assert past_key_values is None
+        seen = None if attention_mask is None else attention_mask[:, None, None].bool()
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            q, k, v = layer(x)[:, None].chunk(3, dim=-1)
+            q, k = self.rotary(q, k)
+            x = x + torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)[:, 0].tanh()
+        return SimpleNamespace(logits=self.head(x))
+
+
+@pytest.mark.parametrize(
+    ("make_model", "family"),
+    [
+        (lambda: ByIndex("llada"), None),
+        (lambda: OwnBlocks("Fast_dLLM_Qwen", bd_size=4), None),
+    ],
+    ids=["positions by the index", "a mask of its own"],
+)
+@pytest.mark.filterwarnings("ignore:.*in groups of equal length:UserWarning")
+def test_models_that_take_neither_positions_nor_mask(make_model, family):
+    """Everything computed as a choice is exact; a policy computes less; the model is as it was afterwards."""
+    model = make_model()
+    before = copy.deepcopy(vars(model))
+    whole, chosen, some = (
+        sampler_of(model, reuse, family=family)(PROMPTS)
+        for reuse in (PromptReuse(refresh_every=1), Everything(), CommittedReuse())
+    )
+    same(whole, chosen)
+    assert sum(some.positions_forwarded) < sum(some.positions_exact)
+    assert all(not part._forward_pre_hooks and not part._forward_hooks for part in model.modules())
+    assert vars(model).keys() == before.keys()
 
 
 @pytest.mark.parametrize("policy", [CommittedReuse(), DriftReuse(max_age=100), BlockReuse()])
