@@ -25,6 +25,13 @@ def pytest_configure(config):
         raise pytest.UsageError("the last run skipped nothing, or there was none")
 
 
+def pytest_ignore_collect(collection_path, config):
+    if config.option.skipped and collection_path.is_file():
+        files = {name.partition("::")[0] for name in skipped_before(config)}
+        return True if collection_path.relative_to(config.rootpath).as_posix() not in files else None
+    return None
+
+
 def pytest_collection_modifyitems(config, items):
     if config.option.skipped:
         wanted = skipped_before(config)
