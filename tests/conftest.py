@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import os
 import signal
 
 import pytest
 from hypothesis import settings
 
 # torch and transformers are imported late: the process that only directs pytest-xdist's workers needs neither.
+# The models are too small to be worth more threads; this is for doctests and subprocesses too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci")
@@ -49,11 +52,9 @@ def pytest_terminal_summary(terminalreporter, config):  # with pytest-xdist: whe
 
 @pytest.fixture(autouse=True, scope="session")
 def _quiet():
-    import torch
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    torch.set_num_threads(1)  # the models are too small to be worth more
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell started this in the background
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
