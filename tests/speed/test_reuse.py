@@ -163,7 +163,7 @@ def test_with_guidance_and_compiled(guidance, compile):
     assert sum(outputs[0].positions_forwarded) < sum(outputs[0].positions_exact)
 
 
-@pytest.mark.parametrize("size", [4, 20])
+@pytest.mark.parametrize("size", [4, 32])
 @pytest.mark.parametrize("attention", ["none", "4d"])
 @pytest.mark.filterwarnings("ignore:.*in groups of equal length:UserWarning")
 def test_a_model_that_only_claims_blocks_is_decoded_without(attention, size):
@@ -177,7 +177,7 @@ def test_a_model_that_only_claims_blocks_is_decoded_without(attention, size):
 
     denoiser = Denoiser(Claims("x"), Words(), family=ModelFamily(name="x", attention=attention, block_size=size))
     assert by_blocks(denoiser)(PROMPTS, max_new_tokens=40).trace.forwarded is None
-    with pytest.raises(NapDecodeError, match=r"cannot (keep blocks|reuse)"):
+    with pytest.raises(NapDecodeError, match="it does not say what it says when it is asked for all"):
         denoiser.replace(reuse=ExactReuse())
 
 

@@ -144,9 +144,11 @@ class Probing:
         """The first row with padding behind it, and a long row ``(2, W)``; and positions ``(2, 1)`` to look at."""
         assert self.tokens is not None
         length, same = self.tokens.shape[1], int(self.tokens[0, 1])
-        tokens = torch.full((2, self._width), same, device=self.device)
+        two = 2 * (self.call.family.block_size or 0)  # blocks, of which the first must not see the second
+        width = max(self._width, min(two, self.call.position_limit[0] or two))
+        tokens = torch.full((2, width), same, device=self.device)
         tokens[:, 0], tokens[0, length:] = self.mask_token_id, self._pad
-        rows = Rows((length, self._width), torch.zeros_like(tokens, dtype=torch.bool))
+        rows = Rows((length, width), torch.zeros_like(tokens, dtype=torch.bool))
         return rows, tokens, self._wanted[:2, :1]
 
     @property

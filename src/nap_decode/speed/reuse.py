@@ -287,15 +287,8 @@ class ExactReuse(Reuse):
     """
 
     def select(self, glance: Glance) -> Tensor:
-        """See :meth:`plan`."""
-        raise NotImplementedError
-
-    def check(self, denoiser: Denoiser) -> None:
-        """Raise unless the model can be called so, and its blocks see nothing behind them; asked once."""
-        super().check(denoiser)
-        reason = denoiser.probing.why_not("keep blocks", lambda: _why_not_blocks(self, denoiser.probing))
-        if reason is not None:
-            raise NapDecodeError(f"{denoiser.call.name} ({denoiser.family.name}) cannot keep blocks: {reason}")
+        """What is wanted; the rest is said by :meth:`plan`."""
+        return glance.wanted
 
     def plan(
         self, kept: Kept, rows: Rows, tokens: Tensor, wanted: Tensor, block_size: int | None
@@ -469,28 +462,6 @@ def _why_not(probing: Probing, way: Way) -> str | None:
                 return "asked for some positions, it does not say what it says when it is asked for all"
     except Exception as error:
         return f"asked for some positions, it fails ({type(error).__name__}: {error})"
-    return None
-
-
-def _why_not_blocks(policy: Reuse, probing: Probing) -> str | None:
-    """What is wrong with keeping a block that is followed by another, if anything."""
-    call, size = probing.call, probing.call.family.block_size
-    if size is None or (call.position_limit[0] or 2 * size) < 2 * size:
-        return "it has no two blocks"
-    assert probing.tokens is not None
-    same, other = probing.tokens[1:3, 1].tolist()
-    tokens = torch.full((3, 2 * size), probing.mask_token_id, device=probing.device)
-    tokens[:, 0] = tokens.new_tensor([same, other, same])
-    tokens[2, size] = other
-    wanted = tokens.new_tensor([size - 1, size - 1, 2 * size - 1])[:, None]
-    rows = [Rows((2 * size,) * n, torch.zeros_like(tokens[:n], dtype=torch.bool)) for n in (1, 3)]
-    whole = call.head.logits(call.with_rows(rows[1], tokens, wanted))
-    kept: Memory = {}
-    for row in (0, 2):  # the first block alone; then the second, behind what was kept of the first
-        where = wanted[row : row + 1]
-        found = call.head.logits(policy.forward(call, rows[0], [tokens[row : row + 1]], where, where >= 0, kept))
-        if differ(found[0], whole[row], effect=(whole[0] - whole[1]).abs().max()):
-            return f"what it says in a block of {size} tokens depends on the next block"
     return None
 
 
