@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from models import MASK, TableModel, Words
+from models import MASK, TableModel, Words, build
 
 from nap_decode import (
     Denoiser,
@@ -16,6 +16,7 @@ from nap_decode import (
     decoders,
     log_likelihood_bound,
 )
+from nap_decode.speed.reuse import exact
 
 V, P, L = 4, 1, 5
 PROMPT, COMPLETION = [2], [3, 0, 2, 2, 3]
@@ -212,3 +213,25 @@ def test_nan_is_refused():
 
     with pytest.raises(NapDecodeError, match="logits were nan"):
         chain_log_likelihood(Denoiser(broken, mask_token_id=MASK), [[2]], [[3]])
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+@pytest.mark.parametrize("guidance", [0.0, 1.0])
+def test_what_rows_have_in_common_is_forwarded_once_by_block_causal_models(monkeypatch, batch_size, guidance):
+    family = ModelFamily(name="blocks", attention="4d", block_size=4)
+    denoiser = Denoiser(build("Llama"), Words(), family=family, cfg_scale=guidance)
+    texts = [[5, 6, 7, 8, 9, 5, 6], [7], []], [[5, 6, 7, 8, 9, 10], [6, 8, 9], [9, 9, 8, 5, 7]]
+    found = []
+    exact(denoiser)  # asks the model, once
+    for keep in (exact, lambda denoiser: denoiser):
+        monkeypatch.setattr("nap_decode.measure.likelihood.exact", keep)
+        called = []
+        layer = denoiser.model.model.layers[0].mlp
+        handle = layer.register_forward_hook(lambda _, given, __, to=called: to.append(given[0].shape[:2].numel()))
+        chain = chain_log_likelihood(denoiser, *texts, batch_size=batch_size)
+        bound = log_likelihood_bound(denoiser, *texts, batch_size=batch_size, samples=8)
+        handle.remove()
+        found.append((chain.value, chain.is_greedy, bound.value, sum(called)))
+    kept, whole = found
+    torch.testing.assert_close(kept[:3], whole[:3])
+    assert kept[3] < whole[3]

@@ -38,6 +38,7 @@ from nap_decode.base.random import row_seeds as seeds_of_rows
 from nap_decode.canvas import Canvas
 from nap_decode.model.denoiser import Denoiser
 from nap_decode.prompts import Prompts, encode_prompts
+from nap_decode.speed.reuse import Memory, exact
 
 Completions: TypeAlias = "str | Sequence[int] | Sequence[str | Sequence[int] | Tensor]"
 """One completion or a list of them: text, tokenized without special tokens, or token ids."""
@@ -240,8 +241,11 @@ def _score(denoiser: Denoiser, rows: Sequence[_Row], batch_size: int) -> tuple[T
     # Rows of similar length together, the longest first: what does not fit into memory fails at once.
     order = sorted(range(len(rows)), key=lambda row: -len(rows[row].text.tokens))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    keeping, kept = exact(denoiser), Memory()  # a row takes over what the one before has in common: its prompt, mostly
     for batch in batches:
-        scores[batch], best[batch] = _score_batch(denoiser, [rows[row] for row in batch])
+        some = [rows[row] for row in batch]
+        kept = {name: known.first(len(some), len(some[0].text.tokens)) for name, known in kept.items()}
+        scores[batch], best[batch] = _score_batch(keeping, some, None if keeping is denoiser else kept)
     if bool(scores.isnan().any()):
         raise NapDecodeError(
             "the model's logits were nan in places; try another precision (bfloat16 instead of float16) or "
@@ -251,13 +255,13 @@ def _score(denoiser: Denoiser, rows: Sequence[_Row], batch_size: int) -> tuple[T
 
 
 @torch.no_grad()
-def _score_batch(denoiser: Denoiser, batch: Sequence[_Row]) -> tuple[Tensor, Tensor]:
+def _score_batch(denoiser: Denoiser, batch: Sequence[_Row], kept: Memory | None) -> tuple[Tensor, Tensor]:
     canvas, asked = _canvas(denoiser, batch), _padded([pad(row.asked, (row.text.start, 0)) for row in batch])
     wanted = asked.long().argsort(dim=1, descending=True, stable=True)[:, : int(asked.sum(1).max())]
     target, is_asked = _padded([row.text.tokens for row in batch]).gather(1, wanted), asked.gather(1, wanted)
     device = canvas.tokens.device
     flat, places = target.flatten().to(device), is_asked.flatten().nonzero()[:, 0].to(device)
-    prediction = denoiser.predict(canvas.rows, canvas.tokens, wanted.to(device), places)
+    prediction = denoiser.predict(canvas.rows, canvas.tokens, wanted.to(device), places, kept=kept)
     log_prob = torch.zeros(target.shape, dtype=torch.float64, device="cpu")
     is_best = torch.ones(target.shape, dtype=torch.bool, device="cpu")
     for part, raw in prediction.chunks():

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv1d, pad
 
-from nap_decode.base.batching import host_tensor, join, narrow
+from nap_decode.base.batching import host_tensor, join, narrow, select
 from nap_decode.base.errors import NapDecodeError, check_between, check_flag, check_integer
 from nap_decode.base.rows import Rows
 from nap_decode.model.call import ModelCall, visibility
@@ -69,6 +69,11 @@ class Kept:
         """The first columns."""
         states = {name: kept[:, :, :width] for name, kept in self.states.items()}
         return replace(narrow(self, width), counts=self.counts, states=states)
+
+    def first(self, number: int, width: int) -> Kept:
+        """The first rows, in their first columns."""
+        index = torch.arange(number, device=self.tokens.device)
+        return select(self, index, index).narrowed(width)
 
     def counted(self, computed: Tensor) -> Kept:
         """With one pass more, of ``(B,)`` positions."""
