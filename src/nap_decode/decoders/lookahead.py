@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
+from torch.nn.functional import pad
 from typing_extensions import override
 
-from nap_decode.base.errors import NapDecodeError, check_between, check_integer
+from nap_decode.base.errors import NapDecodeError, check_between, check_flag, check_integer
 from nap_decode.parts.committer import Committer, MicroConfidenceCommitter, Predict
 from nap_decode.parts.decoder import Decoder
 from nap_decode.parts.needs import Needs
@@ -38,6 +39,8 @@ class LookaheadCommitter(Committer):
         branches: branches besides the anchor; what LoPA's code makes of ``branching_factor``.
         weight: of the extra token's confidence.
         weakest: share of the open slots, the least certain ones, whose confidence is averaged.
+        opens_blocks: whether the extra token may open blocks, each branch for itself, as in LoPA's code, so that the
+            branch is judged by them and goes on in them; otherwise they open between the steps.
 
     Raises:
         NapDecodeError: a committer that revises or remembers: it would have to for every branch.
@@ -51,11 +54,13 @@ class LookaheadCommitter(Committer):
     branches: int = 2
     weight: float = 0.5
     weakest: float = 0.5
+    opens_blocks: bool = False
 
     def __post_init__(self) -> None:
         check_integer("branches", self.branches, 1)
         check_between("weight", self.weight, 0.0, 1.0)
         check_between("weakest", self.weakest, 0.0, 1.0)
+        check_flag("opens_blocks", self.opens_blocks)
         if not isinstance(self.inner, MicroConfidenceCommitter):
             raise NapDecodeError(f"inner must be a MicroConfidenceCommitter, but is {self.inner!r}")
         if self.inner.needs.memory:
@@ -67,7 +72,7 @@ class LookaheadCommitter(Committer):
     @property
     @override
     def needs(self) -> Needs:
-        return self.inner.needs | Needs(adaptive=True, memory=True)
+        return self.inner.needs | Needs(adaptive=True, memory=True, ahead=self.opens_blocks)
 
     @override
     def compiled(self, compile: Callable[[Any], Any]) -> LookaheadCommitter:
@@ -80,7 +85,8 @@ class LookaheadCommitter(Committer):
         prediction = predict(torch.where(branches.adds, branches.tokens, slots.tokens))  # (J * B, K)
         proposal = self.inner.propose(prediction, slots.repeat(number))
         confidence = rearrange(proposal.confidence, "(j b) k -> j b k", j=number)
-        future = self._certainty(confidence, slots.open & ~branches.adds)
+        block, quota = _opened(slots, branches.adds)
+        future = self._certainty(confidence, slots.open & (block < quota.shape[2]) & ~branches.adds)
         worth = self.weight * branches.confidence + (1 - self.weight) * future
         # Of equals the first wins, and the anchor is the first.
         winner = worth.where(branches.exists, -torch.inf).argmax(0)  # (B,)
@@ -92,7 +98,7 @@ class LookaheadCommitter(Committer):
             return won(rearrange(values, "(j b) k -> j b k", j=number))
 
         added = won(branches.adds)
-        slots = replace(slots, committed=slots.committed | added)
+        slots = replace(slots, block=won(block), quota=won(quota), committed=slots.committed | added)
         statistics = {name: won_by_row(values) for name, values in proposal.statistics.items()}
         won_proposal = Proposal(slots, won_by_row(proposal.tokens), won_by_row(proposal.confidence), statistics)
         commit = self.inner.decide(won_proposal)
@@ -145,6 +151,17 @@ class _Branches:
             confidence=torch.cat([anchor.to(confidence), confidence.T]),
             exists=torch.cat([anchor.bool(), adds.any(2)]),
         )
+
+
+def _opened(slots: Slots, adds: Tensor) -> tuple[Tensor, Tensor]:
+    """Each branch's blocks ``(J, B, K)``, M for a slot that is closed in it, and its quotas ``(J, B, M)``."""
+    block, quota = slots.block.expand_as(adds), slots.quota.expand(len(adds), -1, -1)
+    if slots.ahead is None:
+        return block, quota
+    added = torch.where(adds, block + 1, 0).amax(2)  # (J, B)
+    ahead = slots.ahead[torch.arange(len(slots.block), device=added.device), added]  # (J, B, M)
+    closed = pad(ahead, (0, 1)).gather(2, block) == 0
+    return block.masked_fill(closed, quota.shape[2]), (ahead - 1).clamp(min=0)
 
 
 def lopa(

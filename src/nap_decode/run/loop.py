@@ -12,21 +12,22 @@ Its index spaces, from the outside in::
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from nap_decode.base.batching import host_tensor, join, narrow, select, to_device
+from nap_decode.base.batching import host_tensor, join, mapped, narrow, select, to_device
 from nap_decode.base.errors import NapDecodeError
 from nap_decode.base.rows import Rows
 from nap_decode.canvas import Canvas, count_blocks
 from nap_decode.model.denoiser import Denoiser
 from nap_decode.model.prediction import Prediction
 from nap_decode.parts.decoder import Decoder
-from nap_decode.parts.scheduler import Left, Plan
+from nap_decode.parts.scheduler import Left, Plan, Scheduler
 from nap_decode.parts.slots import Decision, Slots
 from nap_decode.run.state import State
 
@@ -64,6 +65,7 @@ class Agenda:
     step: Tensor  # (B, S) device: the same
     is_open: Tensor  # (B, S, M) device: blocks that may commit
     quota: Tensor  # (B, S, M) device: tokens that each block commits
+    ahead: Tensor | None = None  # (B, S, 1 + M, M) device: see Slots
 
     @cached_property
     def turns(self) -> tuple[list[int], list[int], list[int]]:
@@ -79,7 +81,8 @@ class Agenda:
 
     def rest(self, taken: int) -> Agenda:
         """What is left after some turns."""
-        return replace(self, **{f.name: getattr(self, f.name)[:, taken:] for f in fields(self)})
+        rest: Agenda = mapped(self, lambda tensor: tensor[:, taken:])
+        return rest
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +156,7 @@ class Turn:
     is_open: Tensor  # (B, M) bool, blocks that may commit
     quota: Tensor  # (B, M) tokens that each block shall commit
     step: Tensor  # (B,) index of the step in each row's schedule
+    ahead: Tensor | None  # (B, 1 + M, M), see Slots
 
 
 Arrivals: TypeAlias = "Callable[[Batch | None], Batch | None]"
@@ -284,6 +288,7 @@ class Loop:
     def _agenda(self, plan: Plan, progress: Progress, device: torch.device) -> tuple[Agenda, Progress]:
         """The next turn, or all of them: computed on the host, and brought to the device together."""
         left, scheduler, counts, steps, quotas = progress.left, self.scheduler, [], [], []
+        ahead: Tensor | None = None
         while True:
             # A committer that revises looks at all slots of an open block, the others at masked ones.
             seen = plan.lengths - left.closed if self.needs.committed else left.masked
@@ -291,6 +296,9 @@ class Loop:
                 # A block that is to be seen again stays open, as if one of its slots were masked; it is owed nothing.
                 is_open = scheduler.may_commit(plan, torch.maximum(left.masked, progress.reopened))
                 quota = scheduler.least(plan, left.masked)
+                if self.needs.ahead:
+                    ahead = _ahead(scheduler, plan, left.masked)
+                    is_open = (ahead > 0).any(1)
             else:
                 quota, left = scheduler.next(plan, left)
                 is_open = quota > 0
@@ -306,8 +314,9 @@ class Loop:
                 )
             left = replace(left, step=left.step + 1)
         slots, index = torch.stack(counts, dim=1), torch.stack(steps, dim=1)  # (B, S, M), (B, S)
-        on_device = (to_device(tensor, device) for tensor in (index, slots > 0, torch.stack(quotas, dim=1)))
-        return Agenda(slots.sum(2), index, *on_device), replace(progress, left=left)
+        on_device = [to_device(tensor, device) for tensor in (index, slots > 0, torch.stack(quotas, dim=1))]
+        ahead = None if ahead is None else to_device(ahead[:, None], device)
+        return Agenda(slots.sum(2), index, *on_device, ahead), replace(progress, left=left)
 
     def _look(self, batch: Batch, unsettled: Tensor | None) -> Batch:
         """Find out what is left, and plan the next turn: the one place that waits for the device.
@@ -352,7 +361,9 @@ class Loop:
     def _advance(self, batch: Batch) -> tuple[State, Tensor | None, int]:
         """One turn: a function of tensors and of K and T alone, so that it can be captured."""
         agenda, turn = batch.agenda, len(batch.passes)
-        inputs = Turn(batch.state, batch.given, agenda.is_open[:, turn], agenda.quota[:, turn], agenda.step[:, turn])
+        ahead = None if agenda.ahead is None else agenda.ahead[:, turn]
+        now = agenda.is_open[:, turn], agenda.quota[:, turn], agenda.step[:, turn], ahead
+        inputs = Turn(batch.state, batch.given, *now)
         width, total, _ = (values[turn] for values in agenda.turns)
         take = partial(self._take, memory=batch.memory, kept=batch.kept)
         if self.graphs is None:
@@ -396,6 +407,7 @@ class Loop:
             row_tokens=state.tokens,
             row_offsets=given.offsets,
             memory=memory,
+            ahead=turn.ahead,
         )
         predict = _Predict(self.denoiser, rows, state.tokens, slots, kept)
         decision = self.committer(slots, predict)
@@ -431,6 +443,16 @@ class Loop:
                 raise NapDecodeError(
                     f"{name} or a part of it decided with {field_name} that are {got}, not {dtype or 'numbers'} {shape}"
                 )
+
+
+def _ahead(scheduler: Scheduler, plan: Plan, masked: Tensor) -> Tensor:
+    """``(B, 1 + M, M)`` of :class:`~nap_decode.parts.Slots`, for slots ``(B, M)`` that are masked."""
+    number = masked.shape[1]
+    one_more = pad(torch.eye(number, dtype=torch.int64, device="cpu"), (0, 0, 1, 0))  # (1 + M, M)
+    left = (masked[:, None] - one_more).clamp(min=0).flatten(0, 1)
+    plan = select(plan, rows := torch.arange(len(masked), device="cpu").repeat_interleave(1 + number), rows)
+    least = scheduler.least(plan, left) + 1
+    return least.where(scheduler.may_commit(plan, left), 0).unflatten(0, (-1, 1 + number))
 
 
 def _offsets(block: Tensor) -> Tensor:
