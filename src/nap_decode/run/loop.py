@@ -314,9 +314,9 @@ class Loop:
                 )
             left = replace(left, step=left.step + 1)
         slots, index = torch.stack(counts, dim=1), torch.stack(steps, dim=1)  # (B, S, M), (B, S)
-        on_device = [to_device(tensor, device) for tensor in (index, slots > 0, torch.stack(quotas, dim=1))]
+        step, may, quota = (to_device(tensor, device) for tensor in (index, slots > 0, torch.stack(quotas, dim=1)))
         ahead = None if ahead is None else to_device(ahead[:, None], device)
-        return Agenda(slots.sum(2), index, *on_device, ahead), replace(progress, left=left)
+        return Agenda(slots.sum(2), index, step, may, quota, ahead), replace(progress, left=left)
 
     def _look(self, batch: Batch, unsettled: Tensor | None) -> Batch:
         """Find out what is left, and plan the next turn: the one place that waits for the device.
@@ -452,7 +452,7 @@ def _ahead(scheduler: Scheduler, plan: Plan, masked: Tensor) -> Tensor:
     left = (masked[:, None] - one_more).clamp(min=0).flatten(0, 1)
     plan = select(plan, rows := torch.arange(len(masked), device="cpu").repeat_interleave(1 + number), rows)
     least = scheduler.least(plan, left) + 1
-    return least.where(scheduler.may_commit(plan, left), 0).unflatten(0, (-1, 1 + number))
+    return least.where(scheduler.may_commit(plan, left), 0).view(-1, 1 + number, number)
 
 
 def _offsets(block: Tensor) -> Tensor:
