@@ -2,7 +2,7 @@
 
     python examples/check_gpu.py                  # writes docs/gpu.json, and its section of docs/benchmarks.md
     python examples/check_gpu.py --device cpu --small --json FILE    # that this command works
-    python examples/check_gpu.py --draw           # the section again, from the file
+    python examples/check_gpu.py --draw           # the section again, from docs/gpu.json
 
 Weights are random.  What does not fit into the time any more is left out, and named.  Needs the extra ``test``.
 """
@@ -30,15 +30,15 @@ RECORD, PAGE = ROOT / "docs" / "gpu.json", ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- gpu -->\n", "<!-- end of gpu -->"
 SECONDS = 540.0
 """Nothing new begins later; the longest row takes about a minute."""
-RUNS: list[tuple[str, Workload, str | None]] = [
-    ("llada-8b", Workload(), None),
+RUNS: list[tuple[str, Workload, str | bool]] = [
+    ("llada-8b", Workload(), False),
     ("llada-8b", Workload(), "graphs"),
-    ("llada-8b", Workload(temperature=1.0), None),
-    ("llada-8b", Workload(batch_size=8, ragged=True), None),
+    ("llada-8b", Workload(temperature=1.0), False),
+    ("llada-8b", Workload(batch_size=8, ragged=True), False),
     ("llada-8b", Workload(batch_size=8, ragged=True), "graphs"),
-    ("llada-8b", Workload(prompt_length=512, new_tokens=1024, blocks=4), None),
-    ("dream-7b", Workload(), None),
-    ("dream-7b", Workload(batch_size=8), None),
+    ("llada-8b", Workload(prompt_length=512, new_tokens=1024, blocks=4), False),
+    ("dream-7b", Workload(), False),
+    ("dream-7b", Workload(batch_size=8), False),
 ]
 """Shape, what is decoded, and ``compile=``; runs of one shape stand together."""
 SMALL = Shape(hidden=32, layers=2, heads=2, intermediate=48, vocab=300)
@@ -64,7 +64,7 @@ def measure(device: str, is_small: bool, limit: float, record: dict[str, Any], f
     begun, shape, model = time.perf_counter(), None, None
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     for name, workload, mode in RUNS[:1] if is_small else RUNS:
-        title = f"{name}, {describe(workload)}, compile={mode!r}"
+        title = f"{name}, {workload}, compile={mode!r}"
         if time.perf_counter() - begun > limit:
             record["left_out"].append(f"{title}: no time was left")
             continue
@@ -83,14 +83,6 @@ def measure(device: str, is_small: bool, limit: float, record: dict[str, Any], f
         record["rows"].append({"shape": name, "compile": mode} | facts)
         file.write_text(json.dumps(record, indent=1) + "\n")
     file.write_text(json.dumps(record, indent=1) + "\n")
-
-
-def describe(workload: Workload | dict[str, Any]) -> str:
-    """What is decoded, in a line."""
-    w = Workload(**workload) if isinstance(workload, dict) else workload
-    rows = f"{w.batch_size} row{'s' * (w.batch_size > 1)}{', ragged' * w.ragged}"
-    blocks = f" in {w.blocks} blocks" * (w.blocks > 1)
-    return f"{rows}, {w.prompt_length} + {w.new_tokens} tokens{blocks}, {w.steps} steps, temperature {w.temperature:g}"
 
 
 def fill_in(page: str, record: dict[str, Any] | None) -> str:
@@ -121,7 +113,7 @@ def tables(record: dict[str, Any] | None) -> str:
         waits, memory = loops["ours"]["syncs_per_step"], row["memory_ratio"]
         cells = [
             f"`{row['shape']}`",
-            describe(row["workload"]),
+            str(Workload(**row["workload"])),
             f"`{row['compile']!r}`",
             ", ".join(times),
             f"{100 * ratios['overhead']:.1f} %",
@@ -141,7 +133,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="a few tests and one small model")
     parser.add_argument("--json", type=Path, default=RECORD, metavar="FILE")
-    parser.add_argument("--page", type=Path, metavar="FILE", help="(default: docs/benchmarks.md, for docs/gpu.json)")
     parser.add_argument("--draw", action="store_true", help="write the page's section again, and measure nothing")
     args = parser.parse_args(arguments)
     is_gpu = args.device.startswith("cuda")
@@ -156,9 +147,8 @@ def main(arguments: list[str] | None = None) -> int:
         args.json.write_text(json.dumps(started, indent=1) + "\n")
         measure(args.device, args.small, SECONDS - (time.perf_counter() - begun), started, args.json)
     record: dict[str, Any] | None = json.loads(args.json.read_text()) if args.json.exists() else None
-    page = args.page or (PAGE if args.json == RECORD else None)
-    if page is not None:
-        page.write_text(fill_in(page.read_text(), record))
+    if args.json == RECORD:
+        PAGE.write_text(fill_in(PAGE.read_text(), record))
     if args.draw or record is None:
         return 0
     tests = record["tests"]

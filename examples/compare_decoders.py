@@ -38,7 +38,7 @@ def make_sampler(name: str, denoiser: Denoiser, template: CanvasTemplate, arrang
     options: dict[str, Any] = {}
     if name == "pc_sampler":
         texts = [denoiser.tokenizer(p.prompt)["input_ids"] for p in sample_problems(2000, seed=0)]  # type: ignore[misc]
-        options["frequencies"] = background_frequencies(texts, vocab_size=denoiser.config.vocab_size)
+        options["frequencies"] = background_frequencies(texts, vocab_size=denoiser.call.config.vocab_size)
     decoder = decoders.make(name, **options)
     if not decoder.needs.adaptive and name != "mdlm_first_hitting":
         decoder = decoder.set(tokens_per_step=TOKENS_PER_STEP)

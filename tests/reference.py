@@ -72,31 +72,27 @@ def law(model, length, mask, quotas, *, random_positions=False, temperature=1.0)
     masked slot; the ``quotas[step]`` slots with the most probable tokens are committed (or, with
     ``random_positions``, any with equal chance).
     """
-    outcomes: Counter = Counter()
-
-    def advance(row, step, chance):
-        masked = [p for p in range(length) if row[p] == mask]
-        if not masked:
-            outcomes[row] += chance
-            return
-        ids = torch.tensor([row])
-        logits = model(ids, torch.ones_like(ids))[0].tolist()
-        full = {p: softmax(logits[p]) for p in masked}
-        allowed = [i for i in range(len(logits[0])) if i != mask]
-        drawn_from = {p: softmax([logits[p][i] / temperature for i in allowed]) for p in masked}
-        for draw in itertools.product(range(len(allowed)), repeat=len(masked)):
-            weight = math.prod(drawn_from[p][d] for p, d in zip(masked, draw, strict=True))
-            tokens = {p: allowed[d] for p, d in zip(masked, draw, strict=True)}
-            if random_positions:
-                choices = list(itertools.combinations(masked, quotas[step]))
-            else:
-                choices = [sorted(masked, key=lambda p: (-full[p][tokens[p]], p))[: quotas[step]]]
-            for choice in choices:
-                after = tuple(tokens[p] if p in choice else t for p, t in enumerate(row))
-                advance(after, step + 1, chance * weight / len(choices))
-
-    advance((mask,) * length, 0, 1.0)
-    return outcomes
+    rows = {(mask,) * length: 1.0}
+    for quota in quotas:
+        rows, before = Counter(), rows
+        for row, chance in before.items():
+            masked = [p for p in range(length) if row[p] == mask]
+            ids = torch.tensor([row])
+            logits = model(ids, torch.ones_like(ids))[0].tolist()
+            full = {p: softmax(logits[p]) for p in masked}
+            allowed = [i for i in range(len(logits[0])) if i != mask]
+            drawn_from = {p: softmax([logits[p][i] / temperature for i in allowed]) for p in masked}
+            for draw in itertools.product(range(len(allowed)), repeat=len(masked)):
+                weight = math.prod(drawn_from[p][d] for p, d in zip(masked, draw, strict=True))
+                tokens = {p: allowed[d] for p, d in zip(masked, draw, strict=True)}
+                if random_positions:
+                    choices = list(itertools.combinations(masked, quota))
+                else:
+                    choices = [sorted(masked, key=lambda p: (-full[p][tokens[p]], p))[:quota]]
+                for choice in choices:
+                    after = tuple(tokens[p] if p in choice else t for p, t in enumerate(row))
+                    rows[after] += chance * weight / len(choices)
+    return rows
 
 
 def order_measures(positions, k):

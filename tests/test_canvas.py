@@ -88,6 +88,11 @@ def test_text_of_a_template_is_tokenized_without_special_tokens():
         (lambda: CanvasTemplate.nap(3, total_length=10), "total_length must be a whole number of at least 35"),
         (lambda: CanvasTemplate.nap().encode(None, MASK), "the template's text '<think 1>' needs a tokenizer"),
         (lambda: CanvasTemplate.nap(3, path_header=5), "path_header is 5, not a list of texts, for num_paths=3"),
+        (lambda: CanvasTemplate.nap(path_footer=5), "path_footer is 5, not a list of texts, for num_paths=3"),
+        (lambda: CanvasTemplate.nap(1, path_header=[5]), "path_header must be a list of token ids, but is 5"),
+        (lambda: CanvasTemplate.nap(1, path_footer=[None]), "path_footer must be a list of token ids, but is None"),
+        (lambda: CanvasTemplate.nap(summary_header=5), "summary_header must be a list of token ids, but is 5"),
+        (lambda: CanvasTemplate.nap(summary_footer=[0.5]), "a token id of summary_footer must be a whole number"),
         (lambda: CanvasTemplate((None, Block("a", 1))), "a template's text must be a list of token ids, but is None"),
         (lambda: CanvasTemplate(((5, (6,)), Block("a", 1))), r"a token id of a template's text .* but is \(6,\)"),
         (lambda: Block(1, 1), "the name of a block must be a text, but is 1"),
@@ -118,7 +123,7 @@ def test_ids_are_whole_numbers(ids):
         with pytest.raises(NapDecodeError, match=f"{what} must be a"):
             make()
     for text in () if isinstance(ids, str) else (CanvasTemplate.nap, lambda **o: CanvasTemplate.nap(1, **o)):
-        with pytest.raises(NapDecodeError, match="a template's text must be a"):
+        with pytest.raises(NapDecodeError, match="summary_header must be a"):
             text(summary_header=ids)
     with pytest.raises(NapDecodeError, match="mask_token_id must be a whole number"):
         TEMPLATE.encode(None, 1.0)
@@ -149,16 +154,17 @@ def test_bad_canvases():
     Canvas(**good)
     for change, message in (
         ({"tokens": ids[0]}, r"must be \(B, L\)"),
-        ({"block": ids[:, :1]}, r"block and tokens of a canvas must have one shape, but block has \(1, 1\)"),
+        ({"block": ids[:, :1]}, r"block of a canvas must be torch.int64 \(1, 2\), but is torch.int64 \(1, 1\)"),
         ({"block": torch.tensor([[0, 1]])}, "block index 1 needs 2 block names and held flags"),
         ({"attention_mask": torch.tensor([[1, 0]])}, "padding of a canvas cannot be decoded"),
         ({"attention_mask": torch.tensor([[0, 1]])}, "must be 1 from column 0 on, then 0 for padding"),
         ({"block": torch.tensor([[-1, -1]])}, "no slot of the canvas is to be decoded"),
         ({"attention_mask": torch.tensor([[1, 2]])}, "must be 1 from column 0 on, then 0 for padding"),
-        ({"tokens": ids.double()}, "tokens of a canvas must be torch.int64, but is torch.float64"),
+        ({"tokens": ids.double()}, r"tokens of a canvas must be torch.int64 \(1, 2\), but is torch.float64"),
         ({"block": ids.int() * 0}, "block of a canvas must be torch.int64"),
         ({"attention_mask": torch.ones_like(ids).bool()}, "attention_mask of a canvas must be torch.int64"),
         ({"prompt": ids}, "prompt of a canvas must be torch.bool"),
+        ({"prompt": [[1, 0]]}, r"prompt of a canvas must be torch.bool \(1, 2\), but is \[\[1, 0\]\]"),
     ):
         with pytest.raises(NapDecodeError, match=message):
             Canvas(**(good | change))

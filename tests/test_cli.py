@@ -87,12 +87,12 @@ def test_other_canvases(capsys):
             [*PLACES, "--scheduler", "any-order", "--set", "share_last_step=true"],
             "no option of this decoder 'share_last",
         ),
-        ([*PLACES, "--set", "top_k=4"], "top_k=4 has no effect at temperature 0"),
+        ([*PLACES, "--set", "top_k=4"], "top_k=4 would have no effect: nothing is drawn at temp"),
         (["--infill", "--max-new-tokens", "4"], "--max-new-tokens does not go with --infill"),
         (["--infill", "--num-paths", "4"], "--num-paths does not go with --infill"),
         (["--max-new-tokens", "4", "--path-length", "4"], "--path-length does not go with --max-new-tokens"),
         (["--max-new-tokens", "4", "--summary-only"], "--summary-only does not go with --max-new-tokens"),
-        ([*PLACES, "--decoder", "klass", "--steps", "4"], "steps=4 cannot be kept"),
+        ([*PLACES, "--decoder", "klass", "--steps", "4"], "steps=4 would have no effect"),
         ([*PLACES, "--cfg-scale", "-1"], "--cfg-scale must be a finite number of at least 0"),
         ([*PLACES, "--chat"], "the tokenizer has no chat template"),
     ],
@@ -149,7 +149,7 @@ def test_files_that_are_not_there(capsys, tmp_path):
     assert "No such file" in err
     status, _, err = run(capsys, "demo", "--problems", "0")
     assert status == 2
-    assert "--problems must be at least 1" in err
+    assert "--problems must be a whole number of at least 1" in err
 
 
 def test_unknown_options(capsys):

@@ -25,7 +25,7 @@ from nap_decode import (
     log_likelihood_bound,
 )
 from nap_decode.base.random import row_seeds
-from nap_decode.bench import SyncCounter
+from nap_decode.bench.observation import count_syncs
 
 IS_REAL = torch.cuda.is_available()
 WHY_NOT = None if IS_REAL else standin.why_not()
@@ -135,9 +135,9 @@ def waits_of_steps(sampler, prompts, device):
     waits = []
     while batch.is_busy:
         if device is None:
-            with SyncCounter("cuda") as syncs:
+            with count_syncs() as count:
                 batch = loop.step(batch)
-            waits.append([None] * syncs.count)
+            waits.append([None] * count())
         else:
             device.waits.clear()
             batch = loop.step(batch)

@@ -124,13 +124,15 @@ def test_the_section_on_gpus_is_that_of_the_results():
 
 def test_checking_a_gpu(tmp_path):
     example = load_example("check_gpu")
-    file, page = tmp_path / "gpu.json", tmp_path / "page.md"
-    page.write_text(f"before\n{example.BEGIN}old\n{example.END}\nafter\n")
-    assert example.main(["--device", "cpu", "--small", "--json", str(file), "--page", str(page)]) == 0
+    file = tmp_path / "gpu.json"
+    assert example.main(["--device", "cpu", "--small", "--json", str(file)]) == 0
     record = json.loads(file.read_text())
     assert record["tests"]["failed"] == 0
     (row,) = record["rows"]
     assert row["identical"] == 1
     assert record["left_out"] == []
-    assert "| `llada-8b` | 1 row, 64 + 256 tokens, 64 steps, temperature 0 | `None` |" in page.read_text()
-    assert "old" not in page.read_text()
+    page = example.fill_in(f"before\n{example.BEGIN}old\n{example.END}\nafter\n", record)
+    assert "| `llada-8b` | 1 row, prompt 64, 256 new tokens, 64 steps, temperature 0 | `False` |" in page
+    assert page.startswith(f"before\n{example.BEGIN}")
+    assert page.endswith(f"{example.END}\nafter\n")
+    assert "old" not in page

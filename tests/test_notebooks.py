@@ -27,7 +27,7 @@ def test_no_outputs_are_committed(path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("default")  # jupyter's own; ours are looked for in the outputs
-def test_notebook_runs(path, tmp_path, monkeypatch):
+def test_notebook_runs(path, tmp_path):
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
@@ -35,7 +35,6 @@ def test_notebook_runs(path, tmp_path, monkeypatch):
     package = NEEDS.get(path.stem)
     if package is not None and find_spec(package) is None:
         pytest.skip(f"needs pip install --no-deps {package}")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     notebook = nbformat.read(path, as_version=4)
     resources = {"metadata": {"path": str(tmp_path)}}
     nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3", resources=resources).execute()

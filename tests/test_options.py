@@ -7,6 +7,7 @@ import importlib
 import inspect
 import math
 import pkgutil
+import re
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ from nap_decode import (
 )
 from nap_decode.base.errors import check_seed
 from nap_decode.measure import parallelism
+from nap_decode.run.sampler import RunOptions
 
 DENOISER = Denoiser(tiny_model(), mask_token_id=MASK)
 SAMPLER = Sampler(DENOISER, decoder=decoders.make("llada_low_confidence"))
@@ -213,3 +215,33 @@ def test_numbers(function, given, name, may_be_none):
 def test_flags(function, given, name, may_be_none):
     for value in ["False", 0, 1, "", *([] if may_be_none else [None])]:
         refused(function, given, name, value)
+
+
+WRONG_IN_A_RUN = {  # for every option of a run: what is said, and of what
+    "seed": ("a seed must be a whole number", ["1", 2.5, True]),
+    "row_seeds": ("(row_seeds must be a list with a seed for every row|a seed must .*)", [3, "1", [0.5], np.array(1)]),
+    "callback": ("callback must be a function of the DecodeState", [3, "print"]),
+    "streamer": (r"a streamer must have put\(ids\) and end\(\)", [3, "stderr", print, [3]]),
+    "interruptible": ("interruptible must be True or False", ["no", 1, None]),
+    "progress": ("progress must be True or False", ["no", 0]),
+}
+WAYS = {
+    "call": lambda options: SAMPLER([5], max_new_tokens=2, **options),
+    "generate": lambda options: SAMPLER.generate(torch.tensor([[5]]), max_new_tokens=2, **options),
+    "infill": lambda options: SAMPLER.infill([5, MASK], **options),
+    "stream": lambda options: list(SAMPLER.stream([[5]], max_new_tokens=2, **options)),
+}
+OF_A_STREAM = inspect.signature(SAMPLER.stream).parameters
+
+
+@pytest.mark.parametrize(
+    ("way", "name"),
+    [(way, name) for way in WAYS for name in RunOptions.__annotations__ if way != "stream" or name in OF_A_STREAM],
+)
+def test_options_of_a_run(monkeypatch, way, name):
+    monkeypatch.setattr(Denoiser, "predict", lambda *_, **__: pytest.fail("a forward pass was made"))
+    message, values = WRONG_IN_A_RUN[name]
+    for value in values:
+        [inner] = value if isinstance(value, list) else [value]
+        with pytest.raises(NapDecodeError, match=f"{message}, .*but is {re.escape(repr(inner))}"):
+            WAYS[way]({name: value})

@@ -16,7 +16,6 @@ from nap_decode.nap import ParallelForcedSampler
 from nap_decode.parts.committer import Committer, MicroConfidenceCommitter
 from nap_decode.parts.decoder import Decoder
 from nap_decode.parts.needs import Needs
-from nap_decode.parts.reviser import Reviser
 from nap_decode.parts.schedule import Schedule
 from nap_decode.parts.scheduler import (
     AnyOrderScheduler,
@@ -24,7 +23,7 @@ from nap_decode.parts.scheduler import (
     Scheduler,
     SemiAutoregressiveScheduler,
 )
-from nap_decode.parts.selection import QuotaSelection, Selection, ThresholdSelection
+from nap_decode.parts.selection import QuotaSelection, Reviser, Selection, ThresholdSelection
 from nap_decode.results.output import SamplerOutput
 from nap_decode.results.trace import DecodeTrace
 from nap_decode.run.sampler import Sampler

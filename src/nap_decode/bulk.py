@@ -6,8 +6,7 @@ file, named by a hash of its ids, at first under another name, then renamed.  Th
 * A part is there wholly or not at all, so a restart continues behind those that are there.
 * Whoever decodes a part again writes the same file again, so no row can be there twice.
 * A row meets the same neighbours whatever the number of workers and however often the run was killed, so its tokens
-  are the same to the last bit.  Cut into other parts they are the same up to floating-point rounding, because a row's
-  seed derives from its own id.
+  are the same to the last bit; cut into other parts, up to floating-point rounding, as its seed derives from its id.
 """
 
 from __future__ import annotations
@@ -39,7 +38,11 @@ ROWS_PER_PART = 128
 """Rows of a part, unless said otherwise: what a worker that is killed loses at most."""
 _FORMAT = 1
 _RUN_FILE = "_run.json"  # readers of Parquet directories pass over names with an underscore or a dot in front
-_KINDS = ("prompt", "messages", "input_ids")
+_KINDS = {
+    "prompt": "text, or a mapping of messages and options of the chat template",
+    "messages": "a list of chat messages",
+    "input_ids": "a list of token ids",
+}
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,9 @@ class BulkPrompt:
     """A row of the input, checked.
 
     Args:
-        id: what the row is known by, different for every row.
+        id: different for every row.
         prompt: text, chat messages, these with options of the chat template, or token ids.
-        seed: the row's seed, a signed 64-bit integer.
+        seed: a signed 64-bit integer.
         extra: the row's other columns, as a JSON object.
 
     Example:
@@ -65,13 +68,10 @@ class BulkPrompt:
 
     @classmethod
     def parse(cls, row: Mapping[str, Any], seed: int) -> BulkPrompt:
-        """Check a row.
+        """Check a row; one that has no ``seed`` of its own gets one from that of the run and its id.
 
-        Args:
-            row: ``id`` (text or a whole number), one of ``prompt`` (text, or a mapping of ``messages`` and options of
-                the chat template), ``messages`` (chat) and ``input_ids`` (token ids); if it has a ``seed``, that is the
-                row's.  A column that is None counts as missing.
-            seed: of the run; rows without a seed of their own get one from it and their id.
+        It has an ``id`` (text or a whole number) and either a ``prompt`` (text, or a mapping of ``messages`` and
+        options of the chat template), ``messages`` (chat) or ``input_ids`` (token ids).  None counts as missing.
 
         Raises:
             NapDecodeError: anything else.
@@ -102,10 +102,10 @@ class BulkPrompt:
                 raise NapDecodeError(f"two rows have the id {name!r}; ids must be different")
         return prompts
 
-    @property
-    def text(self) -> str:
-        """The prompt as text; messages and ids as JSON."""
-        return self.prompt if isinstance(self.prompt, str) else json.dumps(self.prompt, ensure_ascii=False)
+    def columns(self) -> dict[str, Any]:
+        """As it is written: the prompt as text; messages and ids as JSON."""
+        text = self.prompt if isinstance(self.prompt, str) else json.dumps(self.prompt, ensure_ascii=False)
+        return {"id": self.id, "prompt": text, "seed": self.seed, "extra": self.extra}
 
 
 def row_seed(seed: int, name: str) -> int:
@@ -120,10 +120,7 @@ def row_seed(seed: int, name: str) -> int:
 
 
 def read_prompts(path: str | PathLike[str]) -> list[dict[str, Any]]:
-    """Rows of a file of JSON lines, of a Parquet file, or of a directory of Parquet files.
-
-    Args:
-        path: ends with ``.jsonl`` or ``.parquet``, or is a directory.
+    """Rows of a file of JSON lines (``.jsonl``), of a ``.parquet`` file, or of a directory of such Parquet files.
 
     Raises:
         NapDecodeError: another kind of file, or a line that is no JSON object.
@@ -142,13 +139,13 @@ def read_prompts(path: str | PathLike[str]) -> list[dict[str, Any]]:
     rows = []
     with file.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
             try:
-                row = json.loads(line) if line.strip() else None
+                rows.append(json.loads(line))
             except ValueError as error:
                 raise NapDecodeError(f"{file}, line {number} is not JSON: {error}") from error
-            if isinstance(row, dict):
-                rows.append(row)
-            elif line.strip():
+            if not isinstance(rows[-1], dict):
                 raise NapDecodeError(f"{file}, line {number} must be a JSON object, but is {line.strip():.80}")
     return rows
 
@@ -156,11 +153,7 @@ def read_prompts(path: str | PathLike[str]) -> list[dict[str, Any]]:
 def cut_into_parts(
     rows: Iterable[Mapping[str, Any]], rows_per_part: int = ROWS_PER_PART
 ) -> list[list[Mapping[str, Any]]]:
-    """Check rows, and cut them into parts.
-
-    Args:
-        rows: see :meth:`BulkPrompt.parse`.
-        rows_per_part: rows of a part; the last one may have fewer.
+    """Check rows (see :meth:`BulkPrompt.parse`), and cut them into parts, of which the last one may have fewer.
 
     Raises:
         NapDecodeError: no rows at all, a row that is none, or two with one id.
@@ -178,7 +171,7 @@ class BulkDecoder:
     """Decodes rows part by part into a directory; a row that is there already is read instead.
 
     Args:
-        sampler: how to decode; it must have a template and, for texts, a tokenizer.
+        sampler: has a template and, for texts, a tokenizer.
         output: directory for the Parquet files; made if it is missing.  Workers on several machines need to share it.
         seed: rows that have no seed of their own get one from this and their id.
         max_batch: rows that are decoded at a time, at most.
@@ -210,15 +203,15 @@ class BulkDecoder:
         self.max_batch, self.max_tokens = max_batch, max_tokens
         self._layout = len(sampler.template.encode(sampler.tokenizer, sampler.denoiser.mask_token_id)[0])
         self._schema = _schema([block.name for block in sampler.template.blocks])
-        self._places: dict[str, Path] | None = None  # of rows that were there when this worker began, and of its own
         self._claim()
+        self._places = _places(self.directory)  # of rows that were there when this worker began, and of its own
 
     def _claim(self) -> None:
         """Note what the rows of the directory depend on, as far as that can be written down, or compare with it."""
         run = {
             "format": _FORMAT,
             "seed": self.seed,
-            "model": str(getattr(self.sampler.denoiser.config, "_name_or_path", "")),
+            "model": str(getattr(self.sampler.denoiser.call.config, "_name_or_path", "")),
             "template": repr(self.sampler.template),
             "sampler": self.sampler.describe().splitlines(),
         }
@@ -235,34 +228,14 @@ class BulkDecoder:
                 )
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-        """Decode a part.
-
-        Args:
-            rows: see :meth:`BulkPrompt.parse`.
-
-        Returns:
-            One row for each, in their order, as they are in the Parquet files; see ``docs/bulk.md`` for the columns.
+        """Decode a part: for each row (see :meth:`BulkPrompt.parse`), in their order, what is in the Parquet files.
 
         Raises:
             NapDecodeError: a row that is none or that cannot be decoded, or two with one id.
         """
-        prompts = BulkPrompt.parse_all(rows, self.seed)
-        table = self._find_or_decode(prompts)
-        for column, of in (("prompt", "text"), ("seed", "seed"), ("extra", "extra")):
-            for prompt, old in zip(prompts, table[column].to_pylist(), strict=True):
-                if old != (new := getattr(prompt, of)):
-                    raise NapDecodeError(
-                        f"row {prompt.id!r} is in {self.directory} already, but with {column} {old!r:.80} "
-                        f"instead of {new!r:.80}; give it another id, or write to another directory"
-                    )
-        return table
-
-    def _find_or_decode(self, prompts: Sequence[BulkPrompt]) -> pa.Table:
         pa = _pyarrow()
-        if self._places is None:
-            self._places = _places(self.directory)
-        places = self._places
-        missing = [prompt for prompt in prompts if prompt.id not in places]
+        prompts = BulkPrompt.parse_all(rows, self.seed)
+        missing = [prompt for prompt in prompts if prompt.id not in self._places]
         if missing:
             names = json.dumps([prompt.id for prompt in missing]).encode()
             path = self.directory / f"part-{hashlib.blake2b(names, digest_size=16).hexdigest()}.parquet"
@@ -270,11 +243,20 @@ class BulkDecoder:
                 content = io.BytesIO()
                 pa.parquet.write_table(pa.Table.from_pylist(self._decode(missing), schema=self._schema), content)
                 _write_at_once(path, content.getvalue())
-            places.update((prompt.id, path) for prompt in missing)
-        paths = {places[prompt.id] for prompt in prompts}
-        table = pa.concat_tables([self._schema.empty_table(), *map(_read, sorted(paths))])
-        row_of = {name: number for number, name in enumerate(table["id"].to_pylist())}
-        return table.take(pa.array([row_of[prompt.id] for prompt in prompts], pa.int64()))
+            self._places.update((prompt.id, path) for prompt in missing)
+        paths = {self._places[prompt.id] for prompt in prompts}
+        found = pa.concat_tables([self._schema.empty_table(), *map(_read, sorted(paths))])
+        row_of = {name: number for number, name in enumerate(found["id"].to_pylist())}
+        table = found.take(pa.array([row_of[prompt.id] for prompt in prompts], pa.int64()))
+        for prompt, row in zip(prompts, table.select(["prompt", "seed", "extra"]).to_pylist(), strict=True):
+            given = prompt.columns()
+            for column, old in row.items():
+                if old != given[column]:
+                    raise NapDecodeError(
+                        f"row {prompt.id!r} is in {self.directory} already, but with {column} {old!r:.80} "
+                        f"instead of {given[column]!r:.80}; give it another id, or write to another directory"
+                    )
+        return table
 
     def _decode(self, prompts: Sequence[BulkPrompt]) -> list[dict[str, Any]]:
         outputs = self.sampler.stream(
@@ -303,23 +285,19 @@ class BulkDecoder:
 
 @dataclass(frozen=True)
 class BulkSummary:
-    """What a run did.
-
-    Args:
-        rows: rows in the input.
-        decoded: those that were not there before.
-        seconds: wall time of the run; on Ray, the start of the workers is in it.
-    """
+    """What a run did."""
 
     rows: int
+    """Rows in the input."""
     decoded: int
+    """Those that were not there before."""
     seconds: float
+    """Wall time; on Ray, the start of the workers is in it."""
 
     def __str__(self) -> str:
         speed = self.decoded / max(self.seconds, 1e-9)
-        return (
-            f"{self.rows} rows, of which {self.decoded} were decoded now, in {self.seconds:.1f} s ({speed:.1f} rows/s)"
-        )
+        now = f"{self.decoded} were decoded now, in {self.seconds:.1f} s ({speed:.1f} rows/s)"
+        return f"{self.rows} rows, of which {now}"
 
 
 def generate(
@@ -387,9 +365,6 @@ def run_parts(
 def read_results(output: str | PathLike[str]) -> pa.Table:
     """All rows that were written to a directory, each once, ordered by file.
 
-    Args:
-        output: see :class:`BulkDecoder`.
-
     Raises:
         NapDecodeError: no such directory, or one id with two prompts.
     """
@@ -408,7 +383,6 @@ def read_results(output: str | PathLike[str]) -> pa.Table:
 
 
 def _paths(directory: Path) -> list[Path]:
-    """The parts that are there."""
     return sorted(directory.glob("part-*.parquet"))
 
 
@@ -458,20 +432,16 @@ def _record(prompt: BulkPrompt, output: SamplerOutput) -> dict[str, Any]:
     """What is written about a row."""
     canvas = output.canvas
     decoded = (canvas.attention_mask.bool() & ~canvas.prompt)[0].cpu()  # (L,)
-    record: dict[str, Any] = {
-        "id": prompt.id,
-        "prompt": prompt.text,
+    has_text = output.tokenizer is not None
+    return prompt.columns() | {
+        "text": output.text if has_text else None,
+        "summary": output.summary if has_text and any(canvas.held) else None,
+        "blocks": output.blocks if has_text else None,
         "tokens": output.trace.tokens[0][decoded].tolist(),
         "forward_passes": output.forward_passes,
         "tokens_per_forward": output.tokens_per_forward[0],
         "finish_reason": output.finish_reason[0],
-        "seed": prompt.seed,
-        "extra": prompt.extra,
     }
-    if output.tokenizer is not None:
-        record |= {"text": output.text, "blocks": output.blocks}
-        record["summary"] = output.summary if any(canvas.held) else None
-    return record
 
 
 def _check_prompt(name: Any, kind: str, value: Any) -> Prompt:
@@ -485,12 +455,7 @@ def _check_prompt(name: Any, kind: str, value: Any) -> Prompt:
         return [{key: item for key, item in message.items() if item is not None} for message in value]
     if kind == "input_ids" and isinstance(value, list) and all(map(is_whole, value)):
         return [int(token) for token in value]
-    meaning = {
-        "prompt": "text, or a mapping of messages and options of the chat template",
-        "messages": "a list of chat messages",
-        "input_ids": "a list of token ids",
-    }[kind]
-    raise NapDecodeError(f"row {name!r}: {kind} must be {meaning}, but is {value!r:.80}")
+    raise NapDecodeError(f"row {name!r}: {kind} must be {_KINDS[kind]}, but is {value!r:.80}")
 
 
 def _as_json(name: Any, values: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from nap_decode.base.batching import to_device
-from nap_decode.base.errors import NapDecodeError, check_flag, check_ids, check_integer
+from nap_decode.base.errors import NapDecodeError, check_flag, check_ids, check_integer, check_tensor
 from nap_decode.base.rows import Rows
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 Text: TypeAlias = "str | Sequence[int]"
 """Clamped text of a template: a string, tokenized without special tokens, or token ids."""
+_TENSORS = ("tokens", "block", "attention_mask", "prompt")
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,7 @@ class Block:
     Args:
         name: what it is called in outputs and measurements.
         length: slots.
-        held: whether a macro-parallel scheduler holds it back until the other blocks are done (a
-            summary).
+        held: whether a macro-parallel scheduler holds it back until the other blocks are done (a summary).
 
     Example:
         >>> Block("verdict", 8, held=True)
@@ -84,8 +84,8 @@ class CanvasTemplate:
                 f"the parts of a template must be a tuple of texts and Blocks, but are {self.parts!r:.80}"
             )
         # Tuples all through, so that templates can be compared, hashed and saved.
-        whole = (p if isinstance(p, str | Block) else tuple(check_ids("a template's text", p)) for p in self.parts)
-        object.__setattr__(self, "parts", tuple(whole))
+        whole = tuple(p if isinstance(p, Block) else _text("a template's text", p) for p in self.parts)
+        object.__setattr__(self, "parts", whole)
         names = [block.name for block in self.blocks]
         if not names:
             raise NapDecodeError("a template needs at least one Block; there is nothing to decode")
@@ -119,50 +119,49 @@ class CanvasTemplate:
 
         Args:
             num_paths: m, paths.
-            path_length: slots of every path, or of each; derived from ``total_length`` if left out,
-                330 (as in the paper) if that is left out too.
+            path_length: slots of every path, or of each; 330, as in the paper, unless ``total_length`` says otherwise.
             summary_length: slots of the summary; 0 for none.
-            total_length: slots of all blocks together (headers are not counted, so that it is steps
-                times tokens per step).  Paths get equal shares, the first ones the remainder.
-            path_header: text before a path, ``{}`` standing for its number from 1; or one text or id
-                list for each path.
+            total_length: slots of all blocks together, without headers.  Paths get equal shares, the first ones the
+                remainder.
+            path_header: text before a path, ``{}`` standing for its number from 1; or one text or id list for each.
             summary_header: text or ids before the summary.
             path_footer: text clamped after a path; by default closing tags are decoded like any token.
             summary_footer: text clamped after the summary.
 
         Raises:
-            NapDecodeError: lengths that do not add up.
+            NapDecodeError: lengths that do not add up; a header or footer that is neither text nor ids.
         """
         check_integer("num_paths", num_paths, 1)
         check_integer("summary_length", summary_length, 0)
         if path_length is None and total_length is not None:
             check_integer("total_length", total_length, num_paths + summary_length)
             base, rest = divmod(total_length - summary_length, num_paths)
-            path_lengths = [base + (j < rest) for j in range(num_paths)]
-        elif not isinstance(path_length, Sequence) or isinstance(path_length, str):
-            path_lengths = [330 if path_length is None else path_length] * num_paths
+            lengths = [base + (j < rest) for j in range(num_paths)]
+        elif isinstance(path_length, Sequence) and not isinstance(path_length, str):
+            lengths = list(path_length)
         else:
-            path_lengths = list(path_length)
-        for length in path_lengths:
+            lengths = [330 if path_length is None else path_length] * num_paths
+        for length in lengths:
             check_integer("path_length", length, 1)
+        if len(lengths) != num_paths:
+            raise NapDecodeError(f"path_length names {len(lengths)} lengths for num_paths={num_paths}")
+        total = sum(lengths) + summary_length
         if total_length is not None:
             check_integer("total_length", total_length, 1)
-        if len(path_lengths) != num_paths:
-            raise NapDecodeError(f"path_length names {len(path_lengths)} lengths for num_paths={num_paths}")
-        if total_length is not None and sum(path_lengths) + summary_length != total_length:
-            raise NapDecodeError(
-                f"block lengths do not add up: paths {path_lengths} and a summary of {summary_length} make "
-                f"{sum(path_lengths) + summary_length}, but total_length is {total_length}; leave one out"
-            )
+            if total != total_length:
+                raise NapDecodeError(
+                    f"block lengths do not add up: paths {lengths} and a summary of {summary_length} make {total}, but "
+                    f"total_length is {total_length}; leave one out"
+                )
         headers = _texts("path_header", path_header, num_paths)
-        footers = _texts("path_footer", path_footer, num_paths) if path_footer is not None else [()] * num_paths
+        footers = _texts("path_footer", "" if path_footer is None else path_footer, num_paths)
         parts: list[Text | Block] = []
-        for j, (header, length, footer) in enumerate(zip(headers, path_lengths, footers, strict=True)):
-            parts += [header, Block(f"path {j + 1}", length), footer]
+        for number, (header, length, footer) in enumerate(zip(headers, lengths, footers, strict=True), 1):
+            parts += [header, Block(f"path {number}", length), footer]
         if summary_length:
-            parts += [summary_header, Block("summary", summary_length, held=True)]
-            parts += [] if summary_footer is None else [summary_footer]
-        return cls(tuple(part for part in cls(tuple(parts)).parts if part not in ("", ())))
+            footer = _text("summary_footer", "" if summary_footer is None else summary_footer)
+            parts += [_text("summary_header", summary_header), Block("summary", summary_length, held=True), footer]
+        return cls(tuple(part for part in parts if part not in ("", ())))
 
     def encode(self, tokenizer: PreTrainedTokenizerBase | None, mask_token_id: int) -> tuple[list[int], list[int]]:
         """Token ids of the layout (masks in the blocks) and the block of every slot (-1: clamped).
@@ -179,15 +178,20 @@ class CanvasTemplate:
                 ids += [mask_token_id] * part.length
                 block += [num_blocks] * part.length
                 num_blocks += 1
+                continue
+            if not isinstance(part, str):
+                clamped = list(part)
+            elif tokenizer is not None:
+                clamped = tokenizer(part, add_special_tokens=False)["input_ids"]
             else:
-                clamped = _encode_text(part, tokenizer)
-                if mask_token_id in clamped:
-                    raise NapDecodeError(
-                        f"there is a mask token ({mask_token_id}) in the template's text {part!r:.80}, which would "
-                        "never be decoded; slots to decode are a Block"
-                    )
-                ids += clamped
-                block += [-1] * len(clamped)
+                raise NapDecodeError(f"the template's text {part!r} needs a tokenizer; pass one, or write token ids")
+            if mask_token_id in clamped:
+                raise NapDecodeError(
+                    f"there is a mask token ({mask_token_id}) in the template's text {part!r:.80}, which would never "
+                    "be decoded; slots to decode are a Block"
+                )
+            ids += clamped
+            block += [-1] * len(clamped)
         return ids, block
 
 
@@ -229,15 +233,12 @@ class Canvas:
     is_single: bool = False
 
     def __post_init__(self) -> None:
-        if self.tokens.ndim != 2 or 0 in self.tokens.shape:
-            raise NapDecodeError(f"canvas tokens must be (B, L) with B, L >= 1, but are {tuple(self.tokens.shape)}")
-        for name in ("tokens", "block", "attention_mask", "prompt"):
-            value, dtype = getattr(self, name), torch.bool if name == "prompt" else torch.int64
-            if value.shape != self.tokens.shape:
-                shapes = f"{tuple(value.shape)}, tokens {tuple(self.tokens.shape)}"
-                raise NapDecodeError(f"{name} and tokens of a canvas must have one shape, but {name} has {shapes}")
-            if value.dtype != dtype:
-                raise NapDecodeError(f"{name} of a canvas must be {dtype}, but is {value.dtype}")
+        shape = tuple(self.tokens.shape)
+        if len(shape) != 2 or 0 in shape:
+            raise NapDecodeError(f"canvas tokens must be (B, L) with B, L >= 1, but are {shape}")
+        for name in _TENSORS:
+            dtype = torch.bool if name == "prompt" else torch.int64
+            check_tensor(f"{name} of a canvas", getattr(self, name), shape, dtype)
         for flag in self.held:
             check_flag("held of a block", flag)
         # Everything is looked at on the host, brought there at once.
@@ -247,15 +248,15 @@ class Canvas:
             raise NapDecodeError("the attention_mask of a canvas must be 1 from column 0 on, then 0 for padding")
         if bool(((block >= 0) & (mask == 0)).any()):
             raise NapDecodeError("padding of a canvas cannot be decoded; its block must be -1")
-        highest = int(block.max())
+        highest, number = int(block.max()), len(self.block_names)
         if highest < 0:
             raise NapDecodeError("no slot of the canvas is to be decoded; is the mask token in the text?")
-        if highest >= len(self.block_names) or len(self.held) != len(self.block_names):
+        if highest >= number or len(self.held) != number:
             raise NapDecodeError(
-                f"block index {highest} needs {highest + 1} block names and held flags, but there are "
-                f"{len(self.block_names)} and {len(self.held)}"
+                f"block index {highest} needs {highest + 1} block names and held flags, but there are {number} and "
+                f"{len(self.held)}"
             )
-        facts = {"host": host, "lengths": count_blocks(block, len(self.block_names)), "row_lengths": mask.sum(1)}
+        facts = {"host": host, "lengths": count_blocks(block, number), "row_lengths": mask.sum(1)}
         for name, value in facts.items():
             object.__setattr__(self, name, value)
 
@@ -269,7 +270,7 @@ class Canvas:
     def to(self, device: torch.device | str | None) -> Canvas:
         """The same on a device (torch's default one, if it is None); from the host without waiting for it."""
         other, place = copy.copy(self), torch.get_default_device() if device is None else torch.device(device)
-        for name in ("tokens", "block", "attention_mask", "prompt"):
+        for name in _TENSORS:
             object.__setattr__(other, name, to_device(getattr(self, name), place))
         return other
 
@@ -300,17 +301,7 @@ class Canvas:
         device: torch.device | str | None = None,
         is_single: bool = False,
     ) -> Canvas:
-        """Append a template to every prompt.
-
-        Args:
-            prompts: token ids of each row.
-            template: what follows.
-            mask_token_id: id of the mask token.
-            pad_token_id: id that fills rows up behind.
-            tokenizer: needed if the template has text.
-            device: where the tensors live.
-            is_single: see :class:`Canvas`.
-        """
+        """Append a template to every prompt (token ids); the tokenizer is for the template's text."""
         ids, block = template.encode(tokenizer, mask_token_id)
         prompts = [check_ids("a prompt", prompt) for prompt in prompts]
         return cls(
@@ -342,15 +333,15 @@ class Canvas:
         check_integer("mask_token_id", mask_token_id, 0)
         texts = [check_ids("a text", text) for text in texts]
         holes = [[token == mask_token_id for token in text] for text in texts]
-        starts = [[hole and not before for before, hole in zip([False, *row], row, strict=False)] for row in holes]
-        block = [
-            [number - 1 if hole else -1 for number, hole in zip(accumulate(begun), row, strict=True)]
-            for begun, row in zip(starts, holes, strict=True)
-        ]
-        num_blocks = max(map(sum, starts), default=0)
+        blocks, num_blocks = [], 0
+        for row in holes:
+            starts = (hole and not before for before, hole in zip([False, *row], row, strict=False))
+            number = [*accumulate(starts)]
+            blocks.append([n - 1 if hole else -1 for n, hole in zip(number, row, strict=True)])
+            num_blocks = max([num_blocks, *number[-1:]])
         return cls(
             tokens=_padded(texts, pad_token_id),
-            block=_padded(block, -1),
+            block=_padded(blocks, -1),
             attention_mask=_padded([[1] * len(text) for text in texts], 0),
             prompt=_padded([[not hole for hole in row] for row in holes], 0).bool(),
             block_names=tuple(f"hole {j + 1}" for j in range(num_blocks)),
@@ -367,12 +358,8 @@ def count_blocks(block: Tensor, num_blocks: int, where: Tensor | None = None) ->
     return counts.scatter_add_(1, block.clamp(min=0), counted.long())
 
 
-def _encode_text(text: Text, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
-    if not isinstance(text, str):
-        return list(text)
-    if tokenizer is None:
-        raise NapDecodeError(f"the template's text {text!r} needs a tokenizer; pass one, or write it as token ids")
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+def _text(name: str, text: Text) -> Text:
+    return text if isinstance(text, str) else tuple(check_ids(name, text))
 
 
 def _texts(name: str, text: str | Sequence[Text], num_paths: int) -> list[Text]:
@@ -381,7 +368,7 @@ def _texts(name: str, text: str | Sequence[Text], num_paths: int) -> list[Text]:
     if not isinstance(text, Sequence) or len(text) != num_paths:
         lists = f"lists {len(text)} texts" if isinstance(text, Sequence) else f"is {text!r:.80}, not a list of texts,"
         raise NapDecodeError(f"{name} {lists} for num_paths={num_paths}")
-    return list(text)
+    return [_text(name, one) for one in text]
 
 
 def _padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:

@@ -50,12 +50,15 @@ def load_checkpoint(
     return model.to(device).eval(), transformers.AutoTokenizer.from_pretrained(path, **trust)
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> Callable[..., Any]:
+def add_model_arguments(
+    parser: argparse.ArgumentParser, *, required: bool = True, device: str | None = "cpu"
+) -> Callable[..., Any]:
     """Add the options that :func:`load_named` reads, and ``--mask-token-id``; returns what adds more to their group."""
     dtypes = ("auto", "float32", "bfloat16", "float16")
     add = parser.add_argument_group("model").add_argument
     add("--model", required=required, help="directory or hub name of a transformers checkpoint")
-    add("--device", default="cpu", help="where to run, for example cuda (default: cpu)")
+    default = device or "cuda if there is one, else cpu; accelerate launch decides itself"
+    add("--device", default=device, help=f"where to run, for example cuda (default: {default})")
     add("--dtype", choices=dtypes, default="auto", help="default: as the checkpoint")
     add("--mask-token-id", type=int, help="the mask id, if neither tokenizer nor config names it")
     add("--bidirectional", action="store_true", help="set is_causal = False in the config of a decoder")
@@ -91,11 +94,6 @@ def auto_class(config: Any) -> Any:
 
 def load_all(loader: Any, path: str | PathLike[str], **options: Any) -> Any:
     """The model of a checkpoint, by a transformers class, which itself fills up what is missing with random weights.
-
-    Args:
-        loader: the class.
-        path: directory or hub name.
-        options: those of its ``from_pretrained``.
 
     Raises:
         NapDecodeError: parameters that the checkpoint does not have, or has in other shapes.

@@ -21,7 +21,6 @@ from nap_decode.integrations import evaluation, ray
 from nap_decode.integrations._shared import find, given
 from nap_decode.measure.arness import ARnessMeter
 from nap_decode.model.denoiser import Denoiser
-from nap_decode.parts.decoder import Decoder
 from nap_decode.parts.scheduler import AnyOrderScheduler, Scheduler
 from nap_decode.results.trace import DecodeTrace
 from nap_decode.run.sampler import Sampler
@@ -125,8 +124,7 @@ def _option(name: str) -> str:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    if args.problems < 1:
-        raise NapDecodeError(f"--problems must be at least 1, but is {args.problems}")
+    check_integer("--problems", args.problems, 1)
     from transformers.utils import logging
 
     from nap_decode.demo.show import run_demo
@@ -210,8 +208,7 @@ def _decoder(args: argparse.Namespace) -> dict[str, Any]:
             options["tokens_per_step"] = 4  # its own, also for another scheduler
         return {"decoder": decoders.make(name, **scheduler, **options)}
     found = find(name)
-    decoder: Decoder = found["decoder"]
-    return found | {"decoder": decoder.set(**scheduler, **options)}
+    return found | {"decoder": found["decoder"].set(**scheduler, **options)}
 
 
 def _template(args: argparse.Namespace, default: CanvasTemplate | None) -> CanvasTemplate | None:

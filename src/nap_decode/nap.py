@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nap_decode.base.errors import NapDecodeError
 from nap_decode.canvas import CanvasTemplate
@@ -23,21 +23,14 @@ class ParallelForcedSampler(Sampler):
     path the most confident positions are committed (micro-confidence).  The authors published no decoder; what the
     paper leaves open is decided in :class:`MacroParallelScheduler`.
 
+    Its options are those of :class:`Sampler`, of :meth:`CanvasTemplate.nap` (``num_paths`` and lengths), of
+    :class:`MacroParallelScheduler` (``tokens_per_step``, ``steps``, ``hold_until``) and of
+    :class:`MicroConfidenceCommitter` (``temperature``).
+
     Args:
-        model: see :class:`Sampler`.
-        tokenizer: see :class:`Sampler`.
-        num_paths: see :meth:`CanvasTemplate.nap`; 3 by default.
-        path_length: see :meth:`CanvasTemplate.nap`; 330 by default.
-        summary_length: see :meth:`CanvasTemplate.nap`; 32 by default.
-        total_length: see :meth:`CanvasTemplate.nap`.
-        template: a canvas of your own instead of the four options above.
-        tokens_per_step: see :class:`Scheduler`; 4 by default, 1 with an adaptive ``decoder``.
-        steps: see :class:`Scheduler`; instead of ``tokens_per_step``.
-        hold_until: see :class:`MacroParallelScheduler`.
-        temperature: see :class:`MicroConfidenceCommitter`.
+        template: a canvas of your own instead of ``num_paths`` and lengths.
+        tokens_per_step: 4 by default, 1 with an adaptive ``decoder``.
         decoder: anything else, such as ``decoders.parallel_forced().set(confidence="margin")``.
-        mask_token_id: see :class:`Denoiser`.
-        compile: see :class:`Sampler`.
 
     Example:
         >>> from nap_decode import demo
@@ -72,15 +65,15 @@ class ParallelForcedSampler(Sampler):
         if decoder is None:
             decoder = Decoder(MacroParallelScheduler(tokens_per_step=4))
         own = {"tokens_per_step": tokens_per_step, "steps": steps, "hold_until": hold_until, "temperature": temperature}
-        decoder = decoder.set(**{name: value for name, value in own.items() if value is not None})
-        lengths = (num_paths, path_length, summary_length, total_length)
-        if template is not None and lengths != (None,) * 4:
+        if isinstance(decoder, Decoder):  # anything else is refused by Sampler
+            decoder = decoder.set(**_given(own))
+        sizes = {"num_paths": num_paths, "path_length": path_length}
+        lengths = _given(sizes | {"summary_length": summary_length, "total_length": total_length})
+        if template is not None and lengths:
             raise NapDecodeError("a template has its own blocks; leave out num_paths and the lengths, or the template")
-        if template is None:
-            template = CanvasTemplate.nap(
-                3 if num_paths is None else num_paths,
-                path_length=path_length,
-                summary_length=32 if summary_length is None else summary_length,
-                total_length=total_length,
-            )
+        template = CanvasTemplate.nap(**lengths) if template is None else template
         super().__init__(model, tokenizer, decoder, template=template, mask_token_id=mask_token_id, compile=compile)
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}

@@ -37,9 +37,7 @@ def encode_prompts(
     """Token ids of one prompt or of a batch.
 
     Args:
-        prompts: see :data:`Prompts`.  Chats go through the tokenizer's chat template: a last message of the
-            assistant's is continued, any other is answered.  What a tokenizer returns (``input_ids`` and
-            ``attention_mask``) is taken too.
+        prompts: see :data:`Prompts`.  Chats go through the tokenizer's chat template, see :func:`render_chat`.
         tokenizer: needed for anything but ids.
         attention_mask: 0 for ids to drop, wherever they are; in the shape of the ids.
 
@@ -64,7 +62,7 @@ def encode_prompts(
     rows = [_encode_prompt(prompt, tokenizer) for prompt in ([prompts] if single else prompts)]
     if attention_mask is not None:
         mask = _plain(attention_mask)
-        mask = [mask] if single else mask
+        mask = [mask] if single or not isinstance(mask, Sequence) else mask
         shapes = list(map(len, rows)), [len(row) if isinstance(row, list) else row for row in mask]
         if shapes[0] != shapes[1]:
             raise NapDecodeError(
@@ -102,14 +100,13 @@ def _encode_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase | None) -> li
         if len(rows) > 1:
             raise NapDecodeError(f"the input_ids of a single prompt must be one row, but are {len(rows)}")
         return rows[0]
-    first = prompt[0] if isinstance(prompt, Sequence) and prompt else prompt
-    if isinstance(prompt, str) or isinstance(first, Mapping):
+    is_chat = isinstance(prompt[0] if isinstance(prompt, Sequence) and prompt else prompt, Mapping)
+    if isinstance(prompt, str) or is_chat:
         if tokenizer is None:
             raise NapDecodeError("a prompt that is text or chat messages needs a tokenizer; pass one, or token ids")
-        if isinstance(prompt, str):
-            return list(tokenizer(prompt)["input_ids"])
         # Templates write their own special tokens, so the tokenizer must not add a second <bos>.
-        return list(tokenizer(render_chat(prompt, tokenizer), add_special_tokens=False)["input_ids"])
+        text, options = (render_chat(prompt, tokenizer), {"add_special_tokens": False}) if is_chat else (prompt, {})
+        return list(tokenizer(text, **options)["input_ids"])
     if isinstance(prompt, Sequence) and all(map(is_whole, prompt)):
         return [int(t) for t in prompt]
     raise NapDecodeError(
@@ -124,9 +121,6 @@ def render_chat(chat: Sequence[Any] | Mapping[str, Any], tokenizer: Any) -> str:
         chat: messages, or a mapping of ``messages`` and options of the template.  Of these, ``add_generation_prompt``
             and ``continue_final_message`` say otherwise how the chat goes on, if at all.
         tokenizer: has ``apply_chat_template``.
-
-    Raises:
-        NapDecodeError: something else, no template, an option that it does not have, or a chat that it does not render.
 
     Example:
         >>> from nap_decode import demo
@@ -151,9 +145,8 @@ def render_chat(chat: Sequence[Any] | Mapping[str, Any], tokenizer: Any) -> str:
     if is_continued:
         messages[-1] = _mark_end(messages[-1])
     try:
-        text = str(
-            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_answered, **options)
-        )
+        options |= {"tokenize": False, "add_generation_prompt": is_answered}
+        text = str(tokenizer.apply_chat_template(messages, **options))
     except (TemplateError, TypeError, ValueError) as error:
         raise NapDecodeError(f"the tokenizer's chat template does not render {given!r:.160}: {error}") from error
     if not is_continued:
@@ -191,10 +184,9 @@ def _check_options(options: Mapping[str, Any], tokenizer: Any) -> None:
 
 
 def _mark_end(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message with a mark where it is to be continued.
+    """A message with a mark where it is to be continued, as transformers itself does since 4.57.
 
-    ``continue_final_message`` of transformers works like this since 4.57.  Releases before look for the text itself,
-    which may stand in the template, too, and lose spaces at its end.
+    Releases before look for the text itself, which may stand in the template, too, and lose spaces at its end.
     """
     content = message.get("content")
     if isinstance(content, str):

@@ -10,7 +10,7 @@ from reference import credit_rule
 from samplers import OPTIONS
 
 from nap_decode import Denoiser, NapDecodeError
-from nap_decode.decoders.credit_decoding import Credit, Ledger
+from nap_decode.decoders.credit_decoding import Credit
 from nap_decode.parts.slots import Slots
 
 
@@ -36,18 +36,21 @@ def test_the_ledger_is_the_dense_matrix():
         dense *= 0.8
         top, best = logits.softmax(1).max(1)
         dense[torch.arange(5), best] += top**0.2
-        fused, tokens, amounts = credit(logits, tokens, amounts)
+        fused, tokens, amounts = credit.add(logits, tokens, amounts)
         torch.testing.assert_close(fused, logits + 0.7 * (dense + 1).log())
         assert torch.equal(logits, before)
 
 
+def adjust(slots, logits, *chunks):
+    """One step of slots whose logits ``(R, V)`` come in chunks of places."""
+    places = [torch.tensor([*chunk]) for chunk in chunks]
+    return torch.cat([adjusted for _, adjusted in Credit()(slots, ((at, logits[at]) for at in places))])
+
+
 def test_credit_follows_its_slot():
     first = Slots.of(torch.zeros(1, 3, dtype=torch.int64), torch.tensor([[1]]), rank=torch.tensor([[0, 1, 2, -1]]))
-    ledger = Ledger(Credit(), first)
-    logits = torch.tensor([[[3.0, 0.0], [0.0, 3.0], [3.0, 0.0]]])
-    ledger.add(logits[0, :2], torch.tensor([0, 1]))  # in two chunks
-    ledger.add(logits[0, 2:], torch.tensor([2]))
-    ledger.remember()
+    logits = torch.tensor([[3.0, 0.0], [0.0, 3.0], [3.0, 0.0]])
+    adjust(first, logits, [0, 1], [2])  # in two chunks
     # Columns 1 and 3: the first was the second slot, the other was none.
     second = Slots.of(
         torch.zeros(1, 2, dtype=torch.int64),
@@ -56,10 +59,10 @@ def test_credit_follows_its_slot():
         rank=torch.tensor([[-1, 0, -1, 1]]),
         memory=first.memory,
     )
-    ledger = Ledger(Credit(), second)
-    assert ledger.tokens[0, 0].tolist() == [1]
-    gained = logits[0, 1].softmax(0).max() ** 0.2
-    torch.testing.assert_close(ledger.amounts[0], torch.stack([gained, torch.tensor(0.0)])[:, None])
+    got, gained = adjust(second, logits[:2] * 0, [0, 1]), logits[1].softmax(0).max() ** 0.2
+    now = torch.tensor(0.5**0.2)  # of the first of two equal ids
+    torch.testing.assert_close(got[0], 0.7 * torch.stack([now, 0.8 * gained]).log1p())
+    torch.testing.assert_close(got[1], 0.7 * torch.stack([now, torch.tensor(0.0)]).log1p())
 
 
 def test_a_row_that_has_joined_has_no_credit():
@@ -67,15 +70,12 @@ def test_a_row_that_has_joined_has_no_credit():
     slots = Slots.of(torch.zeros(1, 3, dtype=torch.int64), torch.tensor([[1]]))
     logits = torch.tensor([[3.0, 0.0], [0.0, 3.0], [3.0, 0.0]])
     for _ in range(2):
-        ledger = Ledger(Credit(), slots)
-        ledger.add(logits, slots.places)
-        ledger.remember()
+        adjust(slots, logits, [0, 1, 2])
     memory = {name: torch.cat([kept, torch.zeros_like(kept)]) for name, kept in slots.memory.items()}
     wider = Slots.of(torch.zeros(2, 4, dtype=torch.int64), torch.tensor([[1], [1]]), memory=memory)
-    ledger = Ledger(Credit(), wider)
     both = torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
-    plain, _, _ = Credit()(both, torch.zeros(8, 0, dtype=torch.int64), torch.zeros(8, 0))
-    got = ledger.add(both, wider.places)
+    plain, _, _ = Credit().add(both, torch.zeros(8, 0, dtype=torch.int64), torch.zeros(8, 0))
+    got = adjust(wider, both, range(8))
     # The three slots that were there have some already; the fourth of their row is as new as the second row.
     assert (got != plain).any(1).tolist() == [True] * 3 + [False] * 5
 

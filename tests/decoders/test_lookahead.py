@@ -234,7 +234,10 @@ def test_weakest_counts_the_least_certain_slots():
         ),
         (lambda: LookaheadCommitter(inner=decoders.klass().committer), "cannot revise, give credit or compare"),
         (lambda: decoders.lopa().set(reviser=EditReviser()), "cannot revise, give credit or compare"),
-        (lambda: LookaheadCommitter(inner="best"), "inner must be a MicroConfidenceCommitter, but is 'best'"),
+        (
+            lambda: LookaheadCommitter(inner="best"),
+            "inner must be a MicroConfidenceCommitter, such as .* but is 'best'",
+        ),
         (lambda: LookaheadCommitter(branches=0), "branches must be a whole number of at least 1"),
         (lambda: LookaheadCommitter(weight=2), "weight must be a number from 0 to 1, but is 2"),
         (lambda: LookaheadCommitter(weakest=-1), "weakest must be a number from 0 to 1, but is -1"),

@@ -220,7 +220,7 @@ class TestUsing:
         assert torch.equal(got, sampler.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=6))
 
     def test_options_that_it_has_not(self, make):
-        with pytest.raises(NapDecodeError, match="steps=3 cannot be kept, because the committer decides"):
+        with pytest.raises(NapDecodeError, match="steps=3 would have no effect: the committer decides"):
             make("klass").sample(PROMPTS, Config(steps=3))
         for given, options in (("klass", {"temperature": 0.2}), (decoders.klass(), {})):  # a decoder has all it needs
             with pytest.raises(NapDecodeError, match=r"temperature=0.5 would have no effect: the decoder, or its opt"):
@@ -252,7 +252,7 @@ class TestUsing:
             make(decoders.klass)
         with pytest.raises(NapDecodeError, match=r"threshold=0.5 would have no effect: the decoder is made already"):
             make(decoders.klass(), threshold=0.5)
-        with pytest.raises(NapDecodeError, match="scheduler=3 would have no effect: the decoder has a scheduler"):
+        with pytest.raises(NapDecodeError, match="scheduler=3 would have no effect: the decoder has its own"):
             Sampler.using("klass")(tiny, Tokenizer(), 3).sample(PROMPTS)
 
 
@@ -410,7 +410,7 @@ class TestCheck:
             (Sampler, Config(steps=0), "steps must be"),
             (Sampler, Config(max_new_tokens=None), "give max_new_tokens or max_length"),
             (Sampler, DreamConfig(), "there is no alg 'origin'"),
-            (Sampler.using("klass"), Config(steps=3), "steps=3 cannot be kept"),
+            (Sampler.using("klass"), Config(steps=3), "steps=3 would have no effect"),
             (Sampler.using("klass"), Config(block_size=-1), "block_length must be"),
         ],
     )

@@ -153,7 +153,7 @@ class TestWrappers:
         assert wrapped.denoiser.family == bare.denoiser.family
         assert wrapped.denoiser.probe() == bare.denoiser.probe()
         assert wrapped.denoiser.pad_token_id == bare.denoiser.pad_token_id
-        assert wrapped.denoiser.num_embeddings == VOCABULARY
+        assert wrapped.denoiser.call.num_embeddings == VOCABULARY
 
     def test_it_goes_through_the_wrapper(self, wrap, make):
         wrapped, calls = wrap(make()), []
@@ -265,7 +265,7 @@ class TestWhatIsNoWrapper:
 
         module = Uses()
         assert foreign.innermost(module) is module
-        assert Denoiser(module, mask_token_id=MASK).config is None
+        assert Denoiser(module, mask_token_id=MASK).call.config is None
 
     def test_two_modules_inside(self):
         class Two(Passes):

@@ -27,7 +27,7 @@ def watched(model):
 def test_every_call_that_is_no_pass():
     """As docs/families.md says."""
     model = tiny_model()
-    told = Denoiser(model, mask_token_id=MASK).must_be_told  # a release that does not read is_causal
+    told = Denoiser(model, mask_token_id=MASK).call.must_be_told  # a release that does not read is_causal
     model = tiny_model()
     calls = watched(model)
     denoiser = Denoiser(model, mask_token_id=MASK)
@@ -310,7 +310,7 @@ class TestTrainingMode:
     def test_it_is_asked_once(self):
         model = tiny_model().train()
         calls = watched(model)
-        told = Denoiser(model, mask_token_id=MASK).must_be_told
+        told = Denoiser(model, mask_token_id=MASK).call.must_be_told
         Denoiser(model, mask_token_id=MASK)
         assert len(calls) == 2 + told
         calls.clear()

@@ -131,8 +131,8 @@ def test_candidates_say_whose_they_are(monkeypatch):
     seen = []
 
     def look(candidates):
-        names = ("rows", "block", "positions", "offsets", "current", "step", "seeds")
-        seen.append([getattr(candidates, name).tolist() for name in names])
+        named = [getattr(candidates, name).tolist() for name in ("block", "positions", "offsets")]
+        seen.append([*named, candidates.of(candidates.slots.tokens).tolist()])
         return candidates.best
 
     monkeypatch.setattr(prediction, "_CACHED_NUMBERS", 14)  # two rows of seven
@@ -141,14 +141,12 @@ def test_candidates_say_whose_they_are(monkeypatch):
         block=torch.tensor([[0, 0, 0], [0, 0, 1]]),
         row_tokens=torch.tensor([[5, 5, 5], [6, 5, 6]]),
         row_offsets=torch.tensor([[2, 3, 4], [1, 2, 0]]),
-        step=torch.tensor([4, 7]),
-        seeds=torch.tensor([11, 12]),
     )
     propose(MicroConfidenceCommitter(confidence=look), logits(2, 3), own, NONE)
     assert seen == [
-        [[0, 0], [0, 0], [0, 1], [2, 3], [5, 5], [4, 4], [11, 11]],
-        [[0, 1], [0, 0], [2, 0], [4, 1], [5, 6], [4, 7], [11, 12]],
-        [[1, 1], [0, 1], [1, 2], [2, 0], [5, 6], [7, 7], [12, 12]],
+        [[0, 0], [0, 1], [2, 3], [5, 5]],
+        [[0, 0], [2, 0], [4, 1], [5, 6]],
+        [[0, 1], [1, 2], [2, 0], [5, 6]],
     ]
 
 
@@ -229,8 +227,8 @@ def test_draws_differ_between_steps_and_positions():
         ({"selection": "threshold"}, "selection must be a Selection, such as"),
         ({"temperature": 1.0, "top_k": 0}, "top_k must be a whole number of at least 1, but is 0"),
         ({"temperature": 1.0, "top_p": 1.2}, "top_p must be a number from 0 to 1, but is 1.2"),
-        ({"top_k": 3}, "top_k=3 has no effect at temperature 0"),
-        ({"top_p": 0.9}, "top_p=0.9 has no effect at temperature 0"),
+        ({"top_k": 3}, "top_k=3 would have no effect: nothing is drawn"),
+        ({"top_p": 0.9}, "top_p=0.9 would have no effect: nothing is drawn"),
         ({"confidence": "entropi"}, "there is no confidence 'entropi'"),
     ],
 )

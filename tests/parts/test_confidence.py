@@ -7,7 +7,15 @@ import pytest
 import torch
 from reference import score
 
-from nap_decode import AnyOrderScheduler, Decoder, MicroConfidenceCommitter, NapDecodeError, Sampler
+from nap_decode import (
+    AnyOrderScheduler,
+    Decoder,
+    MicroConfidenceCommitter,
+    NapDecodeError,
+    Needs,
+    QuotaSelection,
+    Sampler,
+)
 from nap_decode.base.random import row_seeds
 from nap_decode.decoders.calibration import CalibratedConfidence
 from nap_decode.decoders.llada import ProbabilityWithout
@@ -18,7 +26,6 @@ from nap_decode.parts.confidence import (
     Candidates,
     divergence,
     find_confidence,
-    looked_at,
     support,
 )
 from nap_decode.parts.slots import Slots
@@ -55,25 +62,33 @@ def test_agrees_with_the_definition(name, banned):
         assert got[i] == pytest.approx(expected)
 
 
+def reads_of(function, *others):
+    """What a committer with these as its confidence and its statistics knows that they read."""
+
+    class Asking(QuotaSelection):
+        needs = Needs(statistics=others)
+
+    return MicroConfidenceCommitter(confidence=function, selection=Asking())._reads
+
+
 @pytest.mark.parametrize("name", sorted(CONFIDENCES))
 @pytest.mark.parametrize("banned", [[], [1], [0, 4]])
 def test_a_function_asks_for_no_more_than_it_is_said_to(name, banned):
     """So the logits may be given up before, if all functions are known; of one of yours nothing is."""
     function = CONFIDENCES[name]
-    names, is_all = looked_at([function])
+    names, is_all = reads_of(function)
     assert is_all
     whole, spent = candidates(banned), candidates(banned)
     spent.distribution.spend(names)
     spent = replace(spent, tokens=spent.distribution.mode)
     torch.testing.assert_close(function(spent), function(whole), rtol=0, atol=0)
     for other in (lambda candidates: candidates.best, support, divergence, CalibratedConfidence((1.0,))):
-        assert looked_at([function, other]) == (names, False)
+        assert reads_of(function, other) == (names, False)
 
 
 def test_what_several_functions_ask_for_is_named_once():
-    both = [CONFIDENCES["margin"], CONFIDENCES["probability"]]
-    assert looked_at(both) == (("log_normalizer", "second"), True)
-    assert looked_at([]) == ((), True)
+    both = CONFIDENCES["margin"], CONFIDENCES["probability"]
+    assert reads_of(*both) == (("best", "mode", "log_normalizer", "second"), True)
 
 
 def test_higher_is_more_certain():

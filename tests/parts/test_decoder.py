@@ -35,10 +35,10 @@ from nap_decode.decoders.lookahead import LookaheadCommitter
 from nap_decode.decoders.maskgit import CosineSchedule
 from nap_decode.decoders.wide_in_narrow_out import CappedSelection
 from nap_decode.parts.committer import Adjustment, Committer
-from nap_decode.parts.reviser import Reviser
+from nap_decode.parts.confidence import divergence
 from nap_decode.parts.schedule import EvenSchedule, Schedule
 from nap_decode.parts.scheduler import Scheduler
-from nap_decode.parts.selection import Selection
+from nap_decode.parts.selection import Reviser, Selection
 
 KINDS = (Scheduler, Schedule, Committer, Selection, Reviser, Adjustment)
 
@@ -103,7 +103,8 @@ def test_decoders_are_values(name):
 
 
 def test_a_decoder_says_what_its_parts_need():
-    assert Decoder(AnyOrderScheduler()).needs == Needs()
+    assert Decoder() == Decoder(AnyOrderScheduler(), MicroConfidenceCommitter())
+    assert Decoder().needs == Needs()
     everything = decoders.dream_origin().needs
     assert everything == decoders.dream_origin().scheduler.needs | decoders.dream_origin().committer.needs
     assert everything.random
@@ -150,6 +151,10 @@ class TestSet:
         assert changed.committer.selection == ThresholdSelection(0.7)
         changed = decoders.llada_random().set(hold_until=0.5, scheduler=MacroParallelScheduler())
         assert changed.scheduler == MacroParallelScheduler(hold_until=0.5)
+        # A part that is exchanged takes its options with it, unless they are given along with the new one.
+        slow = decoders.llada_random().set(tokens_per_step=4)
+        assert slow.set(scheduler=MacroParallelScheduler()).scheduler == MacroParallelScheduler()
+        assert slow.set(scheduler=MacroParallelScheduler(), tokens_per_step=2).scheduler.tokens_per_step == 2
         changed = decoders.entropy_bounded().set(
             reviser=EditReviser(), edit_threshold=0.1, adjustment=Credit(), decay=0.1
         )
@@ -169,11 +174,11 @@ class TestSet:
             ({"treshold": 0.5}, "there is no option of this decoder 'treshold'. Did you mean 'threshold'"),
             ({"hold_until": 0.5}, "there is no option of this decoder 'hold_until'"),
             ({"threshold": "high"}, "threshold must be a number, but is 'high'"),
-            ({"steps": 4}, "steps=4 cannot be kept, because the committer decides how many tokens a step commits"),
+            ({"steps": 4}, "steps=4 would have no effect: the committer decides how many tokens a step commits"),
             ({"scheduler": ThresholdSelection()}, "scheduler must be a Scheduler, such as AnyOrderScheduler"),
             ({"selection": AnyOrderScheduler()}, "selection must be a Selection, such as QuotaSelection"),
             ({"close_on": "ends"}, "there is no way to close blocks 'ends'. Did you mean 'end'"),
-            ({"top_k": 3}, "top_k=3 has no effect at temperature 0"),
+            ({"top_k": 3}, "top_k=3 would have no effect: nothing is drawn"),
         ],
     )
     def test_refusals(self, options, message):
@@ -189,23 +194,30 @@ class TestSet:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (
+            lambda: MicroConfidenceCommitter(confidence=divergence, adjustment=Credit()),
+            "divergence compares .* Credit changes",
+        ),
         (lambda: Decoder(MicroConfidenceCommitter()), "scheduler must be a Scheduler, such as AnyOrderScheduler"),
         (lambda: Decoder(AnyOrderScheduler), "scheduler must be a Scheduler, such as .* but is <class"),
         (lambda: Decoder(AnyOrderScheduler(), QuotaSelection()), "committer must be a Committer, such as Micro"),
         (lambda: Decoder(AnyOrderScheduler(), close_on=2), "close_on must be a list of token ids, but is 2"),
         (lambda: Decoder(AnyOrderScheduler(), close_on=[2.0]), "a token id of close_on must be a whole number"),
         (lambda: MicroConfidenceCommitter(reviser="edit"), "reviser must be a Reviser, such as EditReviser"),
-        (lambda: MicroConfidenceCommitter(adjustment=EditReviser()), "adjustment must be a Adjustment, such as Credit"),
+        (
+            lambda: MicroConfidenceCommitter(adjustment=EditReviser()),
+            "adjustment must be an Adjustment, such as Credit",
+        ),
         (lambda: decoders.credit().set(selection=decoders.klass().committer.selection), "StableSelection compares"),
-        (lambda: decoders.klass().set(scheduler=SemiAutoregressiveScheduler(steps=3)), "steps=3 cannot be kept"),
+        (lambda: decoders.klass().set(scheduler=SemiAutoregressiveScheduler(steps=3)), "steps=3 would have no effect"),
         (
             lambda: decoders.klass().set(scheduler=decoders.dream_entropy().scheduler),
-            r"DreamSchedule.eps=0.001. has no effect, because the committer decides",
+            r"DreamSchedule.eps=0.001. would have no effect: the committer decides",
         ),
-        (lambda: decoders.llada2().set(schedule=CosineSchedule()), "CosineSchedule.. has no effect"),
+        (lambda: decoders.llada2().set(schedule=CosineSchedule()), "CosineSchedule.. would have no effect"),
         (
             lambda: decoders.klass().set(scheduler=MacroParallelScheduler(share_last_step=True)),
-            "share_last_step=True has no effect",
+            "share_last_step=True would have no effect",
         ),
         (lambda: SemiAutoregressiveScheduler(on_grid=True), "on_grid needs block_length"),
     ],

@@ -172,7 +172,7 @@ def test_parts_with_the_names_of_ours_are_not_taken_for_them():
         "parts.scheduler.torch",
         "parts.scheduler.replace",
         "parts.scheduler.Canvas",
-        "parts.save._restore",
+        "parts.save._named",
         "parts.scheduler",
         "..os.system",
         "parts.scheduler.",
@@ -224,7 +224,8 @@ def test_what_cannot_be_saved(value):
     [
         ("nonsense", "is not a file written by Sampler.save"),
         ("[]", "is not a file written by Sampler.save"),
-        ('{"format": 1}', "is not a file written by Sampler.save"),
+        ('{"format": 1}', "has format 1, but this version reads 4"),
+        ('{"format": 4}', "is not a file written by Sampler.save"),
         ('{"format": "4", "cfg_scale": 0, "decoder": 0, "template": 0}', "has format 4, but this version reads 4"),
         ('{"format": 3, "cfg_scale": 0, "scheduler": 0, "committer": 0, "template": 0}', "has format 3, but this"),
         ('{"format": 9, "cfg_scale": 0, "decoder": 0, "template": 0}', "has format 9, but this version reads 4"),

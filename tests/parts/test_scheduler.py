@@ -51,7 +51,7 @@ def rows_of(length, rows=3, blocks=6):
     )
 
 
-@settings(max_examples=1500)
+@settings(max_examples=400)
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=7).filter(any), st.data())
 def test_fair_share_is_the_ideal_rounded_down_or_up_and_exact(weights, data):
     total = sum(weights)
@@ -68,7 +68,7 @@ def test_fair_share_is_the_ideal_rounded_down_or_up_and_exact(weights, data):
         committed = shares
 
 
-@settings(max_examples=600)
+@settings(max_examples=200)
 @given(rows_of(12), st.sampled_from([0.0, 0.3, 0.8, 1.0]), st.booleans(), st.data())
 def test_macro_parallel_totals_are_exact(lengths, hold_until, share_last_step, data):
     lengths = torch.tensor(lengths)
@@ -100,7 +100,7 @@ def test_macro_parallel_totals_are_exact(lengths, hold_until, share_last_step, d
             assert group == sorted(group, reverse=True)  # the remainder goes to the first steps
 
 
-@settings(max_examples=600)
+@settings(max_examples=200)
 @given(st.lists(st.integers(1, 15), min_size=1, max_size=6), st.data())
 def test_macro_parallel_blocks_stay_within_one_token_of_their_share(lengths, data):
     total = sum(lengths)
@@ -116,7 +116,7 @@ def test_fewer_tokens_per_step_than_blocks_starve_no_block(blocks, length, token
     assert (visited.amax(1) - visited.amin(1) <= 1).all()  # equal blocks take turns
 
 
-@settings(max_examples=600)
+@settings(max_examples=200)
 @given(rows_of(12), st.data())
 def test_semi_autoregressive_finishes_a_block_before_the_next(lengths, data):
     lengths = torch.tensor(lengths)
@@ -132,7 +132,7 @@ def test_semi_autoregressive_finishes_a_block_before_the_next(lengths, data):
     assert not remaining.any()
 
 
-@settings(max_examples=600)
+@settings(max_examples=200)
 @given(rows_of(20), st.data())
 def test_steps_are_divided_in_proportion_and_every_phase_gets_one(tokens, data):
     tokens = torch.tensor(tokens)
@@ -242,7 +242,7 @@ def test_the_least_of_an_adaptive_step_stops_at_the_gate():
     assert ask(scheduler.may_commit, 2, 3, 3) == [[True, True, True]]  # a block that has begun may go on
 
 
-@settings(max_examples=600)
+@settings(max_examples=200)
 @given(rows_of(9), st.integers(1, 12), st.sampled_from([0.0, 0.4, 0.8, 1.0]), st.data())
 def test_the_least_never_exceeds_tokens_per_step_however_uneven_the_blocks(lengths, tokens_per_step, hold, data):
     lengths = torch.tensor(lengths)

@@ -202,8 +202,14 @@ def test_what_was_never_kept():
 
 def test_recalling():
     """Slots of columns 1, 2 and 4 now; columns 2 and 4 were the first and the second before."""
-    slots = Slots.of(torch.zeros(1, 3, dtype=torch.int64), torch.ones(1, 1), index=torch.tensor([[1, 2, 4]]))
-    rank = torch.tensor([[-1, -1, 0, -1, 1, 2]])
-    place, known = slots.recall(rank + 1)
+    slots = Slots.of(
+        torch.zeros(1, 3, dtype=torch.int64),
+        torch.ones(1, 1),
+        index=torch.tensor([[1, 2, 4]]),
+        rank=torch.tensor([[-1, 0, 1, -1, 2, -1]]),
+        memory={"before": torch.tensor([[-1, -1, 0, -1, 1, 2]]) + 1},
+    )
+    place, known = slots.recall("before")
     assert place.tolist() == [[0, 0, 1]]
     assert known.tolist() == [[False, True, True]]
+    assert not slots.recall("never")[1].any()

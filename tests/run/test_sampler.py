@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -562,7 +563,7 @@ class TestBadInput:
         def forward(*_):
             raise AssertionError("a forward pass was made")
 
-        monkeypatch.setattr(Denoiser, "__call__", forward)
+        monkeypatch.setattr(Denoiser, "predict", forward)
         return Sampler(denoiser, decoder=Decoder(AnyOrderScheduler(steps=15)), template=TEMPLATE)
 
     @pytest.mark.parametrize(
@@ -592,15 +593,16 @@ class TestBadInput:
     def test_row_seeds(self, sampler):
         with pytest.raises(NapDecodeError, match="given: 1 for 2 rows"):
             sampler([[5], [6]], row_seeds=[1], max_new_tokens=20)
-        with pytest.raises(NapDecodeError, match="given: seed too"):
+        with pytest.raises(NapDecodeError, match="row_seeds are seeds of their own for every row; leave out seed"):
             sampler([[5]], row_seeds=[1], seed=2, max_new_tokens=20)
 
     def test_parts_that_do_not_go_together(self, denoiser):
         adaptive = MicroConfidenceCommitter(selection=ThresholdSelection())
-        with pytest.raises(NapDecodeError, match="steps=4 cannot be kept, because the committer decides"):
+        with pytest.raises(NapDecodeError, match="steps=4 would have no effect: the committer decides"):
             Decoder(AnyOrderScheduler(steps=4), adaptive)
-        with pytest.raises(NapDecodeError, match="a Sampler takes a model, its tokenizer and a Decoder"):
-            Sampler(denoiser)
+        for make in (Sampler, partial(Sampler, decoder=3), partial(ParallelForcedSampler, decoder=3)):
+            with pytest.raises(NapDecodeError, match="a Sampler takes a model, its tokenizer and a Decoder"):
+                make(denoiser)
         for options in ({"mask_token_id": 7}, {"tokenizer": Words()}):
             with pytest.raises(NapDecodeError, match="the Denoiser has its own tokenizer and mask_token_id"):
                 Sampler(denoiser, decoder=Decoder(AnyOrderScheduler(steps=4)), **options)
@@ -611,9 +613,13 @@ class TestBadInput:
         with pytest.raises(NapDecodeError, match="a template has its own blocks; leave out num_paths"):
             ParallelForcedSampler(denoiser, template=TEMPLATE, num_paths=7)
 
-    def test_input_ids_must_be_a_tensor(self, sampler):
+    def test_arguments_of_another_kind(self, sampler):
         with pytest.raises(NapDecodeError, match=r"input_ids must be a tensor \(B, P\), but are \[\[5, 6\]\]"):
             sampler.generate([[5, 6]])
+        with pytest.raises(NapDecodeError, match=r"attention_mask and input_ids must have one shape, .* \[3\] and"):
+            sampler.generate(torch.tensor([[5, 6]]), 3)
+        with pytest.raises(NapDecodeError, match=r"decode takes a Canvas, .* makes, not 3"):
+            sampler.decode(3)
 
     def test_unknown_options(self, denoiser):
         with pytest.raises(TypeError, match="token_per_step"):
@@ -784,7 +790,7 @@ def test_a_committer_cannot_leave_masks(denoiser):
 
 
 def test_sharing_the_last_step_means_nothing_to_adaptive_committers(denoiser):
-    with pytest.raises(NapDecodeError, match="share_last_step=True has no effect"):
+    with pytest.raises(NapDecodeError, match="share_last_step=True would have no effect"):
         decoders.parallel_forced().set(selection=ThresholdSelection(), share_last_step=True)
 
 

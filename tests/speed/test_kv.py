@@ -28,7 +28,7 @@ def numbered(rows, columns, start):
 def test_what_is_called_is_overwritten_and_the_rest_stands(rows, positions):
     states = {}
     first = numbered(ROWS, WIDTH, 0)
-    assert torch.equal(Store(states, ROWS, WIDTH).put("keys", first), first)
+    assert torch.equal(Store(states, (ROWS, WIDTH)).put("keys", first), first)
     called = list(range(ROWS)) if rows is None else rows
     positions = None if positions is None else [*positions, [2, 3]][: len(called)]
     columns = [list(range(WIDTH))] * len(called) if positions is None else positions
@@ -40,8 +40,7 @@ def test_what_is_called_is_overwritten_and_the_rest_stands(rows, positions):
             expected[row, 0, column, 0] = new[n, 0, p, 0]
     store = Store(
         states,
-        ROWS,
-        WIDTH,
+        (ROWS, WIDTH),
         None if rows is None else torch.tensor(rows),
         None if positions is None else torch.tensor(positions),
     )
@@ -51,7 +50,7 @@ def test_what_is_called_is_overwritten_and_the_rest_stands(rows, positions):
 
 def test_a_store_begins_empty():
     states = {}
-    store = Store(states, ROWS, WIDTH, torch.tensor([1]), torch.tensor([[3]]))
+    store = Store(states, (ROWS, WIDTH), torch.tensor([1]), torch.tensor([[3]]))
     keys, values = store.update(0, numbered(1, 1, 7), numbered(1, 1, 8))
     assert (keys.sum(), values.sum()) == (7, 8)
     assert sorted(states) == ["keys 0", "values 0"]

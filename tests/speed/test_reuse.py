@@ -231,7 +231,7 @@ def test_drift_computes_its_share_and_nothing_gets_too_old(tiny):
 def plan(policy, tokens, wanted, kept=None):
     tokens, wanted = torch.tensor([tokens]), torch.tensor([wanted], dtype=torch.bool)
     rows = Rows((tokens.shape[1],), torch.zeros_like(wanted))
-    return policy.plan(kept or Kept.nothing(rows), rows, tokens, wanted)
+    return policy.plan(kept or Kept.nothing(wanted), rows, tokens, wanted)
 
 
 def test_drift_goes_where_something_happened():

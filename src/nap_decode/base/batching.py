@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 Batched = TypeVar("Batched")
-"""Whatever has the batch as its first dimension."""
+"""A tensor with the batch as its first dimension, a dict of such, or a dataclass of either."""
 
 
 def host_tensor(values: Sequence[int], device: torch.device) -> Tensor:
     """``(N,)`` int64 of numbers on the host, brought to a device without waiting for it."""
-    tensor = torch.tensor(values, dtype=torch.int64, device="cpu")
-    return to_device(tensor, device)
+    return to_device(torch.tensor(values, dtype=torch.int64, device="cpu"), device)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -32,31 +31,18 @@ def in_runs(where: Tensor, block: Tensor) -> Tensor:
 
 
 def select(values: Batched, host: Tensor, device: Tensor) -> Batched:
-    """Some of the rows of a batch, ``(n,)`` int64 indices on the host and on the device.
-
-    ``values`` is a tensor with the batch as its first dimension, a dict of such, or a dataclass of either.
-    """
-    some: Batched = mapped(
-        values, lambda tensor: tensor.index_select(0, host if tensor.device == host.device else device)
-    )
-    return some
+    """Some of the rows of a batch, by their indices ``(n,)`` int64, on the host and on the device."""
+    return mapped(values, lambda tensor: tensor.index_select(0, host if tensor.device == host.device else device))
 
 
 def narrow(values: Batched, width: int) -> Batched:
     """The first columns ``(B, width)`` of everything that is ``(B, W)``."""
-    some: Batched = mapped(values, lambda tensor: tensor[:, :width] if tensor.ndim == 2 else tensor)
-    return some
+    return mapped(values, lambda tensor: tensor[:, :width] if tensor.ndim == 2 else tensor)
 
 
-def mapped(values: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """The same with every tensor in it exchanged."""
-    if isinstance(values, Tensor):
-        return function(values)
-    if isinstance(values, dict):
-        return {name: mapped(value, function) for name, value in values.items()}
-    if is_dataclass(values) and not isinstance(values, type):
-        return replace(values, **{f.name: mapped(getattr(values, f.name), function) for f in fields(values)})
-    return values
+def copy_of(values: Batched) -> Batched:
+    """The same in tensors of its own, each of which may be overwritten."""
+    return mapped(values, lambda tensor: tensor.clone(memory_format=torch.contiguous_format))
 
 
 def tensors(values: Any) -> list[Tensor]:
@@ -66,28 +52,29 @@ def tensors(values: Any) -> list[Tensor]:
     return found
 
 
-def copy_of(values: Batched) -> Batched:
-    """The same in tensors of its own, each of which may be overwritten."""
-    some: Batched = mapped(values, lambda tensor: tensor.clone(memory_format=torch.contiguous_format))
-    return some
+def mapped(values: Batched, function: Callable[[Tensor], Tensor]) -> Batched:
+    """The same with every tensor in it exchanged."""
+    changed: Any = values
+    if isinstance(values, Tensor):
+        changed = function(values)
+    elif isinstance(values, dict):
+        changed = {name: mapped(value, function) for name, value in values.items()}
+    elif is_dataclass(values) and not isinstance(values, type):
+        changed = replace(values, **{f.name: mapped(getattr(values, f.name), function) for f in fields(values)})
+    return cast(Batched, changed)
 
 
 def join(first: Batched, second: Batched, fills: Mapping[str, float]) -> Batched:
-    """The rows of one dataclass of tensors, then those of another, each padded at the end of its other dimensions.
+    """The rows of one dataclass of tensors, then those of another; what is no tensor comes from the first.
 
-    Args:
-        first: the one; what is no tensor comes from it.
-        second: the other.
-        fills: what to pad with, by the name of the field; 0 by default.
+    Each is padded at the end of its other dimensions, with what ``fills`` says of its field, 0 by default.
     """
 
     def joined(name: str) -> Any:
         one, other = getattr(first, name), getattr(second, name)
         if is_dataclass(one):
             return join(one, other, fills)
-        if not isinstance(one, Tensor):
-            return one
-        return append(one, other, fills.get(name, 0))
+        return append(one, other, fills.get(name, 0)) if isinstance(one, Tensor) else one
 
     return replace(first, **{f.name: joined(f.name) for f in fields(first)})  # type: ignore[type-var, arg-type]
 

@@ -1,8 +1,7 @@
 """Counter-based random numbers: every draw is a function of (row seed, step, stream, position).
 
-A draw that is computed instead of consumed cannot depend on the other rows of a batch, on padding
-or on the order in which positions are visited, needs no state, and costs one tensor expression for
-the whole batch.  The mixing function is the finaliser of SplitMix64 (Steele, Lea and Flood, "Fast
+A draw that is computed instead of consumed cannot depend on the other rows of a batch, on padding or on the order in
+which positions are visited.  The mixing function is the finaliser of SplitMix64 (Steele, Lea and Flood, "Fast
 splittable pseudorandom number generators", OOPSLA 2014), applied once per coordinate.
 """
 
@@ -13,14 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-TOKEN_STREAM = 1
-"""Draws that choose a token."""
-CONFIDENCE_STREAM = 2
-"""Draws that serve as a confidence."""
-SELECTION_STREAM = 3
-"""Draws that choose positions."""
-SCHEDULE_STREAM = 4
-"""Draws that decide how many tokens a step commits."""
+TOKEN_STREAM = 1  # draws that choose a token
+CONFIDENCE_STREAM = 2  # that serve as a confidence
+SELECTION_STREAM = 3  # that choose positions
+SCHEDULE_STREAM = 4  # that decide how many tokens a step commits
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 
@@ -49,16 +44,13 @@ def row_seeds(seed: int, rows: Sequence[int]) -> Tensor:
 
 
 def uniform(seeds: Tensor, step: Tensor | int, stream: int, positions: Tensor) -> Tensor:
-    """Uniform draws on ``[0, 1)``, float32 with 24 random bits.
+    """Uniform draws on ``[0, 1)``, ``(B, K)`` float32 with 24 random bits.
 
     Args:
         seeds: ``(B,)`` int64, one per row.
         step: index of the decoding step, or ``(B,)`` int64, one per row.
         stream: which use the draws serve; different streams are independent.
         positions: ``(B, K)`` int64, the position each draw belongs to.
-
-    Returns:
-        ``(B, K)`` float32.
     """
     offset = (step * 8 + stream + 1) * 0x632B_E59B_D9B4_E019
     key = _mix(seeds + (offset if isinstance(offset, Tensor) else _wrap(offset)))

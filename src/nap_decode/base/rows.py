@@ -19,7 +19,7 @@ class Rows:
     Args:
         lengths: tokens of each of the B rows, known on the host.
         prompt: ``(B, W)`` bool, the slots that the unconditional branch of classifier-free guidance masks.
-        mask: ``(B, W)`` bool, false for padding, if it is there already.
+        mask: what ``present`` is, if it is there already.
 
     Example:
         >>> rows = Rows((3, 2), torch.zeros(2, 3, dtype=torch.bool))
@@ -30,8 +30,7 @@ class Rows:
     lengths: tuple[int, ...]
     prompt: Tensor
     mask: Tensor | None = None
-    made: dict[object, Any] = field(default_factory=dict, init=False, repr=False)
-    """What forward passes made of the rows and need again."""
+    made: dict[object, Any] = field(default_factory=dict, init=False, repr=False)  # by forward passes, for the next
 
     @property
     def width(self) -> int:

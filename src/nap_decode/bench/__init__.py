@@ -14,27 +14,20 @@ Memory and synchronisations are counted in runs of their own, which nobody times
 
 from nap_decode.bench.command import add_arguments, run
 from nap_decode.bench.comparison import BenchmarkResult, Loop, benchmark
-from nap_decode.bench.growth import LADDER, Fit, LadderResult, fit_growth, ladder
-from nap_decode.bench.loops import textbook_loop
-from nap_decode.bench.observation import MemoryTracker, SyncCounter, environment
+from nap_decode.bench.growth import LadderResult, ladder
+from nap_decode.bench.observation import environment
 from nap_decode.bench.workload import SHAPES, Shape, Workload
 
 __all__ = [
+    "SHAPES",
     "BenchmarkResult",
-    "Fit",
-    "LADDER",
     "LadderResult",
     "Loop",
-    "MemoryTracker",
-    "SHAPES",
     "Shape",
-    "SyncCounter",
     "Workload",
     "add_arguments",
     "benchmark",
     "environment",
-    "fit_growth",
     "ladder",
     "run",
-    "textbook_loop",
 ]

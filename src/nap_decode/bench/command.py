@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 from functools import partial
@@ -18,26 +17,37 @@ from nap_decode.bench.growth import LADDER, LadderResult, ladder
 from nap_decode.bench.workload import SCHEDULERS, SHAPES, Shape, Workload
 from nap_decode.checkpoints import add_model_arguments, check_device, load_named
 
+_WORKLOAD = {  # options, by fields
+    "prompt_length": "random tokens before the canvas",
+    "new_tokens": "slots to decode in each row",
+    "steps": "forward passes",
+    "blocks": "blocks of equal length, into which the slots are cut",
+    "batch_size": "rows",
+    "ragged": "prompts of different lengths, from half of --prompt-length on",
+    "scheduler": "all blocks together, or one after the other",
+    "temperature": "0 takes the most likely token",
+    "seed": "of weights, prompts and draws",
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``nap-decode bench``."""
-    defaults = Workload()
     add = add_model_arguments(parser, required=False)
     add("--shape", help=f"random weights instead: {', '.join(SHAPES)}, or hidden=512,layers=12,... (default: small)")
-    add("--compile", choices=("kernels", "graphs"), help="passed on to the sampler, see there")
+    add("--compile", choices=("kernels", "graphs"), default=False, help="as of nap-decode generate")
     add = parser.add_argument_group("what to decode").add_argument
-    for option in dataclasses.fields(Workload):
-        name, value = "--" + option.name.replace("_", "-"), getattr(defaults, option.name)
-        if isinstance(value, bool):
-            add(name, action="store_true", help="prompts of different lengths")
+    for name, text in _WORKLOAD.items():
+        flag, value = "--" + name.replace("_", "-"), getattr(Workload, name)
+        if name == "ragged":
+            add(flag, action="store_true", help=text)
         else:
-            choices = sorted(SCHEDULERS) if option.name == "scheduler" else None
-            add(name, type=type(value), default=value, choices=choices, help=f"(default: {value})")
+            choices = sorted(SCHEDULERS) if name == "scheduler" else None
+            add(flag, type=type(value), default=value, choices=choices, help=f"{text} (default: {value})")
     add = parser.add_argument_group("measuring").add_argument
     add("--repeats", type=int, default=5, help="repetitions, after a warm-up (default: 5)")
     add("--threads", type=int, help="CPU threads; torch's choice by default")
     add("--ladder", nargs="*", choices=LADDER, help="measure growth instead, in these dimensions (default: all)")
-    limit = "for all repetitions of one size (default: 60)"
+    limit = "for all repetitions of one size; larger ones are skipped (default: 60)"
     add("--ladder-limit", type=float, default=60.0, metavar="SECONDS", help=limit)
     add("--json", metavar="FILE", help="write everything measured to this file")
 
@@ -48,13 +58,13 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         NapDecodeError: options out of range or that do not go together.
     """
-    workload = Workload(**{option.name: getattr(args, option.name) for option in dataclasses.fields(Workload)})
+    workload = Workload(**{name: getattr(args, name) for name in _WORKLOAD})
     check_integer("--repeats", args.repeats, 1)
     if args.model is not None and (args.shape is not None or args.ladder is not None):
         raise NapDecodeError("--model does not go with --shape or --ladder, which have random weights")
-    for option in dataclasses.fields(Workload) if args.ladder is not None else ():
-        if option.name not in ("temperature", "seed") and getattr(args, option.name) != option.default:
-            flag = f"--{option.name.replace('_', '-')}"
+    for name in _WORKLOAD.keys() - {"temperature", "seed"} if args.ladder is not None else ():
+        if getattr(args, name) != getattr(Workload, name):
+            flag = f"--{name.replace('_', '-')}"
             raise NapDecodeError(f"{flag} does not go with --ladder, which has sizes of its own")
     shape = Shape.parse(args.shape or ("small" if args.ladder is None else "tiny"))
     check_device(args)

@@ -12,7 +12,7 @@ import numpy as np
 
 from nap_decode.base.errors import NapDecodeError, check_integer
 from nap_decode.bench.loops import make_loops
-from nap_decode.bench.observation import Say, environment, interleave, observe
+from nap_decode.bench.observation import Say, environment, extra_memory, interleave, syncs_per_step, table
 from nap_decode.bench.workload import Workload
 from nap_decode.model.denoiser import Denoiser
 
@@ -29,14 +29,12 @@ class Loop:
         tokens: decoded tokens of all rows, prompts excluded and cut at the end token of each block; None for loops
             that decode nothing.
         extra_bytes: peak memory less what there was before the loop's first run; None where it cannot be told.
-        syncs: operations that wait for the device, see :class:`SyncCounter`.
-        syncs_per_step: those in the loop; None where it cannot be told.
+        syncs_per_step: how often the host waits for CUDA in a step; None on other devices, and for CUDA graphs.
     """
 
     seconds: list[float]
     tokens: int | None
     extra_bytes: int | None
-    syncs: int
     syncs_per_step: float | None
 
 
@@ -50,7 +48,7 @@ class BenchmarkResult:
         loops: by name: ``"bare"`` (missing if the model cannot be called in two parts), ``"full"``,
             ``"textbook"``, ``"ours"``.
         identical: share of the slots where textbook and ours have the same token; None if tokens were drawn.
-        environment: see :func:`environment`.
+        environment: machine, versions and date.
     """
 
     workload: Workload
@@ -64,28 +62,19 @@ class BenchmarkResult:
         """For each repetition; without ``"bare"``, ``"full"`` stands for it.
 
         ``overhead``: ours / bare - 1.  ``speedup``: textbook / ours.  ``attainable``: textbook / bare, the speedup
-        of a loop that costs nothing but its forward passes; ``attained``: speedup / attainable.
-        ``attainable_by_head``: full / bare, what leaving out unwanted rows of the output layer is worth by
-        itself; ``attained_by_head``: speedup / that.
+        of a loop that costs nothing but its forward passes.
         """
-        return {name: values.tolist() for name, values in self._ratios(lambda loop: np.array(loop.seconds)).items()}
+        return {name: values.tolist() for name, values in self._ratios(np.array).items()}
 
     @property
     def least(self) -> dict[str, float]:
         """The same of the shortest times of each loop: sturdier where other work disturbs."""
-        return {name: float(value) for name, value in self._ratios(lambda loop: np.min(loop.seconds)).items()}
+        return {name: float(value) for name, value in self._ratios(np.min).items()}
 
-    def _ratios(self, seconds: Callable[[Loop], Any]) -> dict[str, Any]:
-        full, textbook, ours = (seconds(self.loops[name]) for name in ("full", "textbook", "ours"))
-        bare = seconds(self.loops["bare"]) if "bare" in self.loops else full
-        return {
-            "overhead": ours / bare - 1,
-            "speedup": textbook / ours,
-            "attainable": textbook / bare,
-            "attained": bare / ours,
-            "attainable_by_head": full / bare,
-            "attained_by_head": textbook / ours * bare / full,
-        }
+    def _ratios(self, of: Callable[[list[float]], Any]) -> dict[str, Any]:
+        seconds = {name: of(loop.seconds) for name, loop in self.loops.items()}
+        textbook, ours, bare = seconds["textbook"], seconds["ours"], seconds.get("bare", seconds["full"])
+        return {"overhead": ours / bare - 1, "speedup": textbook / ours, "attainable": textbook / bare}
 
     @property
     def memory_ratio(self) -> float | None:
@@ -103,52 +92,49 @@ class BenchmarkResult:
         }
 
     def __str__(self) -> str:
-        w, m, least = self.workload, self.model, self.least
-        over = "bare" if "bare" in self.loops else "full"
+        m = self.model
         names = {
             "bare": "bare forward x steps",
             "full": "full forward x steps",
             "textbook": "textbook loop",
             "ours": f"nap_decode{', ' + str(m['compile']) if m['compile'] else ''}",
         }
-        lines = [
-            f"{m['name']}: {m['parameters'] / 1e6:.3g} M parameters, {m['vocabulary']} ids, {m['dtype']}, "
-            f"{m['device']}",
-            f"{w.batch_size} row{'s' * (w.batch_size > 1)}{', ragged' * w.ragged}, prompt {w.prompt_length}, "
-            f"{w.new_tokens} new tokens in {w.blocks} block{'s' * (w.blocks > 1)} ({w.scheduler}), {w.steps} steps, "
-            f"temperature {w.temperature:g}; medians of {len(self.loops['ours'].seconds)}",
-            "",
-            f"{'':<28}{'seconds':>9}{'ms/step':>9}{'tokens/s':>10}{'extra MiB':>11}{'syncs/step':>12}",
-        ]
+        rows = [["", "seconds", "ms/step", "tokens/s", "extra MiB", "syncs/step"]]
         for key, loop in self.loops.items():
             seconds = statistics.median(loop.seconds)
             rate = "-" if loop.tokens is None else f"{loop.tokens / seconds:.1f}"
             memory = "?" if loop.extra_bytes is None else f"{loop.extra_bytes / 2**20:.1f}"
-            syncs = f"{loop.syncs} in all" if loop.syncs_per_step is None else f"{loop.syncs_per_step:.3g}"
-            per_step = f"{1e3 * seconds / w.steps:.2f}"
-            lines.append(f"{names[key]:<28}{seconds:>9.3f}{per_step:>9}{rate:>10}{memory:>11}{syncs:>12}")
+            syncs = "?" if loop.syncs_per_step is None else f"{loop.syncs_per_step:.3g}"
+            per_step = f"{1e3 * seconds / self.workload.steps:.2f}"
+            rows.append([names[key], f"{seconds:.3f}", per_step, rate, memory, syncs])
 
         def said(name: str, unit: str, scale: float = 1.0) -> str:
             low, middle, high = (scale * f(self.ratios[name]) for f in (min, statistics.median, max))
-            return f"{middle:.3g}{unit} ({low:.3g} to {high:.3g})"
+            return f"{middle:.3g}{unit} ({low:.3g} to {high:.3g}); {scale * self.least[name]:.3g}{unit}"
 
-        if over == "full":
-            lines += ["", "Body and output layer of this model do not make the whole; bare is the full forward."]
-        lines += [
-            "",
-            f"overhead over the {over} forward      {said('overhead', '%', 100)}",
-            f"faster than the textbook loop       {said('speedup', 'x')}",
-            f"attainable: forward passes alone    {said('attainable', 'x')}; attained {said('attained', '%', 100)}",
-            f"attainable: full / {over} forward     {said('attainable_by_head', 'x')}; "
-            f"attained {said('attained_by_head', '%', 100)}",
-            f"of the shortest times               {100 * least['overhead']:.3g}% overhead, {least['speedup']:.3g}x; "
-            f"attained {100 * least['attained']:.3g}%",
+        bare = "bare" if "bare" in self.loops else "full"
+        facts = [
+            ["", "median (least to largest); of the shortest times"],
+            [f"overhead over the {bare} forward", said("overhead", "%", 100)],
+            ["faster than the textbook loop", said("speedup", "x")],
+            ["attainable: forward passes alone", said("attainable", "x")],
         ]
         if self.memory_ratio is not None:
-            lines.append(f"extra memory, by the textbook's     {self.memory_ratio:.3g}")
+            facts.append(["extra memory, by the textbook's", f"{self.memory_ratio:.3g}"])
         if self.identical is not None:
             same = "identical" if self.identical == 1 else f"{100 * self.identical:.2f}% equal"
-            lines.append(f"tokens, beside the textbook's       {same}")
+            facts.append(["tokens, beside the textbook's", same])
+        lines = [
+            f"{m['name']}: {m['parameters'] / 1e6:.3g} M parameters, {m['vocabulary']} ids, {m['dtype']}, "
+            f"{m['device']}",
+            f"{self.workload}; medians of {len(self.loops['ours'].seconds)}",
+            "",
+            *table(rows),
+            "",
+            *(f"{name:<36}{text}" for name, text in facts),
+        ]
+        if bare == "full":
+            lines += ["", "Body and output layer of this model do not make the whole; bare is the full forward."]
         return "\n".join(lines)
 
 
@@ -159,7 +145,7 @@ def benchmark(
     *,
     mask_token_id: int | None = None,
     repeats: int = 5,
-    compile: str | bool | None = None,
+    compile: str | bool = False,
     progress: Say | None = None,
 ) -> BenchmarkResult:
     """Measure bare forward passes, the textbook loop and ours side by side.
@@ -170,11 +156,11 @@ def benchmark(
         tokenizer: see :class:`Denoiser`.
         mask_token_id: see :class:`Denoiser`.
         repeats: repetitions of all loops, after a warm-up.
-        compile: passed on to :class:`Sampler`, unless it is None.
+        compile: see :class:`Sampler`.
         progress: called with a line of text now and then.
 
     Raises:
-        NapDecodeError: no transformers model, or one that needs an attention mask the benchmark does not make.
+        NapDecodeError: no transformers model.
 
     Example:
         >>> from nap_decode import demo
@@ -185,37 +171,36 @@ def benchmark(
     check_integer("repeats", repeats, 1)
     workload, say = workload or Workload(), progress or (lambda _: None)
     denoiser = Denoiser(model, tokenizer, mask_token_id=mask_token_id)
-    if denoiser.config is None:
+    if denoiser.call.config is None:
         raise NapDecodeError("the benchmark calls the model itself, and needs a transformers model for that")
     canvas, device = workload.canvas(denoiser), denoiser.device
     denoiser.check(canvas)
-    functions = make_loops(denoiser, canvas, workload, compile)
+    loops = make_loops(denoiser, canvas, workload, compile)
     forward = model.get_input_embeddings()  # which every pass calls, of the body as of the whole
 
-    results, costs = {}, {}
-    for name, function in functions.items():
-        say(f"warming up, and counting memory and synchronisations: {name}")
-        results[name], costs[name] = observe(function, device, forward)
-    seconds = interleave(functions, repeats, device, say)
-
-    output, theirs = results["ours"], results["textbook"]
+    extra, syncs = {}, {}
+    for name, loop in loops.items():
+        say(f"warming up, and counting memory: {name}")
+        extra[name] = extra_memory(loop, device)
+        syncs[name] = syncs_per_step(loop, forward) if device.type == "cuda" else None
+    output, theirs = loops["ours"](), loops["textbook"]()
     if output.forward_passes != workload.steps:
         raise NapDecodeError(f"{workload.steps} steps were asked for, but {output.forward_passes} were made")
     traces = {"ours": output.trace, "textbook": dataclasses.replace(output.trace, tokens=theirs.cpu())}
     tokens = {name: int(trace.before_end().sum()) for name, trace in traces.items()}
+    seconds = interleave(loops, repeats, device, say)
+    is_same = (theirs == output.sequences)[canvas.decodable]
     return BenchmarkResult(
         workload=workload,
         model={
             "name": type(model).__name__,
             "parameters": sum(p.numel() for p in model.parameters()),
-            "vocabulary": denoiser.num_embeddings,
+            "vocabulary": denoiser.call.num_embeddings,
             "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
             "device": str(device),
             "compile": compile,
         },
-        loops={name: Loop(seconds[name], tokens.get(name), **costs[name]) for name in functions},
-        identical=None
-        if workload.temperature
-        else float((theirs == output.sequences)[canvas.decodable].float().mean()),
+        loops={name: Loop(seconds[name], tokens.get(name), extra[name], syncs[name]) for name in loops},
+        identical=None if workload.temperature else float(is_same.float().mean()),
         environment=environment(device),
     )

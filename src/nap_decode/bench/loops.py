@@ -9,87 +9,75 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from nap_decode.base.errors import NapDecodeError
 from nap_decode.bench.workload import Workload
 from nap_decode.canvas import Canvas
-from nap_decode.model.call import additive
 from nap_decode.model.denoiser import Denoiser
 from nap_decode.run.sampler import Sampler
 
 
-class Parts:
-    """A model called directly, whole and in two: body and output layer.
+@torch.no_grad()
+def make_loops(
+    denoiser: Denoiser, canvas: Canvas, workload: Workload, compile: str | bool
+) -> dict[str, Callable[[], Any]]:
+    """The loops by name, each to be called without arguments.
 
-    Args:
-        denoiser: the model, and what is known of its family.
-        canvas: what it will be called with.
-
-    Raises:
-        NapDecodeError: the model needs an attention mask that is not made here.
+    There is no ``"bare"`` if body and output layer do not make the model: something stands between or behind them.
     """
+    model, head = cast(Any, denoiser.model), denoiser.call.head.layer
+    tokens, options = canvas.tokens, denoiser.call.options(canvas.rows, canvas.tokens)
+    quotas, widths = workload.quotas(), workload.widths()
 
-    def __init__(self, denoiser: Denoiser, canvas: Canvas) -> None:
-        self.model = cast(Any, denoiser.model)
-        family, tokens = denoiser.family, canvas.tokens
-        if family.block_size is not None or (canvas.is_padded and family.attention != "2d"):
-            raise NapDecodeError(
-                f"{family.name} models need an attention mask ({family.attention!r}) that the benchmark does not make; "
-                "it knows 2-D ones, and none for prompts of one length"
-            )
-        self.shift = family.shift
-        self.options: dict[str, Any] = {"attention_mask": canvas.attention_mask} if canvas.is_padded else {}
-        if denoiser.must_be_told:
-            seen = canvas.attention_mask.bool()[:, None, None].expand(-1, -1, tokens.shape[1], -1)
-            self.options["attention_mask"] = additive(seen, self.model.dtype)
-        if "use_cache" in denoiser.call.arguments:
-            self.options["use_cache"] = False
-        self.head = denoiser.call.head.layer
-        self.is_split = False
-        """Whether body and output layer make the model: not so if something stands between or behind them."""
-        with torch.no_grad():
-            logits = self.model(input_ids=tokens, **self.options).logits
-            self.vocab_size: int = logits.shape[-1]
-            if isinstance(self.head, nn.Linear) and self.model.base_model is not self.model:
-                hidden = self._body(tokens)
-                rounding = 64 * torch.finfo(logits.dtype).eps * logits.abs().max()
-                fits = hidden.shape[-1] == self.head.in_features
-                self.is_split = fits and bool((self.head(hidden) - logits).abs().max() <= rounding)
+    def full_pass(tokens: Tensor) -> Tensor:  # (B, L) -> (B, L, V)
+        logits: Tensor = model(input_ids=tokens, **options).logits
+        return torch.cat([logits[:, :1], logits[:, :-1]], dim=1) if denoiser.family.shift else logits
 
-    def full(self, tokens: Tensor) -> Tensor:
-        """``(B, L) -> (B, L, V)``."""
-        logits: Tensor = self.model(input_ids=tokens, **self.options).logits
-        return torch.cat([logits[:, :1], logits[:, :-1]], dim=1) if self.shift else logits
+    def body(tokens: Tensor) -> Tensor:  # (B, L) -> (B, L, H)
+        return model.base_model(input_ids=tokens, **options)[0]  # type: ignore[no-any-return]
 
-    def bare(self, tokens: Tensor, width: int) -> Tensor:
-        """``(B, L) -> (B, width, V)``, of the last ``width`` positions: which they are makes no difference in cost."""
-        assert self.head is not None
-        return self.head(self._body(tokens)[:, -width:])  # type: ignore[no-any-return]
+    @torch.no_grad()
+    def bare() -> None:
+        assert head is not None
+        for width in widths:
+            head(body(tokens)[:, -width:])  # which positions they are makes no difference in cost
 
-    def _body(self, tokens: Tensor) -> Tensor:
-        return self.model.base_model(input_ids=tokens, **self.options)[0]  # type: ignore[no-any-return]
+    @torch.no_grad()
+    def full() -> None:
+        for _ in widths:
+            full_pass(tokens)
 
-
-def add_gumbel_noise(logits: Tensor, temperature: float) -> Tensor:
-    """What LLaDA draws a token from, by argmax: float64 noise for every logit of the batch (``generate.py``)."""
-    if temperature == 0:
-        return logits
-    logits = logits.to(torch.float64)
-    noise = torch.rand_like(logits, dtype=torch.float64)
-    gumbel_noise = (-torch.log(noise)) ** temperature
-    return logits.exp() / gumbel_noise
+    logits = model(input_ids=tokens, **options).logits
+    textbook = partial(
+        textbook_loop,
+        full_pass,
+        tokens,
+        canvas.block,
+        quotas,
+        mask_token_id=denoiser.mask_token_id,
+        banned=denoiser.banned(logits.shape[-1], tokens.device),
+        temperature=workload.temperature,
+    )
+    sampler = Sampler(denoiser, decoder=workload.decoder(), compile=compile)
+    ours = partial(sampler.decode, canvas, seed=workload.seed, progress=False)
+    loops: dict[str, Callable[[], Any]] = {"full": full, "textbook": textbook, "ours": ours}
+    if isinstance(head, nn.Linear) and model.base_model is not model:
+        hidden = body(tokens)
+        rounding = 64 * torch.finfo(logits.dtype).eps * logits.abs().max()
+        if hidden.shape[-1] == head.in_features and (head(hidden) - logits).abs().max() <= rounding:
+            return {"bare": bare} | loops
+    return loops
 
 
 @torch.no_grad()
 def textbook_loop(
-    forward: Callable[[Tensor], Tensor],
-    tokens: Tensor,
-    block: Tensor,
-    quotas: Tensor,
+    forward: Callable[[Tensor], Tensor],  # (B, L) -> (B, L, V) logits, which may be overwritten
+    tokens: Tensor,  # (B, L)
+    block: Tensor,  # (B, L) the block of every slot to decode, -1 elsewhere
+    quotas: Tensor,  # (S, B, M) tokens that each block commits at each step, on the CPU
     *,
     mask_token_id: int,
-    banned: Tensor,
+    banned: Tensor,  # (N,) ids that are never proposed
     temperature: float = 0.0,
-) -> Tensor:
+) -> Tensor:  # (B, L)
     """The loop that is published with LLaDA, and copied with most decoders since.
 
     After ``generate`` of ML-GSAI/LLaDA b7e6c3565f19, ``generate.py``: logits of the whole canvas, proposals from
@@ -98,25 +86,6 @@ def textbook_loop(
     24cc59e75f20, ``llada/generate.py``); LLaDA's newest ``generate.py`` takes the model's precision.  Two things
     are added so that it decodes what :class:`Sampler` does: some ids are never proposed, and there may be a
     top-k for each of several blocks of a row, where LLaDA has one block at a time.
-
-    Args:
-        forward: ``(B, L) -> (B, L, V)`` logits, which may be overwritten.
-        tokens: ``(B, L)`` int64; not changed.
-        block: ``(B, L)`` int64, the block of every slot to decode, -1 elsewhere.
-        quotas: ``(S, B, M)`` int64 on the CPU, tokens that each block commits at each step.
-        mask_token_id: what slots hold.
-        banned: ``(N,)`` int64, ids that are never proposed.
-        temperature: see :func:`add_gumbel_noise`.
-
-    Returns:
-        ``(B, L)`` int64.
-
-    Example:
-        >>> def forward(tokens):  # surer of later positions, where it proposes a larger id
-        ...     return torch.diag(torch.arange(5.0)).expand(len(tokens), 5, 5).clone()
-        >>> slots, block = torch.full((1, 5), 9), torch.zeros(1, 5, dtype=torch.int64)
-        >>> textbook_loop(forward, slots, block, torch.tensor([[[2]]]), mask_token_id=9, banned=slots[0, :0])
-        tensor([[9, 9, 9, 3, 4]])
     """
     tokens, num_transfer_tokens = tokens.clone(), quotas.to(tokens.device)
     open_blocks = [(quota > 0).any(0).nonzero()[:, 0].tolist() for quota in quotas]  # LLaDA's loop over blocks
@@ -141,38 +110,11 @@ def textbook_loop(
     return tokens
 
 
-def make_loops(
-    denoiser: Denoiser, canvas: Canvas, workload: Workload, mode: str | bool | None
-) -> dict[str, Callable[[], Any]]:
-    """The loops by name, each to be called without arguments; no ``"bare"`` if the model is not body and output layer.
-
-    Args:
-        denoiser: the model.
-        canvas: what to decode.
-        workload: in how many steps, and how.
-        mode: ``compile=`` of :class:`Sampler`, unless it is None.
-    """
-    parts = Parts(denoiser, canvas)
-    sampler = Sampler(denoiser, decoder=workload.decoder(), compile=False if mode is None else mode)
-    quotas, widths = workload.quotas(), workload.widths()
-    banned = denoiser.banned(parts.vocab_size, canvas.tokens.device)
-
-    @torch.no_grad()
-    def bare() -> None:
-        for width in widths:
-            parts.bare(canvas.tokens, width)
-
-    @torch.no_grad()
-    def full() -> None:
-        for _ in widths:
-            parts.full(canvas.tokens)
-
-    textbook = partial(
-        textbook_loop, mask_token_id=denoiser.mask_token_id, banned=banned, temperature=workload.temperature
-    )
-    loops: dict[str, Callable[[], Any]] = {
-        "full": full,
-        "textbook": partial(textbook, parts.full, canvas.tokens, canvas.block, quotas),
-        "ours": partial(sampler.decode, canvas, seed=workload.seed, progress=False),
-    }
-    return {"bare": bare} | loops if parts.is_split else loops
+def add_gumbel_noise(logits: Tensor, temperature: float) -> Tensor:
+    """What LLaDA draws a token from, by argmax: float64 noise for every logit of the batch (``generate.py``)."""
+    if temperature == 0:
+        return logits
+    logits = logits.to(torch.float64)
+    noise = torch.rand_like(logits, dtype=torch.float64)
+    gumbel_noise = (-torch.log(noise)) ** temperature
+    return logits.exp() / gumbel_noise

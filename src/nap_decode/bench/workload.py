@@ -64,7 +64,7 @@ class Shape:
 
     @classmethod
     def parse(cls, text: str) -> Shape:
-        """A preset's name, or ``name=number`` pairs with commas between; the rest is as in the smallest preset."""
+        """A preset's name, or ``name=number`` pairs with commas between; the rest is as in ``"small"``."""
         if "=" not in text:
             check_name("shape", text, SHAPES)
             return SHAPES[text]
@@ -154,6 +154,12 @@ class Workload:
             raise NapDecodeError(f"{self.new_tokens} new tokens cannot be cut into {self.blocks} blocks; ask for fewer")
         self.quotas()  # whose parts check the rest
 
+    def __str__(self) -> str:
+        rows = f"{self.batch_size} row{'s' * (self.batch_size > 1)}{', ragged' * self.ragged}"
+        slots = f"prompt {self.prompt_length}, {self.new_tokens} new tokens"
+        blocks = f" in {self.blocks} blocks ({self.scheduler})" if self.blocks > 1 else ""
+        return f"{rows}, {slots}{blocks}, {self.steps} steps, temperature {self.temperature:g}"
+
     def decoder(self) -> Decoder:
         """How to decode."""
         scheduler = SCHEDULERS[self.scheduler](steps=self.steps)
@@ -182,7 +188,7 @@ class Workload:
 
     def canvas(self, denoiser: Denoiser) -> Canvas:
         """The rows to decode, with prompts of random ids."""
-        size = denoiser.num_embeddings or 0
+        size = denoiser.call.num_embeddings or 0
         banned = denoiser.banned(size, torch.device("cpu")).tolist()
         ids = np.setdiff1d(np.arange(size), [*banned, denoiser.pad_token_id, *denoiser.end_token_ids])
         if not len(ids):

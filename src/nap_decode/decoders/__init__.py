@@ -6,7 +6,7 @@ Anything else is set by name on the part that has it, and any part can be exchan
 
 Each file holds one paper's decoders, and the parts that only these need.  Those with a fixed schedule take one token
 per step unless ``steps`` or ``tokens_per_step`` is set; the others commit what the model is sure of, and at least
-``tokens_per_step`` tokens.
+``tokens_per_step`` tokens.  ``block_length`` makes semi-autoregressive blocks; None decodes anywhere.
 
 Example:
     >>> from nap_decode import Sampler, decoders, demo
@@ -21,7 +21,6 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any
 
 from nap_decode.base.errors import NapDecodeError, check_name
@@ -41,67 +40,39 @@ from nap_decode.decoders.mdlm import mdlm_ancestral, mdlm_first_hitting
 from nap_decode.decoders.nap import parallel_forced
 from nap_decode.decoders.stability import klass
 from nap_decode.decoders.wide_in_narrow_out import wino
-from nap_decode.parts.decoder import Decoder, is_part
+from nap_decode.parts import Decoder
 
 __all__ = [
-    "DECODERS",
-    "credit",
-    "d2f",
-    "dream_entropy",
-    "dream_maskgit_plus",
-    "dream_origin",
-    "dream_topk_margin",
-    "entropy_bounded",
-    "fast_dllm_factor",
-    "fast_dllm_threshold",
-    "hierarchical",
-    "klass",
-    "left_to_right",
-    "llada2",
-    "llada21_editing",
+    "parallel_forced",
     "llada_low_confidence",
     "llada_random",
-    "local_leap",
-    "lopa",
+    "left_to_right",
     "maskgit_cosine",
+    "dream_origin",
+    "dream_maskgit_plus",
+    "dream_topk_margin",
+    "dream_entropy",
     "mdlm_ancestral",
     "mdlm_first_hitting",
-    "parallel_forced",
-    "pc_sampler",
+    "fast_dllm_threshold",
+    "fast_dllm_factor",
+    "entropy_bounded",
+    "klass",
+    "hierarchical",
+    "credit",
+    "local_leap",
     "wino",
+    "lopa",
+    "llada2",
+    "llada21_editing",
+    "pc_sampler",
+    "d2f",
+    "DECODERS",
     "make",
     "parse_value",
 ]
 
-DECODERS: dict[str, Callable[..., Decoder]] = {
-    f.__name__: f
-    for f in (
-        parallel_forced,
-        llada_low_confidence,
-        llada_random,
-        left_to_right,
-        maskgit_cosine,
-        dream_origin,
-        dream_maskgit_plus,
-        dream_topk_margin,
-        dream_entropy,
-        mdlm_ancestral,
-        mdlm_first_hitting,
-        fast_dllm_threshold,
-        fast_dllm_factor,
-        entropy_bounded,
-        klass,
-        hierarchical,
-        credit,
-        local_leap,
-        wino,
-        lopa,
-        llada2,
-        llada21_editing,
-        pc_sampler,
-        d2f,
-    )
-}
+DECODERS: dict[str, Callable[..., Decoder]] = {name: globals()[name] for name in __all__[: __all__.index("DECODERS")]}
 """All of them by name."""
 
 
@@ -133,7 +104,7 @@ def make(name: str, **options: Any) -> Decoder:
     decoder = function(**own)
     known = decoder.options()
     for option in options:
-        check_name(f"option of {name}", option, {*parameters, *known, *_options_of(options)})
+        check_name(f"option of {name}", option, {*parameters, *known, *decoder.options(**options)})
     # Set once more if a part is exchanged, to which they may belong.
     again = {option: value for option, value in options.items() if option not in own or option in known}
     whole = decoder.set(**again)
@@ -143,10 +114,6 @@ def make(name: str, **options: Any) -> Decoder:
             if other != decoder and whole == other.set(**again):
                 raise NapDecodeError(f"{option}={own[option]!r} has no effect, as its part is exchanged; leave it out")
     return whole
-
-
-def _options_of(parts: dict[str, Any]) -> set[str]:
-    return {field.name for part in parts.values() if is_part(part) for field in fields(part)}
 
 
 def parse_value(text: str) -> Any:

@@ -13,16 +13,12 @@ from torch import Tensor
 from nap_decode.base.batching import to_device
 from nap_decode.base.errors import NapDecodeError, check_between, check_number
 from nap_decode.base.lazy import lazy
-from nap_decode.parts.committer import MicroConfidenceCommitter
-from nap_decode.parts.confidence import Candidates, probability
-from nap_decode.parts.decoder import Decoder
-from nap_decode.parts.needs import Needs
-from nap_decode.parts.scheduler import in_blocks
+from nap_decode.parts import Candidates, Decoder, MicroConfidenceCommitter, Needs, in_blocks, probability
 
 
 @dataclass(frozen=True)
 class CalibratedConfidence:
-    """``exp(-position_decay offset) min(cap, -p log f(token))`` (NEUIR/PC-Sampler, ``pc_sampler_function``).
+    """``exp(-position_decay offset) min(cap, -p log f(token))`` (``pc_sampler_function``).
 
     Tokens that are frequent anyway (f is a background frequency) count little, early slots of a block much.
 
@@ -30,11 +26,6 @@ class CalibratedConfidence:
         frequencies: ``V`` background frequencies, by token id; see :func:`background_frequencies`.
         position_decay: lambda, how fast a later slot of a block loses.
         cap: alpha, the most that a rare token can be worth.
-
-    Example:
-        >>> confidence = CalibratedConfidence((0.5, 0.25, 0.25), position_decay=0.1)
-        >>> confidence
-        CalibratedConfidence(position_decay=0.1, cap=10.0)
     """
 
     frequencies: Sequence[float] = field(repr=False)
@@ -57,33 +48,24 @@ class CalibratedConfidence:
             raise NapDecodeError("background frequencies must be positive; background_frequencies(...) makes such")
 
     @lazy
-    def _tables(self) -> dict[torch.device, Tensor]:
+    def _surprise(self) -> dict[torch.device, Tensor]:
+        """``-log f`` by device: copied once, because a copy waits for the device."""
         return {}
-
-    def _surprise(self, device: torch.device) -> Tensor:
-        if device not in self._tables:  # copied once, because a copy waits for the device
-            self._tables[device] = to_device(-torch.tensor(self.frequencies, device="cpu").log(), device)
-        return self._tables[device]
 
     def __call__(self, candidates: Candidates) -> Tensor:
         """See :data:`Confidence`."""
         size, best = candidates.distribution.vocab_size, candidates.best
         if size > len(self.frequencies):
             raise NapDecodeError(f"there are {len(self.frequencies)} background frequencies for {size} token ids")
-        surprise = self._surprise(best.device)[candidates.tokens].to(best)
+        if best.device not in self._surprise:
+            self._surprise[best.device] = to_device(-torch.tensor(self.frequencies, device="cpu").log(), best.device)
+        surprise = self._surprise[best.device][candidates.tokens].to(best)
         score = (probability(candidates) * surprise).clamp(max=self.cap)
         return score * (-self.position_decay * candidates.offsets.to(score)).exp()
 
 
 def background_frequencies(texts: Iterable[Sequence[int]], vocab_size: int) -> tuple[float, ...]:
-    """Frequencies of token ids in a corpus; ids that never occur get those of a single occurrence.
-
-    Args:
-        texts: token ids of each text.
-        vocab_size: V, the ids that the model has.
-
-    Raises:
-        NapDecodeError: no token at all.
+    """Frequencies of ``vocab_size`` token ids in texts; ids that never occur get those of a single occurrence.
 
     Example:
         >>> background_frequencies([[0, 0, 2], [0]], vocab_size=3)
@@ -99,13 +81,6 @@ def background_frequencies(texts: Iterable[Sequence[int]], vocab_size: int) -> t
 def pc_sampler(
     *, frequencies: Sequence[float], decay: float = 0.25, cap: float = 10.0, block_length: int | None = None
 ) -> Decoder:
-    """PC-Sampler: early positions and rare tokens first.
-
-    Args:
-        frequencies: background frequencies by token id; see :func:`background_frequencies`.
-        decay: lambda; see :class:`CalibratedConfidence`.
-        cap: alpha; see :class:`CalibratedConfidence`.
-        block_length: semi-autoregressive blocks; None decodes anywhere.
-    """
+    """PC-Sampler: early positions and rare tokens first; options see :class:`CalibratedConfidence`."""
     committer = MicroConfidenceCommitter(confidence=CalibratedConfidence(frequencies, decay, cap))
     return Decoder(in_blocks(block_length), committer)

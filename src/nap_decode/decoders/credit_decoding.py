@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 from torch import Tensor
 from typing_extensions import override
 
 from nap_decode.base.errors import check_between
-from nap_decode.parts.committer import Adjustment, MicroConfidenceCommitter
-from nap_decode.parts.decoder import Decoder
-from nap_decode.parts.scheduler import in_blocks
-from nap_decode.parts.selection import ThresholdSelection
-from nap_decode.parts.slots import Slots
+from nap_decode.parts import Adjustment, Decoder, MicroConfidenceCommitter, Slots, ThresholdSelection, in_blocks
+from nap_decode.parts.committer import Chunk
 
 
 @dataclass(frozen=True, kw_only=True)
 class Credit(Adjustment):
-    """Tokens that a slot kept preferring gain credit, which is added to their logits (dInfer's ``Credit...Decoder``).
+    """Tokens that a slot kept preferring gain credit, which is added to their logits.
 
     At each step a slot's credits decay, its most likely token gains ``probability ** boost``, and
     ``strength * log(1 + credit)`` is added to the logits, for proposal and confidence alike.
@@ -29,10 +26,6 @@ class Credit(Adjustment):
         strength: alpha.
         decay: beta, what is left of a credit after a step.
         boost: gamma.
-
-    Example:
-        >>> Credit(strength=0.5)
-        Credit(strength=0.5, decay=0.8, boost=0.2)
     """
 
     strength: float = 0.7
@@ -45,10 +38,23 @@ class Credit(Adjustment):
         check_between("boost", self.boost, 0.0, math.inf)
 
     @override
-    def begin(self, slots: Slots) -> Ledger:
-        return Ledger(self, slots)
+    def __call__(self, slots: Slots, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
+        # What tokens each slot preferred at the T steps so far, and what credit they have: (B, K, T) each.
+        tokens = torch.zeros((*slots.index.shape, 0), dtype=torch.int64, device=slots.index.device)
+        amounts = tokens.float()
+        if "credit_tokens" in slots.memory:
+            place, known = slots.recall("credit_rank")
+            tokens = slots.memory["credit_tokens"].take_along_dim(place[:, :, None], dim=1)
+            amounts = slots.memory["credit_amounts"].take_along_dim(place[:, :, None], dim=1) * known[:, :, None]
+        tokens, amounts, noted = tokens.flatten(0, 1), amounts.flatten(0, 1), list[list[Tensor]]()
+        for places, logits in chunks:
+            logits, *ledger = self.add(logits, tokens[places], amounts[places].to(logits))
+            noted.append(ledger)
+            yield places, logits
+        tokens, amounts = (slots.unpack(torch.cat(parts)) for parts in zip(*noted, strict=True))
+        slots.memory.update(credit_rank=slots.rank + 1, credit_tokens=tokens, credit_amounts=amounts)
 
-    def __call__(self, logits: Tensor, tokens: Tensor, amounts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def add(self, logits: Tensor, tokens: Tensor, amounts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One step of R slots.
 
         Args:
@@ -65,41 +71,6 @@ class Credit(Adjustment):
         amounts = torch.cat([self.decay * amounts * ~same, now[:, None]], dim=1)
         tokens = torch.cat([tokens, best[:, None]], dim=1)
         return logits.scatter_add(1, tokens, self.strength * amounts.log1p()), tokens, amounts
-
-
-class Ledger:
-    """What tokens each slot preferred so far, and what credit they have.
-
-    Args:
-        credit: the rule.
-        slots: the slots of this step, whose memory has what was noted at the steps before.
-    """
-
-    def __init__(self, credit: Credit, slots: Slots) -> None:
-        self.credit, self.slots = credit, slots
-        shape = (*slots.index.shape, 0)
-        self.tokens = torch.zeros(shape, dtype=torch.int64, device=slots.index.device)
-        self.amounts = torch.zeros(shape, device=slots.index.device)
-        if "credit_tokens" in slots.memory:
-            tokens, amounts = slots.memory["credit_tokens"], slots.memory["credit_amounts"]
-            place, known = slots.recall(slots.kept("credit_rank", torch.zeros_like(slots.rank)))
-            self.tokens = tokens.take_along_dim(place[:, :, None], dim=1)
-            self.amounts = amounts.take_along_dim(place[:, :, None], dim=1) * known[:, :, None]
-        self.added: list[tuple[Tensor, Tensor]] = []
-
-    def add(self, logits: Tensor, places: Tensor) -> Tensor:
-        """Logits ``(R, V)`` of some of the slots, with their credits added and the new ones noted."""
-        tokens, amounts = (rearrange(t, "b k t -> (b k) t")[places] for t in (self.tokens, self.amounts))
-        logits, tokens, amounts = self.credit(logits, tokens, amounts.to(logits))
-        self.added.append((tokens, amounts))
-        return logits
-
-    def remember(self) -> None:
-        """Keep for the next step what was noted."""
-        tokens, amounts = (torch.cat(parts) for parts in zip(*self.added, strict=True))
-        memory = self.slots.memory
-        memory["credit_rank"] = self.slots.rank + 1
-        memory["credit_tokens"], memory["credit_amounts"] = self.slots.unpack(tokens), self.slots.unpack(amounts)
 
 
 def credit(

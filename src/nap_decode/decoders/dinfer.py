@@ -1,4 +1,4 @@
-"""dInfer (arXiv 2510.08666; inclusionAI/dInfer)."""
+"""dInfer's ``HierarchyDecoder`` (arXiv 2510.08666; inclusionAI/dInfer)."""
 
 from __future__ import annotations
 
@@ -9,16 +9,12 @@ from torch.nn.functional import pad
 from typing_extensions import override
 
 from nap_decode.base.errors import check_number
-from nap_decode.parts.committer import MicroConfidenceCommitter
-from nap_decode.parts.decoder import Decoder
-from nap_decode.parts.scheduler import in_blocks
-from nap_decode.parts.selection import Selection
-from nap_decode.parts.slots import Proposal, rank_in_block
+from nap_decode.parts import Decoder, MicroConfidenceCommitter, Proposal, Selection, in_blocks, rank_in_block
 
 
 @dataclass(frozen=True)
 class HierarchySelection(Selection):
-    """The best slot of every run of masks, so that each forward pass halves the runs (dInfer's ``HierarchyDecoder``).
+    """The best slot of every run of masks, so that each forward pass halves the runs.
 
     Args:
         threshold: slots above this confidence are committed wherever they are.

@@ -9,15 +9,13 @@ from torch.nn.functional import pad
 from typing_extensions import override
 
 from nap_decode.base.errors import check_between
-from nap_decode.parts.committer import MicroConfidenceCommitter
-from nap_decode.parts.decoder import Decoder
-from nap_decode.parts.scheduler import Plan, SemiAutoregressiveScheduler
-from nap_decode.parts.selection import ThresholdSelection
+from nap_decode.parts import Decoder, MicroConfidenceCommitter, SemiAutoregressiveScheduler, ThresholdSelection
+from nap_decode.parts.scheduler import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineScheduler(SemiAutoregressiveScheduler):
-    """Blocks in a pipeline: one opens as soon as the one before is partly done.
+    """Blocks in a pipeline: one opens as soon as the one before is partly done, held back by the template or not.
 
     Args:
         done_before_next: share of a block, 0 to 1, that is committed before the next one opens; 1 decodes one block
@@ -25,12 +23,6 @@ class PipelineScheduler(SemiAutoregressiveScheduler):
         done_before_owed: share of a block that is committed before an adaptive decoder owes the next one a token at
             every step, if it is open; until then it gets what the selection is sure of, which may be nothing
             (``decoded_token_threshold``).  With ``tokens_per_step`` the row is owed that many, wherever it is open.
-
-    Example:
-        >>> import torch
-        >>> lengths = torch.tensor([[4, 4, 4]])
-        >>> PipelineScheduler().open(torch.tensor([[2, 4, 4]]), lengths, torch.zeros(1, 3).bool()).tolist()
-        [[2, 4, 0]]
     """
 
     done_before_next: float = 0.5

@@ -14,32 +14,34 @@ from torch import Tensor
 from typing_extensions import override
 
 from nap_decode.base.errors import check_between
-from nap_decode.parts.committer import MicroConfidenceCommitter
-from nap_decode.parts.decoder import Decoder
-from nap_decode.parts.needs import Needs
+from nap_decode.parts import AnyOrderScheduler, Decoder, MicroConfidenceCommitter, Needs, QuotaSelection
 from nap_decode.parts.schedule import Schedule, steps_taken
-from nap_decode.parts.scheduler import AnyOrderScheduler
-from nap_decode.parts.selection import QuotaSelection
 
 
 @dataclass(frozen=True)
 class _TimeSchedule(Schedule):
-    """One that goes by the time, which falls from 1 to ``eps`` whether or not there is something to commit."""
+    """One that goes by the time, on ``linspace(1, eps, steps + 1)``, whether or not there is something to commit."""
 
     eps: float = 1e-3
+
+    may_skip = True
 
     def __post_init__(self) -> None:
         check_between("eps", self.eps, 0.0, 0.5)
 
-    may_skip = True
+    def _times(self, steps: Tensor) -> Tensor:
+        """``(R, S + 1)`` float32: for every row ``torch.linspace(1, eps, its steps + 1)``, then ``eps``."""
+        times = torch.full((len(steps), int(steps.max()) + 1), self.eps, device=steps.device)
+        for number in set(steps.tolist()):
+            times[steps == number, : number + 1] = torch.linspace(1, self.eps, number + 1, device=steps.device)
+        return times
 
 
 @dataclass(frozen=True)
 class DreamSchedule(_TimeSchedule):
-    """Dream's: of m masked tokens int(m (1 - s/t)) at each step, and all that is left at the last.
+    """Dream's: of m masked tokens int(m (1 - s/t)) at each step from time t to s, and all that is left at the last.
 
-    t and s are the time before and after the step, on ``linspace(1, eps, steps + 1)``
-    (``DreamGenerationMixin._sample``).  Computed in float32 as there, because rounding decides.
+    Computed in float32 as there, because rounding decides.
 
     Args:
         eps: the time at the end.
@@ -51,7 +53,7 @@ class DreamSchedule(_TimeSchedule):
 
     @override
     def __call__(self, tokens: Tensor, steps: Tensor, draws: Tensor) -> Tensor:
-        times = _times(steps, self.eps)  # (R, S + 1)
+        times = self._times(steps)
         committed = [torch.zeros_like(tokens)]
         for i, (t, s) in enumerate(zip(times.T[:-1], times.T[1:], strict=True)):
             masked = tokens - committed[-1]
@@ -62,13 +64,12 @@ class DreamSchedule(_TimeSchedule):
 
 @dataclass(frozen=True)
 class AncestralSchedule(_TimeSchedule):
-    """Every masked token is committed with probability 1 - s/t at each step, and surely at the last.
+    """Every masked token is committed with probability 1 - s/t at each step from time t to s, surely at the last.
 
-    t and s are the time before and after the step, on ``linspace(1, eps, steps + 1)``: ancestral sampling
-    of masked diffusion (MDLM, arXiv 2406.07524, equation 6) and Dream's ``origin``.  A token is still
-    masked after a step with probability s, so that one uniform draw per token says when it is committed;
-    the model is not called at steps that commit nothing.  Which tokens they are is the committer's
-    business: with the confidence ``"random"`` the law is that of the published samplers.
+    It is ancestral sampling of masked diffusion (MDLM, arXiv 2406.07524, equation 6) and Dream's ``origin``.  A token
+    is still masked after a step with probability s, so that one uniform draw per token says when it is committed.
+    Which tokens they are is the committer's business: with the confidence ``"random"`` the law is that of the published
+    samplers.
 
     Args:
         eps: the time at the end; 1e-3 in Dream, 1e-5 in MDLM.
@@ -83,7 +84,7 @@ class AncestralSchedule(_TimeSchedule):
 
     @override
     def __call__(self, tokens: Tensor, steps: Tensor, draws: Tensor) -> Tensor:
-        after = _times(steps, self.eps)[:, 1:]  # (R, S)
+        after = self._times(steps)[:, 1:]  # (R, S)
         counted = torch.arange(draws.shape[1], device=tokens.device) < tokens[:, None]
         revealed = (draws[:, None] >= after[:, :, None]) & counted[:, None]
         is_last = steps_taken(steps) >= steps[:, None]
@@ -91,11 +92,7 @@ class AncestralSchedule(_TimeSchedule):
 
 
 def dream_origin(*, eps: float = 1e-3) -> Decoder:
-    """Dream's ``alg="origin"``: each mask is revealed with probability 1 - s/t.
-
-    Args:
-        eps: the time at the last step.
-    """
+    """Dream's ``alg="origin"``: each mask is revealed with probability 1 - s/t, see :class:`AncestralSchedule`."""
     return _dream("random", AncestralSchedule(eps))
 
 
@@ -125,11 +122,3 @@ def _dream(confidence: str, schedule: Schedule, alg_temp: float | None = None) -
     selection = QuotaSelection(alg_temp or 0.0)
     committer = MicroConfidenceCommitter(confidence=confidence, selection=selection, scores_proposal=True)
     return Decoder(AnyOrderScheduler(schedule=schedule), committer)
-
-
-def _times(steps: Tensor, eps: float) -> Tensor:
-    """``(R, S + 1)`` float32: for every row ``torch.linspace(1, eps, its steps + 1)``, then ``eps``."""
-    times = torch.full((len(steps), int(steps.max()) + 1), eps, device=steps.device)
-    for number in set(steps.tolist()):
-        times[steps == number, : number + 1] = torch.linspace(1, eps, number + 1, device=steps.device)
-    return times

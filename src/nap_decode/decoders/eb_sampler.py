@@ -10,12 +10,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from nap_decode.base.errors import check_between
-from nap_decode.parts.committer import MicroConfidenceCommitter
-from nap_decode.parts.decoder import Decoder
-from nap_decode.parts.needs import Needs
-from nap_decode.parts.scheduler import in_blocks
-from nap_decode.parts.selection import Selection
-from nap_decode.parts.slots import Proposal, sort_in_block
+from nap_decode.parts import Decoder, MicroConfidenceCommitter, Needs, Proposal, Selection, in_blocks
+from nap_decode.parts.slots import sort_in_block
 
 
 @dataclass(frozen=True)
@@ -60,11 +56,8 @@ class EntropyBoundSelection(Selection):
 def entropy_bounded(*, gamma: float = 0.1, block_length: int | None = None) -> Decoder:
     """The EB-Sampler: as many tokens as a bound on their dependence allows, in the order of their entropies.
 
-    Args:
-        gamma: see :class:`EntropyBoundSelection`.
-        block_length: semi-autoregressive blocks; None decodes anywhere, as in the paper.
+    Options see :class:`EntropyBoundSelection`; without blocks, as in the paper.
     """
     selection = EntropyBoundSelection(gamma)
-    return Decoder(
-        in_blocks(block_length), MicroConfidenceCommitter(confidence="negative_entropy", selection=selection)
-    )
+    committer = MicroConfidenceCommitter(confidence="negative_entropy", selection=selection)
+    return Decoder(in_blocks(block_length), committer)

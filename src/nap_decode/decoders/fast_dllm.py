@@ -9,11 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from nap_decode.base.errors import check_between
-from nap_decode.parts.committer import MicroConfidenceCommitter
-from nap_decode.parts.decoder import Decoder
-from nap_decode.parts.scheduler import in_blocks
-from nap_decode.parts.selection import Selection, ThresholdSelection
-from nap_decode.parts.slots import Proposal
+from nap_decode.parts import Decoder, MicroConfidenceCommitter, Proposal, Selection, ThresholdSelection, in_blocks
 
 
 @dataclass(frozen=True)
@@ -49,5 +45,5 @@ def fast_dllm_threshold(*, threshold: float = 0.9, block_length: int | None = 32
 
 
 def fast_dllm_factor(*, factor: float = 1.0, block_length: int | None = 32) -> Decoder:
-    """Fast-dLLM's factor: the more tokens, the surer each must be (section 3.3)."""
+    """Fast-dLLM's factor: the more tokens, the surer each must be."""
     return Decoder(in_blocks(block_length), MicroConfidenceCommitter(selection=FactorSelection(factor)))

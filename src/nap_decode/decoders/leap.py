@@ -9,11 +9,7 @@ from torch.nn.functional import pad
 from typing_extensions import override
 
 from nap_decode.base.errors import check_integer, check_number
-from nap_decode.parts.committer import MicroConfidenceCommitter
-from nap_decode.parts.decoder import Decoder
-from nap_decode.parts.scheduler import in_blocks
-from nap_decode.parts.selection import Selection
-from nap_decode.parts.slots import Proposal
+from nap_decode.parts import Decoder, MicroConfidenceCommitter, Proposal, Selection, in_blocks
 
 
 @dataclass(frozen=True)
@@ -45,18 +41,14 @@ class LeapSelection(Selection):
     @override
     def __call__(self, proposal: Proposal) -> Tensor:
         slots, confidence = proposal.slots, proposal.confidence
-        anchor = (confidence >= self.threshold) & slots.open
-        near = anchor
+        near = anchor = (confidence >= self.threshold) & slots.open
         # Slots stand in the order of their columns, so that none further away in the list is nearer.
         for distance in range(1, min(self.radius, anchor.shape[1] - 1) + 1):
-            close = (slots.index[:, distance:] - slots.index[:, :-distance] <= self.radius) & (
-                slots.block[:, distance:] == slots.block[:, :-distance]
-            )
-            near = (
-                near
-                | pad(anchor[:, :-distance] & close, (distance, 0))
-                | pad(anchor[:, distance:] & close, (0, distance))
-            )
+            same_block = slots.block[:, distance:] == slots.block[:, :-distance]
+            close = same_block & (slots.index[:, distance:] - slots.index[:, :-distance] <= self.radius)
+            behind = pad(anchor[:, :-distance] & close, (distance, 0))
+            in_front = pad(anchor[:, distance:] & close, (0, distance))
+            near = near | behind | in_front
         return proposal.fill_up(anchor | (near & (confidence >= self.low_threshold)))
 
 

@@ -11,11 +11,7 @@ from torch import Tensor
 from nap_decode.base.batching import host_tensor
 from nap_decode.base.errors import NapDecodeError, check_integer
 from nap_decode.base.lazy import lazy
-from nap_decode.parts.committer import MicroConfidenceCommitter
-from nap_decode.parts.confidence import Candidates, Confidence
-from nap_decode.parts.decoder import Decoder
-from nap_decode.parts.needs import Needs
-from nap_decode.parts.scheduler import in_blocks
+from nap_decode.parts import Candidates, Confidence, Decoder, MicroConfidenceCommitter, Needs, in_blocks
 
 
 @dataclass(frozen=True)
@@ -24,13 +20,6 @@ class ProbabilityWithout:
 
     They are still proposed, but committed last (LLaDA's ``confidence_eos_eot_inf``), also where a cut-off leaves
     nothing else.
-
-    Args:
-        ids: the ids.
-
-    Example:
-        >>> ProbabilityWithout([2])
-        ProbabilityWithout(ids=(2,))
     """
 
     ids: Sequence[int]
@@ -44,6 +33,7 @@ class ProbabilityWithout:
 
     @lazy
     def _tables(self) -> dict[torch.device, Tensor]:
+        """The ids by device: copied once, because a copy waits for the device."""
         return {}
 
     def __call__(self, candidates: Candidates) -> Tensor:
@@ -51,7 +41,7 @@ class ProbabilityWithout:
         size, device = candidates.logits.shape[1], candidates.logits.device
         if any(token >= size for token in self.ids):
             raise NapDecodeError(f"{self} names ids that the model does not have: there are {size}")
-        if device not in self._tables:  # copied once, because a copy waits for the device
+        if device not in self._tables:
             self._tables[device] = host_tensor(self.ids, device)
         others = candidates.distribution.without(self._tables[device])
         return others.probability(candidates.tokens).where(others.best != -torch.inf, 0)

@@ -8,12 +8,7 @@ import torch
 from typing_extensions import override
 
 from nap_decode.base.errors import check_integer, check_number
-from nap_decode.parts.committer import MicroConfidenceCommitter
-from nap_decode.parts.decoder import Decoder
-from nap_decode.parts.needs import Needs
-from nap_decode.parts.reviser import Reviser
-from nap_decode.parts.scheduler import in_blocks
-from nap_decode.parts.selection import ThresholdSelection
+from nap_decode.parts import Decoder, MicroConfidenceCommitter, Needs, Reviser, ThresholdSelection, in_blocks
 from nap_decode.parts.slots import Decision, Proposal
 
 
@@ -26,10 +21,6 @@ class EditReviser(Reviser):
     Args:
         edit_threshold: probability that the other token must exceed.
         max_passes: forward passes over a block without masks, at most.
-
-    Example:
-        >>> EditReviser(0.95)
-        EditReviser(edit_threshold=0.95, max_passes=16)
     """
 
     edit_threshold: float = 0.9
@@ -65,9 +56,6 @@ def llada2(*, threshold: float = 0.95, block_length: int = 32) -> Decoder:
 def llada21_editing(
     *, threshold: float = 0.95, edit_threshold: float = 0.9, max_passes: int = 16, block_length: int = 32
 ) -> Decoder:
-    """LLaDA2.1's decoder: as LLaDA2.0's, and committed tokens are replaced by surer ones.
-
-    Options see :class:`ThresholdSelection` and :class:`EditReviser`.
-    """
+    """LLaDA2.1's decoder: as LLaDA2.0's, and committed tokens are replaced by surer ones, see :class:`EditReviser`."""
     decoder = llada2(threshold=threshold, block_length=block_length)
     return decoder.set(reviser=EditReviser(edit_threshold, max_passes))

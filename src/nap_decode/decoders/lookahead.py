@@ -1,53 +1,41 @@
-"""LoPA: lookahead parallel decoding (arXiv 2512.16229; zhijie-group/LoPA)."""
+"""LoPA: lookahead parallel decoding (arXiv 2512.16229; zhijie-group/LoPA, ``scale_dream_d2f.py``)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from einops import rearrange, repeat
 from torch import Tensor
 from torch.nn.functional import pad
 from typing_extensions import override
 
-from nap_decode.base.errors import NapDecodeError, check_between, check_flag, check_integer
-from nap_decode.parts.committer import Committer, MicroConfidenceCommitter, Predict
-from nap_decode.parts.decoder import Decoder
-from nap_decode.parts.needs import Needs
-from nap_decode.parts.scheduler import in_blocks
-from nap_decode.parts.selection import ThresholdSelection
+from nap_decode.base.errors import NapDecodeError, check_between, check_flag, check_integer, check_part
+from nap_decode.parts import Committer, Decoder, MicroConfidenceCommitter, Needs, Predict, ThresholdSelection, in_blocks
 from nap_decode.parts.slots import Decision, Proposal, Slots
 
 
 @dataclass(frozen=True, kw_only=True)
 class LookaheadCommitter(Committer):
-    """Searches over the order in which slots are filled (LoPA, arXiv 2512.16229).
+    """Searches over the order in which slots are filled.
 
     After each step the slots next in confidence make a branch each: the canvas with that one slot filled
     too.  The next forward pass predicts the canvas (the anchor) and all branches, side by side in the batch;
     in each row the branch wins whose open slots look most certain, and the committer goes on from there.  A
     branch's worth is ``weight * confidence of its extra token + (1 - weight) * mean confidence of the least
-    certain share of its open slots``; the anchor has no extra token and counts 1 for it (reference:
-    zhijie-group/LoPA, ``scale_dream_d2f.py``).
+    certain share of its open slots``; the anchor has no extra token and counts 1 for it.
 
     A forward pass has ``1 + branches`` times the rows; it is counted as one.
 
     Args:
-        inner: what is done once the branch is chosen.
+        inner: what is done once the branch is chosen; nothing that revises or remembers, as it would have to for every
+            branch.
         branches: branches besides the anchor; what LoPA's code makes of ``branching_factor``.
         weight: of the extra token's confidence.
         weakest: share of the open slots, the least certain ones, whose confidence is averaged.
         opens_blocks: whether the extra token may open blocks, each branch for itself, as in LoPA's code, so that the
             branch is judged by them and goes on in them; otherwise they open between the steps.
-
-    Raises:
-        NapDecodeError: a committer that revises or remembers: it would have to for every branch.
-
-    Example:
-        >>> LookaheadCommitter(branches=3).needs.adaptive
-        True
     """
 
     inner: MicroConfidenceCommitter = MicroConfidenceCommitter(selection=ThresholdSelection(0.9))
@@ -61,8 +49,7 @@ class LookaheadCommitter(Committer):
         check_between("weight", self.weight, 0.0, 1.0)
         check_between("weakest", self.weakest, 0.0, 1.0)
         check_flag("opens_blocks", self.opens_blocks)
-        if not isinstance(self.inner, MicroConfidenceCommitter):
-            raise NapDecodeError(f"inner must be a MicroConfidenceCommitter, but is {self.inner!r}")
+        check_part("inner", self.inner, MicroConfidenceCommitter, "MicroConfidenceCommitter()")
         if self.inner.needs.memory:
             raise NapDecodeError(
                 "a committer that looks ahead cannot revise, give credit or compare steps, because each branch would "
@@ -81,34 +68,27 @@ class LookaheadCommitter(Committer):
     @override
     def __call__(self, slots: Slots, predict: Predict) -> Decision:
         branches = _Branches.of(slots)
-        number = len(branches.adds)  # J, the anchor included
+        number, rows, _ = branches.adds.shape  # J, the anchor included, and B
         prediction = predict(torch.where(branches.adds, branches.tokens, slots.tokens))  # (J * B, K)
         proposal = self.inner.propose(prediction, slots.repeat(number))
-        confidence = rearrange(proposal.confidence, "(j b) k -> j b k", j=number)
         block, quota = _opened(slots, branches.adds)
-        future = self._certainty(confidence, slots.open & (block < quota.shape[2]) & ~branches.adds)
+        is_open = slots.open & (block < quota.shape[2]) & ~branches.adds
+        future = self._certainty(proposal.confidence.view_as(branches.adds), is_open)
         worth = self.weight * branches.confidence + (1 - self.weight) * future
         # Of equals the first wins, and the anchor is the first.
         winner = worth.where(branches.exists, -torch.inf).argmax(0)  # (B,)
-
-        def won(values: Tensor) -> Tensor:  # (J, B, ...) -> (B, ...)
-            return values[winner, torch.arange(len(winner), device=winner.device)]
-
-        def won_by_row(values: Tensor) -> Tensor:  # (J * B, K) -> (B, K)
-            return won(rearrange(values, "(j b) k -> j b k", j=number))
-
-        added = won(branches.adds)
-        slots = replace(slots, block=won(block), quota=won(quota), committed=slots.committed | added)
-        statistics = {name: won_by_row(values) for name, values in proposal.statistics.items()}
-        won_proposal = Proposal(slots, won_by_row(proposal.tokens), won_by_row(proposal.confidence), statistics)
-        commit = self.inner.decide(won_proposal)
+        won = winner * rows + torch.arange(rows, device=winner.device)  # the same among J * B
+        added, token, sure, block, quota = (values.flatten(0, 1)[won] for values in (*branches[:3], block, quota))
+        slots = replace(slots, block=block, quota=quota, committed=slots.committed | added)
+        statistics = {name: values[won] for name, values in proposal.statistics.items()}
+        commit = self.inner.decide(Proposal(slots, proposal.tokens[won], proposal.confidence[won], statistics))
         left = commit.confidence.where(slots.open & ~commit.chosen, -torch.inf)
         best, place = left.topk(min(self.branches, left.shape[1]), dim=1)
         found = {"columns": slots.index.gather(1, place) + 1, "tokens": commit.tokens.gather(1, place), "scores": best}
         slots.memory.update((f"branch_{name}", values.where(best > -torch.inf, 0)) for name, values in found.items())
         return Decision(
-            tokens=torch.where(added, won(branches.tokens), commit.tokens),
-            confidence=torch.where(added, won(branches.confidence)[:, None].to(commit.confidence), commit.confidence),
+            tokens=torch.where(added, token, commit.tokens),
+            confidence=torch.where(added, sure[:, None].to(commit.confidence), commit.confidence),
             chosen=commit.chosen | added,
         )
 
@@ -122,33 +102,31 @@ class LookaheadCommitter(Committer):
         return mean.where(number > 0, 1)
 
 
-@dataclass(frozen=True, eq=False)
-class _Branches:
-    """The anchor, and the branches proposed at the step before: ``(J, B, K)`` and ``(J, B)``."""
+class _Branches(NamedTuple):
+    """The anchor, and the branches proposed at the step before."""
 
-    adds: Tensor
-    tokens: Tensor
-    confidence: Tensor
-    exists: Tensor
+    adds: Tensor  # (J, B, K) bool, the extra slot
+    tokens: Tensor  # (J, B, K) int64, what it is filled with
+    confidence: Tensor  # (J, B)
+    exists: Tensor  # (J, B) bool
 
     @classmethod
     def of(cls, slots: Slots) -> _Branches:
-        num_rows, device = len(slots.index), slots.index.device
-        none = torch.zeros(num_rows, 0, device=device)
+        none = torch.zeros(len(slots.index), 0, device=slots.index.device)
         columns, tokens, confidence = (
-            slots.memory.get(f"branch_{name}", none.to(dtype))  # (B, J - 1)
+            slots.memory.get(f"branch_{name}", none.to(dtype)).T  # (J - 1, B)
             for name, dtype in (("columns", torch.int64), ("tokens", torch.int64), ("scores", torch.float32))
         )
         columns = columns - 1  # 0 stands for none
-        place = slots.rank.gather(1, columns.clamp(min=0))
+        place = slots.rank.T.gather(0, columns.clamp(min=0))
         # A column whose block is closed by now has no place.
-        adds = torch.arange(slots.index.shape[1], device=device) == place.T[:, :, None]
-        adds = adds & (columns >= 0).T[:, :, None] & slots.open
-        anchor = torch.ones(1, num_rows, device=device)
+        adds = torch.arange(slots.index.shape[1], device=place.device) == place[:, :, None]
+        adds = adds & (columns >= 0)[:, :, None] & slots.open
+        anchor = torch.ones(1, len(slots.index), device=place.device)
         return cls(
             adds=torch.cat([torch.zeros_like(slots.open)[None], adds]),
-            tokens=torch.cat([slots.tokens[None], repeat(tokens, "b j -> j b k", k=slots.index.shape[1])]),
-            confidence=torch.cat([anchor.to(confidence), confidence.T]),
+            tokens=torch.cat([slots.tokens[None], tokens[:, :, None].expand_as(adds)]),
+            confidence=torch.cat([anchor.to(confidence), confidence]),
             exists=torch.cat([anchor.bool(), adds.any(2)]),
         )
 

@@ -9,18 +9,15 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from nap_decode.parts.committer import MicroConfidenceCommitter
-from nap_decode.parts.decoder import Decoder
+from nap_decode.parts import AnyOrderScheduler, Decoder, MicroConfidenceCommitter, QuotaSelection
 from nap_decode.parts.schedule import Schedule, steps_taken
-from nap_decode.parts.scheduler import AnyOrderScheduler
-from nap_decode.parts.selection import QuotaSelection
 
 
 @dataclass(frozen=True)
 class CosineSchedule(Schedule):
-    """Few tokens first, many last: after a share r of the steps, cos(pi r / 2) of the tokens are masked.
+    """Few tokens first, many last: after a share r of the steps, cos(pi r / 2) of the tokens are masked (section 3.2).
 
-    MaskGIT (arXiv 2202.04200, section 3.2), rounded so that every step commits at least one token.
+    Rounded so that every step commits at least one token.
 
     Example:
         >>> CosineSchedule()(torch.tensor([12]), torch.tensor([6]), torch.empty(1, 0)).tolist()
@@ -38,9 +35,6 @@ class CosineSchedule(Schedule):
 
 
 def maskgit_cosine(*, position_temperature: float = 0.0) -> Decoder:
-    """MaskGIT's cosine schedule: few tokens first, many last.
-
-    MaskGIT lets the temperature of the positions fall to 0 over the steps; here it is the same at all.
-    """
+    """MaskGIT's cosine schedule; the temperature of the positions, which falls to 0 there, is the same at all steps."""
     selection = QuotaSelection(position_temperature)
     return Decoder(AnyOrderScheduler(schedule=CosineSchedule()), MicroConfidenceCommitter(selection=selection))

@@ -1,11 +1,9 @@
-"""MDLM (arXiv 2406.07524; kuleshov-group/mdlm) and the first-hitting sampler (arXiv 2409.02908)."""
+"""MDLM (arXiv 2406.07524; kuleshov-group/mdlm) and the first-hitting sampler (arXiv 2409.02908, algorithm 1)."""
 
 from __future__ import annotations
 
 from nap_decode.decoders.dream import dream_origin
-from nap_decode.parts.committer import MicroConfidenceCommitter
-from nap_decode.parts.decoder import Decoder
-from nap_decode.parts.scheduler import AnyOrderScheduler
+from nap_decode.parts import AnyOrderScheduler, Decoder, MicroConfidenceCommitter
 
 
 def mdlm_ancestral(*, eps: float = 1e-5) -> Decoder:
@@ -21,7 +19,7 @@ def mdlm_ancestral(*, eps: float = 1e-5) -> Decoder:
 
 
 def mdlm_first_hitting() -> Decoder:
-    """The first-hitting sampler: one token per step, in random order (arXiv 2409.02908, algorithm 1), at temperature 1.
+    """The first-hitting sampler: one token per step, in random order, at temperature 1.
 
     It is ancestral sampling in the limit of many steps, at the cost of one forward pass per token, for models that are
     not told the time.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from nap_decode.parts.decoder import Decoder
-from nap_decode.parts.scheduler import MacroParallelScheduler
+from nap_decode.parts import Decoder, MacroParallelScheduler
 
 
 def parallel_forced(

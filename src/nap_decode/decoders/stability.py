@@ -10,12 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from nap_decode.base.errors import check_between, check_integer, check_number
-from nap_decode.parts.committer import MicroConfidenceCommitter
-from nap_decode.parts.decoder import Decoder
-from nap_decode.parts.needs import Needs
-from nap_decode.parts.scheduler import in_blocks
-from nap_decode.parts.selection import Selection
-from nap_decode.parts.slots import Proposal
+from nap_decode.parts import Decoder, MicroConfidenceCommitter, Needs, Proposal, Selection, in_blocks
 
 
 @dataclass(frozen=True)
@@ -29,10 +24,6 @@ class StableSelection(Selection):
         threshold: slots with more than this confidence are committed,
         max_divergence: if KL(p_t || p_(t-1)) was below this
         history: in each of this many last steps.
-
-    Example:
-        >>> StableSelection()
-        StableSelection(threshold=0.9, max_divergence=0.01, history=2)
     """
 
     threshold: float = 0.9

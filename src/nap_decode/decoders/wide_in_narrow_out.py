@@ -8,13 +8,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from nap_decode.base.errors import NapDecodeError, check_between, check_integer, check_number
-from nap_decode.parts.committer import MicroConfidenceCommitter
-from nap_decode.parts.decoder import Decoder
-from nap_decode.parts.needs import Needs
-from nap_decode.parts.reviser import Reviser
-from nap_decode.parts.scheduler import in_blocks
-from nap_decode.parts.selection import Selection, ThresholdSelection
+from nap_decode.base.errors import check_between, check_integer, check_number, check_part
+from nap_decode.parts import Decoder, MicroConfidenceCommitter, Needs, Reviser, Selection, ThresholdSelection, in_blocks
 from nap_decode.parts.slots import Decision, Proposal, rank_in_block
 
 
@@ -27,13 +22,6 @@ class CappedSelection(Selection):
         share: of the masked slots, rounded down.
         least: the cap is not below this,
         most: nor above this.
-
-    Example:
-        >>> from nap_decode.parts import Slots
-        >>> slots = Slots.of(block=torch.zeros(1, 4, dtype=torch.long), quota=torch.tensor([[1]]))
-        >>> capped = CappedSelection(ThresholdSelection(0.5), share=0.5, least=1)
-        >>> capped(Proposal.of(slots, torch.tensor([[.6, .9, .7, .8]]))).long().tolist()
-        [[0, 1, 0, 1]]
     """
 
     capped: Selection
@@ -42,8 +30,7 @@ class CappedSelection(Selection):
     most: int = 20
 
     def __post_init__(self) -> None:
-        if not isinstance(self.capped, Selection):
-            raise NapDecodeError(f"capped must be a Selection, such as ThresholdSelection(), but is {self.capped!r}")
+        check_part("capped", self.capped, Selection, "ThresholdSelection()")
         check_between("share", self.share, 0.0, 1.0)
         check_integer("least", self.least, 1)
         check_integer("most", self.most, self.least)
@@ -66,16 +53,12 @@ class CappedSelection(Selection):
 class RemaskReviser(Reviser):
     """Masks a committed token again that the rest of the canvas does not support.
 
-    The support of a token is its probability with its slot hidden from the model, found in the same
-    forward pass by a second mask token with the same position (see :meth:`Denoiser.__call__`).  In each
-    block fewer slots are masked again than the step before committed there, so that decoding proceeds.
+    That is its probability with its slot hidden from the model, found in the same forward pass by a second mask
+    token with the same position (see :meth:`Denoiser.__call__`).  In each block fewer slots are masked again than the
+    step before committed there, so that decoding proceeds.
 
     Args:
         back_threshold: support below which a token is masked again.
-
-    Example:
-        >>> RemaskReviser(0.8)
-        RemaskReviser(back_threshold=0.8)
     """
 
     back_threshold: float = 0.9
@@ -107,7 +90,7 @@ def wino(*, threshold: float = 0.6, back_threshold: float = 0.9, block_length: i
     Args:
         threshold: tokens surer than this are committed: 5 to 20 of a block at once, and no more than 70 %.
         back_threshold: see :class:`RemaskReviser`.
-        block_length: semi-autoregressive blocks; None decodes anywhere.
+        block_length: see :mod:`nap_decode.decoders`.
     """
     bold = CappedSelection(ThresholdSelection(threshold), share=0.7, least=5, most=20)
     committer = MicroConfidenceCommitter(selection=bold, reviser=RemaskReviser(back_threshold))

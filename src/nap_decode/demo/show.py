@@ -30,13 +30,8 @@ _TEMPLATES = {
 class LiveCanvas:
     """A callback that draws the first row of the canvas after every step.
 
-    In a terminal the drawing is renewed in place, one colour per block, fresh tokens in bold; elsewhere
-    every step is written out, plain.
-
-    Args:
-        tokenizer: for the words.
-        file: where to draw.
-        pause: seconds between frames in a terminal.
+    In a terminal the drawing is renewed in place after a ``pause`` in seconds, one colour per block, fresh tokens in
+    bold; elsewhere every step is written out, plain.
     """
 
     def __init__(self, tokenizer: Any, file: TextIO, pause: float = 0.25) -> None:
@@ -85,13 +80,7 @@ _COLUMNS = (  # of the table: what the model was trained on, a name, and the dec
 def run_demo(
     *, problems: int = 50, tokens_per_step: Sequence[int] = (1, 2, 3, 4, 6, 8, 12), file: TextIO | None = None
 ) -> None:
-    """Decode held-out problems with the embedded models, and compare decoders on them.
-
-    Args:
-        problems: how many the table averages over.
-        tokens_per_step: rows of the table.
-        file: where to print; stdout by default.
-    """
+    """Decode a held-out problem while one looks on, and print a table of decoders, averaged over ``problems``."""
     file = file or sys.stdout
     say = partial(print, file=file, flush=True)
     denoisers = {name: Denoiser(*load(name)) for name in _TEMPLATES}
@@ -117,7 +106,7 @@ def run_demo(
     say(f"{'a step':>6}{'passes':>9} {'    right    AR   ' * len(_COLUMNS)}".rstrip())
     prompts = [problem.prompt for problem in held_out]
     for k in tokens_per_step:
-        cells, passes = [], 0
+        cells = []
         for trained_on, _, decoder in _COLUMNS:
             decoder, template = decoder.set(tokens_per_step=k), _TEMPLATES[trained_on]
             output = Sampler(denoisers[trained_on], decoder=decoder, template=template)(prompts, progress=False)
@@ -126,5 +115,4 @@ def run_demo(
             meter = ARnessMeter()
             meter.update(output.trace)
             cells.append(f"{100 * correct / problems:9.1f}{meter.compute().global_at[1]:6.2f}   ")
-            passes = output.forward_passes
-        say(f"{k:>6}{passes:>9} {''.join(cells)}".rstrip())
+        say(f"{k:>6}{output.forward_passes:>9} {''.join(cells)}".rstrip())

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, reduce
+from functools import cached_property
 from os import PathLike
 from typing import Any, TypeAlias
 
@@ -15,25 +15,21 @@ from torch import Tensor
 from nap_decode import decoders
 from nap_decode.base.errors import NapDecodeError, check_name, refuse
 from nap_decode.canvas import CanvasTemplate
-from nap_decode.model.denoiser import Denoiser, LogitsProcessor
+from nap_decode.decoders.llada import ProbabilityWithout
+from nap_decode.model.denoiser import Denoiser
 from nap_decode.model.families import find_family
 from nap_decode.model.foreign import innermost
 from nap_decode.parts.decoder import Decoder
-from nap_decode.run.generate import check_same_model
 from nap_decode.run.sampler import Sampler
 
 AnySampler: TypeAlias = "Sampler | Decoder | str | PathLike[str]"
 """How to decode: a sampler of the model, a :class:`Decoder`, the name of one, or a file written by ``Sampler.save``."""
-PUBLISHED_PRECISION = {"model_precision": True, "ties": "topk"}
-"""Options of a decoder that computes as published code does, in the precision of the model's logits."""
 
 
 def find(given: Decoder | str | PathLike[str], options: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """How to decode, checked without a model: a decoder, and what else a file says, see :meth:`Sampler.read`.
 
-    Args:
-        given: see :data:`AnySampler`.
-        options: of a decoder that is given by its name, see :func:`nap_decode.decoders.make`.
+    Options are those of a decoder that is given by its name, see :func:`nap_decode.decoders.make`.
 
     Raises:
         NapDecodeError: none of these, or options that are not known or do not go together.
@@ -54,47 +50,53 @@ def find(given: Decoder | str | PathLike[str], options: Mapping[str, Any] | None
 
 
 def make(
-    how: Mapping[str, Any], denoiser: Denoiser, *, template: CanvasTemplate | None = None, **options: Any
+    how: Mapping[str, Any],
+    model: Any,
+    tokenizer: Any = None,
+    *,
+    is_shifted: bool = False,
+    never: Sequence[int] = (),
+    model_precision: bool = False,
+    template: CanvasTemplate | None = None,
+    compile: bool | str = False,
+    **options: Any,
 ) -> Sampler:
-    """The sampler of what :func:`find` found and a model; a file's guidance and reuse go into the Denoiser.
+    """The sampler of what :func:`find` found and a model, which may be a Denoiser already; its options are the others.
+
+    A file's template is the sampler's, its guidance and reuse are the Denoiser's.  ``is_shifted`` is said of the
+    family, ``never`` of ids that are not emitted; ``model_precision`` computes as published code does.
 
     Raises:
         NapDecodeError: two templates, or a Denoiser with other guidance or reuse than the file.
     """
+    if not isinstance(model, Denoiser):
+        if never:
+            from transformers import SuppressTokensLogitsProcessor
+
+            options["logits_processor"] = [SuppressTokensLogitsProcessor(list(never))]
+        if is_shifted:
+            options["family"] = replace(find_family(getattr(innermost(model), "config", None)), shift=True)
+        model = Denoiser(model, tokenizer, **options)
     own = {name: how[name] for name in ("cfg_scale", "reuse") if name in how}
     for name, value in own.items():
-        if getattr(denoiser, name) not in (value, 0.0, None):
-            raise NapDecodeError(f"the file has {name} {value}, but {getattr(denoiser, name)} is asked for")
+        if getattr(model, name) not in (value, 0.0, None):
+            raise NapDecodeError(f"the file has {name} {value}, but {getattr(model, name)} is asked for")
     if how.get("template") is not None:
         refuse({"template": template}, {}, "the file has a template")
         template = how["template"]
-    return Sampler(denoiser.replace(**own) if own else denoiser, decoder=how["decoder"], template=template, **options)
+    decoder: Decoder = how["decoder"]
+    if model_precision:
+        decoder = decoder.set(model_precision=True, ties="topk")
+    return Sampler(model.replace(**own) if own else model, decoder=decoder, template=template, compile=compile)
 
 
-def bind(given: AnySampler, denoiser: Callable[[], Denoiser], model: Any) -> Sampler:
-    """The sampler to run for a model, whose Denoiser is made for what is no sampler.
-
-    Raises:
-        NapDecodeError: see :func:`find`; a sampler of another model.
-    """
-    if not isinstance(given, Sampler):
-        return make(find(given), denoiser())
-    check_same_model(given, model)
-    return given
-
-
-def make_denoiser(
-    model: Any, tokenizer: Any = None, *, is_shifted: bool = False, never: Sequence[int] = (), **options: Any
-) -> Denoiser:
-    """A Denoiser of a model that is said to be shifted, or that shall never emit some ids."""
-    processors: list[LogitsProcessor] = []
-    if never:
-        from transformers import SuppressTokensLogitsProcessor
-
-        processors.append(SuppressTokensLogitsProcessor(list(never)))
-    if is_shifted:
-        options["family"] = replace(find_family(getattr(innermost(model), "config", None)), shift=True)
-    return Denoiser(model, tokenizer, logits_processor=processors, **options)
+def llada_decoder(remasking: str, last: Sequence[int], **says_so: Any) -> Decoder:
+    """One of LLaDA's rules, with ids that are committed last and the option that asks for it."""
+    check_name("remasking", remasking, ("low_confidence", "random"))
+    if remasking == "random":
+        refuse(says_so if last else {}, {}, "remasking is random")
+        return decoders.llada_random()
+    return decoders.llada_low_confidence(confidence=ProbabilityWithout(last) if last else "probability")
 
 
 def dream_decoder(alg: str, known: Iterable[str], rule: Mapping[str, Any]) -> Decoder:
@@ -102,12 +104,6 @@ def dream_decoder(alg: str, known: Iterable[str], rule: Mapping[str, Any]) -> De
     check_name("alg", alg, known)
     cuts = rule["top_p"] is not None and rule["top_p"] < 1
     return decoders.make(f"dream_{alg}", **{**rule, "top_p": rule["top_p"] if cuts else None})
-
-
-def option(decoder: Decoder, name: str) -> Any:
-    """What a decoder has under the name of an option; None if no part has it, or several."""
-    paths = decoder.options().get(name, [])
-    return getattr(reduce(getattr, paths[0], decoder), name) if len(paths) == 1 else None
 
 
 @dataclass(frozen=True, eq=False)

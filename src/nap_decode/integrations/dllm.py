@@ -21,26 +21,21 @@ from nap_decode import decoders
 from nap_decode.base.errors import NapDecodeError, check_integer, check_name, refuse
 from nap_decode.canvas import Canvas, CanvasTemplate
 from nap_decode.decoders.dream import AncestralSchedule
-from nap_decode.decoders.llada import ProbabilityWithout, llada_low_confidence, llada_random
-from nap_decode.integrations._shared import PUBLISHED_PRECISION, Padded, dream_decoder, find, make, make_denoiser
+from nap_decode.integrations._shared import Padded, dream_decoder, find, llada_decoder, make
 from nap_decode.parts.decoder import Decoder
 from nap_decode.parts.schedule import Schedule
 from nap_decode.parts.scheduler import AnyOrderScheduler, SemiAutoregressiveScheduler
 from nap_decode.run import sampler
 
-_BOTH: dict[str, Any] = {"max_length": None, "cfg_scale": 0.0, "stochastic_transfer": False, "return_dict": False}
-_MDLM = _BOTH | {  # MDLMSamplerConfig's fields and their defaults
-    **{"max_new_tokens": 128, "block_size": 128, "steps": 128, "temperature": 0.0, "remasking": "low_confidence"},
-    **{"cfg_keep_tokens": None, "suppress_tokens": None, "begin_suppress_tokens": None, "right_shift_logits": False},
-}
-_DREAM = _BOTH | {  # DreamSamplerConfig's
-    **{"max_new_tokens": 20, "steps": 512, "eps": 1e-3, "alg": "origin", "alg_temp": 0.0},
-    **{"temperature": 1.0, "top_p": 1.0, "top_k": 50, "right_shift_logits": True},
-}
-_RULE = (
-    *("steps", "block_size", "temperature", "remasking", "stochastic_transfer", "begin_suppress_tokens"),
-    *("alg", "eps", "alg_temp", "top_p", "top_k"),
-)
+# Fields of dLLM's configs and their defaults: how to decode, and what belongs to the canvas, the model and the output.
+_BOTH: dict[str, Any] = {"max_length": None, "cfg_scale": 0.0, "return_dict": False}
+_MDLM_RULE: dict[str, Any] = {"steps": 128, "block_size": 128, "temperature": 0.0, "remasking": "low_confidence"}
+_MDLM_RULE |= {"stochastic_transfer": False, "begin_suppress_tokens": None}
+_MDLM = _MDLM_RULE | _BOTH | {"max_new_tokens": 128, "right_shift_logits": False}
+_MDLM |= {"cfg_keep_tokens": None, "suppress_tokens": None}
+_DREAM_RULE: dict[str, Any] = {"steps": 512, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "alg": "origin"}
+_DREAM_RULE |= {"stochastic_transfer": False, "alg_temp": 0.0, "eps": 1e-3}
+_DREAM = _DREAM_RULE | _BOTH | {"max_new_tokens": 20, "right_shift_logits": True}
 
 
 @dataclass(frozen=True)
@@ -121,13 +116,13 @@ class Sampler:
 
     decoder: ClassVar[Decoder | str | PathLike[str] | None] = None
     decoder_options: ClassVar[Mapping[str, Any]] = {}
+    settable: ClassVar[frozenset[str]] = frozenset()  # options that the decoder takes from a config
     template: ClassVar[CanvasTemplate | None] = None
 
     def __post_init__(self) -> None:
         if self.decoder is not None:
-            refuse({"scheduler": self.scheduler}, {}, "the decoder has a scheduler of its own")
-            own = {"model_precision": self.model_precision}
-            refuse(own, {"model_precision": False}, "the decoder's committer decides that")
+            own = {"scheduler": self.scheduler, "model_precision": self.model_precision or None}
+            refuse(own, {}, "the decoder has its own")
 
     @classmethod
     def using(
@@ -142,9 +137,12 @@ class Sampler:
         Raises:
             NapDecodeError: no decoder, or an option that it does not have.
         """
-        find(decoder, options)
-        name = decoder if isinstance(decoder, str) else type(decoder).__name__
-        members = {"decoder": decoder, "decoder_options": options, "template": template}
+        made, settable, name = find(decoder, options)["decoder"], set[str](), type(decoder).__name__
+        if isinstance(decoder, str):
+            name = decoder
+            if name in decoders.DECODERS:
+                settable = {*inspect.signature(decoders.DECODERS[name]).parameters, *made.options()} - options.keys()
+        members = {"decoder": decoder, "decoder_options": options, "settable": settable, "template": template}
         return type(f"{cls.__name__}[{name}]", (cls,), members)
 
     def check(self, config: Any = None, **kwargs: Any) -> None:
@@ -183,7 +181,7 @@ class Sampler:
 
         Arguments are those of :meth:`sample` but for lengths.  ``DreamSampler`` has no windows.
         """
-        lengths: dict[str, Any] = {name: kwargs[name] for name in ("max_new_tokens", "max_length") if name in kwargs}
+        lengths = {name: kwargs.get(name) for name in ("max_new_tokens", "max_length")}
         refuse(lengths, {}, "infill decodes the masks in the text")
         options, given = self._options(config, kwargs)
         if self.decoder is None and "alg" in options:
@@ -230,28 +228,24 @@ class Sampler:
         return [row or [self.tokenizer.bos_token_id] for row in rows] if starts else rows
 
     def _bind(self, options: dict[str, Any], given: Sequence[str], length: int, *, on_grid: bool) -> sampler.Sampler:
-        how: dict[str, Any]
         if self.decoder is None:
-            decoder = self._dream(options) if "alg" in options else self._mdlm(options, length, on_grid)
-            how = {"decoder": decoder.set(**PUBLISHED_PRECISION) if self.model_precision else decoder}
+            how = {"decoder": self._dream(options) if "alg" in options else self._mdlm(options, length, on_grid)}
         else:
-            how = find(self.decoder, self.decoder_options)
-            known = set[str]()
-            if isinstance(self.decoder, str) and self.decoder in decoders.DECODERS:
-                known = {*inspect.signature(decoders.DECODERS[self.decoder]).parameters, *how["decoder"].options()}
-            names = {name: "block_length" if name == "block_size" else name for name in _RULE if name in given}
-            decided = [n for n, own in names.items() if own not in known or own in self.decoder_options]
-            refuse({n: options[n] for n in decided}, {}, "the decoder, or its options in using(...), decide that")
-            how = find(self.decoder, {own: options[name] for name, own in names.items()} | dict(self.decoder_options))
-        denoiser = make_denoiser(
+            names = {n: "block_length" if n == "block_size" else n for n in given if n in _MDLM_RULE | _DREAM_RULE}
+            decided = {n: options[n] for n, own in names.items() if own not in self.settable}
+            refuse(decided, {}, "the decoder, or its options in using(...), decide that")
+            how = find(self.decoder, {own: options[n] for n, own in names.items()} | dict(self.decoder_options))
+        return make(
+            how,
             self.model,
             self.tokenizer,
             is_shifted=options["right_shift_logits"],
             never=options.get("suppress_tokens") or (),
+            model_precision=self.model_precision,
+            template=self.template,
             mask_token_id=self.tokenizer.mask_token_id,
             cfg_scale=options["cfg_scale"],
         )
-        return make(how, denoiser, template=self.template)
 
     def _dream(self, options: dict[str, Any]) -> Decoder:
         """What ``DreamSampler`` does."""
@@ -262,14 +256,9 @@ class Sampler:
 
     def _mdlm(self, options: dict[str, Any], length: int, on_grid: bool) -> Decoder:
         """What ``MDLMSampler`` does."""
-        check_name("remasking", options["remasking"], ("low_confidence", "random"))
         check_integer("steps", options["steps"], 1)
-        without = tuple(options["begin_suppress_tokens"] or ())
-        if options["remasking"] == "random":
-            refuse({"begin_suppress_tokens": without}, {"begin_suppress_tokens": ()}, "remasking is random")
-            decoder = llada_random()
-        else:
-            decoder = llada_low_confidence(confidence=ProbabilityWithout(without) if without else "probability")
+        last = tuple(options["begin_suppress_tokens"] or ())
+        decoder = llada_decoder(options["remasking"], last, begin_suppress_tokens=last)
         block_size = options["block_size"] or length
         check_integer("block_size", block_size, 1)
         num_blocks = math.ceil(length / block_size)
@@ -288,12 +277,10 @@ class Sampler:
         return AncestralSchedule(eps=0.0)
 
     def _decode(self, bound: sampler.Sampler, canvas: Canvas, options: dict[str, Any]) -> Any:
-        if options.get("cfg_keep_tokens"):
-            refuse(
-                {} if options["cfg_scale"] else {"cfg_keep_tokens": options["cfg_keep_tokens"]}, {}, "cfg_scale is 0"
-            )
-            keep = torch.tensor(options["cfg_keep_tokens"], device=canvas.tokens.device)
-            canvas = replace(canvas, prompt=canvas.prompt & ~torch.isin(canvas.tokens, keep))
+        if keep := options.get("cfg_keep_tokens"):
+            refuse({} if options["cfg_scale"] else {"cfg_keep_tokens": keep}, {}, "cfg_scale is 0")
+            kept = torch.isin(canvas.tokens, torch.tensor(keep, device=canvas.tokens.device))
+            canvas = replace(canvas, prompt=canvas.prompt & ~kept)
         trace, there = bound.decode(canvas).trace, canvas.attention_mask.bool()
         ends = torch.full_like(canvas.tokens, self.tokenizer.eos_token_id)
         shown = Padded(ends, there.flip(1) if "alg" in options else there)  # as theirs, on the left or on the right

@@ -15,15 +15,7 @@ from nap_decode.base.errors import NapDecodeError, check_integer, check_name, re
 from nap_decode.base.random import SCHEDULE_STREAM
 from nap_decode.base.rows import Rows
 from nap_decode.canvas import Canvas, CanvasTemplate
-from nap_decode.integrations._shared import (
-    PUBLISHED_PRECISION,
-    AnySampler,
-    Padded,
-    bind,
-    dream_decoder,
-    find,
-    make_denoiser,
-)
+from nap_decode.integrations._shared import AnySampler, Padded, dream_decoder, find, make
 from nap_decode.model.denoiser import Denoiser
 from nap_decode.model.foreign import innermost
 from nap_decode.model.prediction import Prediction
@@ -88,17 +80,18 @@ def install(model: Any, sampler: AnySampler | None = None, *, model_precision: b
         nap_decode.base.errors.NapDecodeError: there is no argument of diffusion_generate 'step'. Did ...
         >>> uninstall(model)
     """
+    how: Any = sampler
     if sampler is not None:
-        refuse({"model_precision": model_precision}, {"model_precision": False}, "the sampler decides that")
+        refuse({"model_precision": model_precision or None}, {}, "the sampler decides that")
         if isinstance(sampler, Sampler):
             check_same_model(sampler, model)
         else:
-            find(sampler)
+            how = find(sampler)
     owner = _owner(model)
     before = vars(owner).get("diffusion_generate")
     if isinstance(before, _DiffusionGenerate):
         before = before.before
-    owner.diffusion_generate = _DiffusionGenerate(model, sampler, model_precision, before)
+    owner.diffusion_generate = _DiffusionGenerate(model, how, model_precision, before)
 
 
 def _owner(model: Any) -> Any:
@@ -124,7 +117,7 @@ def uninstall(model: Any) -> None:
 @dataclass(frozen=True, eq=False)
 class _DiffusionGenerate:
     model: Any
-    sampler: AnySampler | None
+    how: Sampler | dict[str, Any] | None  # as find found it
     model_precision: bool
     before: Any  # what the instance had under this name
 
@@ -148,7 +141,7 @@ class _DiffusionGenerate:
         canvas, rows = _canvas(ids, attention_mask, template, sampler.denoiser, tokens_hook)
         if hooks == [None, None]:
             output = sampler.decode(canvas)
-            steps = options["steps"] if self.sampler is None else int(output.trace.step.max()) + 1
+            steps = options["steps"] if self.how is None else int(output.trace.step.max()) + 1
             history = [output.trace.canvas_at(step + 1) for step in range(steps if options["output_history"] else 0)]
             history = [rows.padded(tokens) for tokens in history]
         else:
@@ -179,23 +172,24 @@ class _DiffusionGenerate:
         return options
 
     def _bind(self, options: dict[str, Any], generation_config: Any, kwargs: dict[str, Any]) -> Sampler:
-        def denoiser() -> Denoiser:
-            return make_denoiser(self.model, is_shifted=True, mask_token_id=options["mask_token_id"])
-
-        if self.sampler is not None:
-            given = {name: value for name, value in vars(generation_config or object).items() if name in _RULE} | kwargs
+        how = self.how
+        if how is None:
+            rule = {name: options[name] for name in _RULE if name != "alg"}
+            if options["alg"] == "origin":
+                refuse({"alg_temp": rule.pop("alg_temp") or None}, {}, "alg='origin' chooses positions at random")
+            how = {"decoder": dream_decoder(options["alg"], ALGORITHMS, rule)}
+        else:
+            given = {**vars(generation_config or object), **kwargs}
             ineffective = {name: given[name] for name in _RULE if given.get(name) is not None}
             refuse(ineffective, _RULE, "the sampler that was installed decides that")
-            sampler = bind(self.sampler, denoiser, self.model)
-            if sampler.template is not None:
-                lengths = {name: kwargs[name] for name in _LENGTH if name in kwargs}
-                refuse(lengths, dict.fromkeys(lengths), "the sampler that was installed has a template")
-            return sampler
-        rule = {name: options[name] for name in _RULE if name != "alg"}
-        if options["alg"] == "origin":
-            refuse({"alg_temp": rule.pop("alg_temp") or None}, {}, "alg='origin' chooses positions at random")
-        decoder = dream_decoder(options["alg"], ALGORITHMS, rule)
-        return Sampler(denoiser(), decoder=decoder.set(**PUBLISHED_PRECISION) if self.model_precision else decoder)
+        if isinstance(how, Sampler):
+            sampler = how
+        else:
+            own = {"mask_token_id": options["mask_token_id"], "model_precision": self.model_precision}
+            sampler = make(how, self.model, is_shifted=True, **own)
+        if sampler.template is not None:
+            refuse({name: kwargs.get(name) for name in _LENGTH}, {}, "the sampler that was installed has a template")
+        return sampler
 
     def _expand(self, ids: Tensor, attention_mask: Tensor | None, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
         if attention_mask is None:

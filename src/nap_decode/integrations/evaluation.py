@@ -6,7 +6,6 @@ import argparse
 import difflib
 import functools
 import json
-import math
 import os
 import sys
 from pathlib import Path
@@ -14,8 +13,9 @@ from typing import Any
 
 import torch
 
-from nap_decode.base.errors import NapDecodeError, check_between
-from nap_decode.integrations.lm_eval import LIKELIHOODS, TASKS, add_costs, harness_model, need_harness, parse_options
+from nap_decode.base.errors import NapDecodeError
+from nap_decode.checkpoints import add_model_arguments
+from nap_decode.integrations.lm_eval import LIKELIHOODS, TASKS, add_costs, harness_model, parse_options
 
 __all__ = ["add_arguments", "run"]
 
@@ -26,14 +26,7 @@ _OF_HARNESS = ("num_fewshot", "apply_chat_template", "system_instruction", "fews
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``nap-decode eval``."""
-    add = parser.add_argument_group("model").add_argument
-    add("--model", required=True, help="directory or hub name of a transformers checkpoint")
-    add("--device", help="where to run (default: cuda if there is one, else cpu; accelerate launch decides itself)")
-    precisions = ("auto", "float32", "bfloat16", "float16")
-    add("--dtype", choices=precisions, default="auto", help="default: as the checkpoint")
-    add("--mask-token-id", type=int, help="the mask id, if neither tokenizer nor config names it")
-    add("--bidirectional", action="store_true", help="set is_causal = False in the config of a decoder")
-    add("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
+    add = add_model_arguments(parser, device=None)
     add("--cfg-scale", type=float, help="classifier-free guidance (default: 0)")
     add("--model-args", default="", metavar="NAME=VALUE,...", help="other options of the harness's HFLM")
     add = parser.add_argument_group("how").add_argument
@@ -60,17 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run ``nap-decode eval``.
-
-    Raises:
-        NapDecodeError: options that do not go together, names that are not known, or the harness is not installed.
-    """
-    limit = None
-    if args.limit is not None:
-        check_between("--limit", args.limit, 0.0, math.inf)
-        limit = args.limit if 0 < args.limit < 1 else int(args.limit)
-        if limit != args.limit or limit == 0:
-            raise NapDecodeError(f"--limit must be a whole number, or a share between 0 and 1, but is {args.limit:g}")
+    """Run ``nap-decode eval``."""
+    limit = args.limit
+    if limit is not None and not 0 < limit < 1:
+        if limit < 1 or not limit.is_integer():
+            raise NapDecodeError(f"--limit must be a whole number, or a share between 0 and 1, but is {limit:g}")
+        limit = int(limit)
     if args.log_samples and args.output is None:
         raise NapDecodeError("--log-samples needs to know where to write; add --output DIR")
     output = None if args.output is None else Path(args.output)
@@ -79,13 +67,13 @@ def run(args: argparse.Namespace) -> None:
     options = parse_options(args.model_args)
     for name in sorted(options.keys() & vars(args).keys()):
         raise NapDecodeError(f"--model-args names {name}, which has an option of its own: --{name.replace('_', '-')}")
-    need_harness()
+    make = harness_model()
     from lm_eval import simple_evaluate
     from lm_eval.utils import handle_non_serializable, make_table, simple_parse_args_string
 
     manager, tasks = _find_tasks(args)
     given = vars(args)
-    lm = harness_model()(
+    lm = make(
         args.model,
         device=args.device,
         dtype=args.dtype,

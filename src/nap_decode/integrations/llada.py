@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nap_decode.base.errors import check_name, refuse
-from nap_decode.decoders.llada import ProbabilityWithout, llada_low_confidence, llada_random
-from nap_decode.integrations._shared import PUBLISHED_PRECISION, AnySampler, bind, make_denoiser
-from nap_decode.model.denoiser import Denoiser
-from nap_decode.parts.decoder import Decoder
+from nap_decode.base.errors import refuse
+from nap_decode.integrations._shared import AnySampler, find, llada_decoder, make
+from nap_decode.parts.scheduler import SemiAutoregressiveScheduler
+from nap_decode.run.generate import check_same_model
 from nap_decode.run.sampler import Sampler
 
 EOS_TOKEN_ID, EOT_TOKEN_ID = 126081, 126348
@@ -35,28 +34,16 @@ def generate(
     sampler: AnySampler | None = None,
     model_precision: bool = False,
 ) -> Tensor:
-    """LLaDA's ``generate``, argument for argument; ``sampler`` and ``model_precision`` are ours.
+    """LLaDA's ``generate``, argument for argument: at temperature 0 it makes LLaDA's tokens.
 
-    At temperature 0 it makes LLaDA's tokens.  What differs is listed in ``docs/integrations.md``.
+    ``docs/integrations.md`` lists what differs.  The model is whatever a :class:`Denoiser` can be made of, the prompt
+    ``(B, P)`` int64, with an attention mask ``(B, P)`` that is 0 for padding.  Two arguments are ours:
 
-    Args:
-        model: what a :class:`Denoiser` can be made of.
-        prompt: ``(B, P)`` int64.
-        attention_mask: ``(B, P)``, 0 for padding; without it nothing is padding.
-        steps: in all, divided between the blocks; more steps than tokens are as many as there are tokens.
-        gen_length: slots to decode.
-        block_length: of the blocks, which are decoded one after the other; the last may be shorter.
-        temperature: of the proposals.
-        cfg_scale: see :class:`Denoiser`.
-        remasking: ``"low_confidence"`` or ``"random"``.
-        mask_id: the mask id.
-        logits_eos_inf: never emit the id 126081.
-        confidence_eos_eot_inf: commit the ids 126081 and 126348 last.
-        sampler: decode with this instead: a :class:`Decoder`, the name of one, or a file written by ``Sampler.save``,
-            with a Denoiser that has ``mask_id``, ``cfg_scale`` and ``logits_eos_inf``; or a sampler of this model,
-            which has its own.  It decodes its template, or ``gen_length`` slots if it has none.
-        model_precision: compute and compare confidences in the precision of the model's logits, as LLaDA does, instead
-            of float32, to reproduce published scores.
+    * ``sampler`` decodes instead: a :class:`Decoder`, the name of one, or a file written by ``Sampler.save``, with a
+      Denoiser that has ``mask_id``, ``cfg_scale`` and ``logits_eos_inf``; or a sampler of this model, which has its
+      own.  It decodes its template, or ``gen_length`` slots if it has none.
+    * ``model_precision`` computes and compares confidences in the precision of the model's logits, as LLaDA does,
+      instead of float32, to reproduce published scores.
 
     Returns:
         ``(B, P + gen_length)`` int64 on the model's device: the prompt as it was given, and what was decoded.
@@ -67,35 +54,29 @@ def generate(
     given = dict(locals())
     defaults = {name: argument.default for name, argument in inspect.signature(generate).parameters.items()}
 
-    def check(names: tuple[str, ...], why: str) -> None:
+    def check(why: str, *names: str) -> None:
         refuse({name: given[name] for name in names}, defaults, why)
 
-    def denoiser() -> Denoiser:
-        never = [EOS_TOKEN_ID] if logits_eos_inf else []
-        return make_denoiser(model, never=never, mask_token_id=mask_id, cfg_scale=cfg_scale)
-
+    options: dict[str, Any] = {"mask_token_id": mask_id, "cfg_scale": cfg_scale}
+    options["never"] = [EOS_TOKEN_ID] if logits_eos_inf else []
     if sampler is None:
-        decoder = _published(block_length, remasking, confidence_eos_eot_inf)
-        decoder = decoder.set(steps=min(steps, gen_length), temperature=temperature)
-        bound = Sampler(denoiser(), decoder=decoder.set(**PUBLISHED_PRECISION) if model_precision else decoder)
+        last = (EOS_TOKEN_ID, EOT_TOKEN_ID) if confidence_eos_eot_inf else ()
+        decoder = llada_decoder(remasking, last, confidence_eos_eot_inf=True)
+        scheduler = SemiAutoregressiveScheduler(steps=min(steps, gen_length), block_length=block_length)
+        decoder = decoder.set(scheduler=scheduler, temperature=temperature)
+        bound = make({"decoder": decoder}, model, model_precision=model_precision, **options)
     else:
         own = ("steps", "block_length", "temperature", "remasking", "confidence_eos_eot_inf", "model_precision")
-        check(own, "the sampler decides that")
-        bound = bind(sampler, denoiser, model)
+        check("the sampler decides that", *own)
         if isinstance(sampler, Sampler):
-            own_mask = ("mask_id",) if mask_id != bound.denoiser.mask_token_id else ()
-            check((*own_mask, "cfg_scale", "logits_eos_inf"), "the sampler has a Denoiser of its own, with its options")
+            check_same_model(sampler, model)
+            own_mask = ("mask_id",) if mask_id != sampler.denoiser.mask_token_id else ()
+            check("the sampler has a Denoiser of its own, with its options", *own_mask, "cfg_scale", "logits_eos_inf")
+            bound = sampler
+        else:
+            bound = make(find(sampler), model, **options)
         if bound.template is not None:
-            check(("gen_length",), "the sampler has a template")
+            check("the sampler has a template", "gen_length")
     output = bound.generate(prompt, attention_mask, max_new_tokens=None if bound.template is not None else gen_length)
     assert isinstance(output, Tensor)
     return torch.cat([prompt, output[:, prompt.shape[1] :]], dim=1).to(bound.denoiser.device)
-
-
-def _published(block_length: int, remasking: str, ends_last: bool) -> Decoder:
-    check_name("remasking", remasking, ("low_confidence", "random"))
-    if remasking == "random":
-        refuse({"confidence_eos_eot_inf": ends_last}, {"confidence_eos_eot_inf": False}, "remasking is random")
-        return llada_random(block_length=block_length)
-    confidence = ProbabilityWithout((EOS_TOKEN_ID, EOT_TOKEN_ID)) if ends_last else "probability"
-    return llada_low_confidence(block_length=block_length, confidence=confidence)

@@ -33,10 +33,10 @@ from nap_decode.base.errors import NapDecodeError, check_between, check_integer,
 from nap_decode.canvas import Block, CanvasTemplate
 from nap_decode.checkpoints import auto_class, load_all
 from nap_decode.decoders import parse_value
-from nap_decode.integrations._shared import AnySampler, find, make, option
+from nap_decode.integrations._shared import AnySampler, find, make
 from nap_decode.measure.arness import ARnessMeter
 from nap_decode.measure.likelihood import chain_log_likelihood, check_samples, log_likelihood_bound
-from nap_decode.model.denoiser import Denoiser
+from nap_decode.parts.decoder import Decoder
 from nap_decode.results.output import SamplerOutput
 from nap_decode.run.generate import check_same_model
 from nap_decode.run.sampler import Sampler
@@ -158,23 +158,16 @@ def harness_model() -> Any:
     Raises:
         NapDecodeError: the harness is not installed.
     """
-    need_harness()
-    from lm_eval.api.registry import register_model
-    from lm_eval.models.huggingface import HFLM
-
-    members = {"__doc__": harness_model.__doc__, "__module__": __name__}
-    return register_model("nap_decode")(type("NapDecodeLM", (_NapDecode, HFLM), members))
-
-
-def need_harness() -> None:
-    """Raise unless the harness is installed."""
     try:
         import accelerate  # noqa: F401
-        import lm_eval  # noqa: F401
+        from lm_eval.api.registry import register_model
+        from lm_eval.models.huggingface import HFLM
     except ImportError as error:
         raise NapDecodeError(
             f"evaluation needs EleutherAI's lm-evaluation-harness ({error}); run pip install 'nap_decode[eval]'"
         ) from error
+    members = {"__doc__": harness_model.__doc__, "__module__": __name__}
+    return register_model("nap_decode")(type("NapDecodeLM", (_NapDecode, HFLM), members))
 
 
 _HFLM: Any = object  # at run time the harness's class stands behind
@@ -217,12 +210,12 @@ class _NapDecode(_HFLM):  # type: ignore[misc]
         # Options are checked before the model is loaded, which may take minutes.
         arguments = parse_options(sampler_args) if isinstance(sampler_args, str | None) else dict(sampler_args)
         if isinstance(sampler, Sampler):
-            refuse({"sampler_args": arguments or None}, {}, "the sampler is made already")
-            refuse({"mask_token_id": mask_token_id, "cfg_scale": cfg_scale}, {}, "the sampler's Denoiser has its own")
+            given = {"sampler_args": arguments or None, "mask_token_id": mask_token_id, "cfg_scale": cfg_scale}
+            refuse(given, {}, "the sampler is made already, and its Denoiser has its own")
         else:
             lengths = {name: arguments.pop(name) for name in _CANVAS if name in arguments}
-            ours = {"template": CanvasTemplate.nap(**lengths)} if lengths else {}
-            ours["compile"] = arguments.pop("compile", False)
+            template = CanvasTemplate.nap(**lengths) if lengths else None
+            ours = {"template": template, "compile": arguments.pop("compile", False)}
             how = find(sampler, arguments)
             if cfg_scale not in (None, how.get("cfg_scale", cfg_scale)):
                 raise NapDecodeError(f"{sampler} has cfg_scale {how['cfg_scale']}, but {cfg_scale} is asked for")
@@ -235,8 +228,8 @@ class _NapDecode(_HFLM):  # type: ignore[misc]
             check_same_model(sampler, self.model)
             self.sampler = sampler
         else:
-            denoiser = Denoiser(self.model, self.tokenizer, mask_token_id=mask_token_id, cfg_scale=guidance)
-            self.sampler = make(how, denoiser, **ours)
+            ours |= {"mask_token_id": mask_token_id, "cfg_scale": guidance}
+            self.sampler = make(how, self.model, self.tokenizer, **ours)
         self.denoiser = self.sampler.denoiser
         self._options = sorted((name, str(value)) for name, value in options.items())  # a revision, an adapter, ...
         self._name = pretrained if isinstance(pretrained, str) else type(pretrained).__name__
@@ -351,7 +344,7 @@ class _NapDecode(_HFLM):  # type: ignore[misc]
                 "allow less (--gen-kwargs max_gen_toks=...)"
             )
         sampler, several = self._sampler_for(options), [one for one in requests if _repeats(one) > 1]
-        draws = option(sampler.decoder, "temperature") and not given.get("do_sample")
+        draws = _temperature(sampler.decoder) and not given.get("do_sample")
         if draws and several and self.cache_hook.dbdict is not None:
             raise NapDecodeError(
                 f"task {several[0].task_name!r} wants {_repeats(several[0])} samples of each text, but a cache "
@@ -364,7 +357,7 @@ class _NapDecode(_HFLM):  # type: ignore[misc]
         """The sampler with what a task says about drawing."""
         asks = {n: options[n] for n, values in _NEUTRAL.items() if n in options and options[n] not in values}
         refuse(asks, {}, "samplers do not implement it")
-        draws, own = options.get("do_sample"), option(self.sampler.decoder, "temperature")
+        draws, own = options.get("do_sample"), _temperature(self.sampler.decoder)
         # Where a task says nothing about drawing, the harness adds do_sample=False, but no temperature.
         asked = options.get("temperature") if draws else 0.0 if "temperature" in options else None
         if draws and not asked and not own:
@@ -473,6 +466,12 @@ class _NapDecode(_HFLM):  # type: ignore[misc]
 def _scored(template: CanvasTemplate) -> list[Block]:
     """Blocks whose text is the answer: the summary, or all if there is none."""
     return [block for block in template.blocks if block.held] or list(template.blocks)
+
+
+def _temperature(decoder: Decoder) -> Any:
+    """That at which tokens are drawn; None if there are several, or the decoder draws in its own way."""
+    paths = decoder.options().get("temperature", [])
+    return functools.reduce(getattr, (*paths[0], "temperature"), decoder) if len(paths) == 1 else None
 
 
 def _repeats(request: Any) -> int:

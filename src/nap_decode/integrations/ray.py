@@ -23,7 +23,6 @@ from nap_decode.base.errors import NapDecodeError, check_between, check_integer
 from nap_decode.canvas import CanvasTemplate
 from nap_decode.checkpoints import load_checkpoint
 from nap_decode.integrations._shared import find, given, make
-from nap_decode.model.denoiser import Denoiser
 from nap_decode.parts.decoder import Decoder
 from nap_decode.run.sampler import Sampler
 
@@ -112,11 +111,13 @@ def generate(
     if sampler is None and not callable(model):
         raise NapDecodeError("say how to decode: sampler= takes a Decoder, such as decoders.klass(), or its name")
     how = None if sampler is None else find(sampler)
-    pair = concurrency if isinstance(concurrency, tuple) and len(concurrency) == 2 else (concurrency, concurrency)
-    numbers = {"rows_per_part": rows_per_part, "max_batch": max_batch, "concurrency (the least)": pair[0]}
-    for name, value in numbers.items() if max_tokens is None else {**numbers, "max_tokens": max_tokens}.items():
+    least, most = concurrency if isinstance(concurrency, tuple) and len(concurrency) == 2 else (concurrency,) * 2
+    numbers = {"rows_per_part": rows_per_part, "max_batch": max_batch, "concurrency (the least)": least}
+    if max_tokens is not None:
+        numbers["max_tokens"] = max_tokens
+    for name, value in numbers.items():
         check_integer(name, value, 1)
-    check_integer("concurrency (the most)", pair[1], int(pair[0]))
+    check_integer("concurrency (the most)", most, int(least))
     for name, share in (("num_cpus", num_cpus), ("num_gpus", num_gpus)):
         check_between(name, share, 0, math.inf)
     data = _ray().data
@@ -128,19 +129,15 @@ def generate(
         rows: Any = bulk.read_prompts(dataset) if isinstance(dataset, str | PathLike) else dataset
         parts = [list(map(json.dumps, part)) for part in bulk.cut_into_parts(rows, rows_per_part)]
         stage = data.from_arrow([pa.table({_PACKED: part}) for part in parts])  # each a block of its own
-    worker = {
-        "make": partial(_load, model, how, template, mask_token_id, "cuda" if num_gpus else "cpu"),
-        "output": os.path.abspath(output),
-        "options": {"seed": seed, "max_batch": max_batch, "max_tokens": max_tokens},
-        "packed": packed,
-    }
+    load = partial(_load, model, how, template, mask_token_id, "cuda" if num_gpus else "cpu")
+    options = {"output": os.path.abspath(output), "seed": seed, "max_batch": max_batch, "max_tokens": max_tokens}
     return stage.map_batches(
         _Worker,
-        fn_constructor_kwargs=worker,
+        fn_constructor_args=(load, packed, options),
         batch_format="pyarrow",
         batch_size=rows_per_part,
         zero_copy_batch=True,
-        compute=data.ActorPoolStrategy(min_size=pair[0], max_size=pair[1]),
+        compute=data.ActorPoolStrategy(min_size=least, max_size=most),
         num_cpus=num_cpus,
         num_gpus=num_gpus,
     )
@@ -155,22 +152,19 @@ def _load(
 ) -> Sampler:
     """In a worker: load the model and make the sampler."""
     loaded = model() if callable(model) else load_checkpoint(model, device=device)
-    if isinstance(loaded, Sampler) or how is None:
-        if how is None and isinstance(loaded, Sampler):
-            return loaded
+    if how is None and isinstance(loaded, Sampler):
+        return loaded
+    if how is None or isinstance(loaded, Sampler):
         raise NapDecodeError(f"give sampler= unless the function returns a Sampler; it returns {loaded!r:.80}")
-    if not isinstance(loaded, Denoiser):
-        network, tokenizer = loaded if isinstance(loaded, tuple) else (loaded, None)
-        loaded = Denoiser(network, tokenizer, mask_token_id=mask_token_id)
-    return make(how, loaded, template=template)
+    network, tokenizer = loaded if isinstance(loaded, tuple) else (loaded, None)
+    return make(how, network, tokenizer, template=template, mask_token_id=mask_token_id)
 
 
 class _Worker:
     """What Ray Data calls with a part, in a process of its own: the model is loaded once."""
 
-    def __init__(self, make: Callable[[], Sampler], output: str, options: Mapping[str, Any], packed: bool) -> None:
-        self.decoder = bulk.BulkDecoder(make(), output, **options)
-        self.packed = packed
+    def __init__(self, load: Callable[[], Sampler], packed: bool, options: Mapping[str, Any]) -> None:
+        self.decoder, self.packed = bulk.BulkDecoder(load(), **options), packed
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows = [json.loads(row) for row in batch[_PACKED].to_pylist()] if self.packed else batch.to_pylist()
@@ -195,15 +189,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_bulk(args: argparse.Namespace, make: Callable[[argparse.Namespace], Sampler]) -> None:
-    """Run ``nap-decode generate --input``.
-
-    Args:
-        args: the options, see :func:`add_arguments`; of those of ``generate``, ``seed``, ``chat`` and ``device``.
-        make: loads the model and makes the sampler that the options name; called in every worker.
-
-    Raises:
-        NapDecodeError: options that do not go together; see also :func:`generate`.
-    """
+    """Run ``nap-decode generate --input``; every worker calls ``make``, which loads the model, with the options."""
     if args.output is None:
         raise NapDecodeError("--input needs --output, a directory for the results")
     workers = 1 if args.workers is None else args.workers
@@ -267,7 +253,7 @@ def run_bulk(args: argparse.Namespace, make: Callable[[argparse.Namespace], Samp
 
 
 def _as_chat(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row whose text is a user's message."""
+    """A row whose text becomes a user's message."""
     if not isinstance(row.get("prompt"), str) or row.get("messages") is not None:
         return dict(row)
     others = {name: value for name, value in row.items() if name != "prompt"}

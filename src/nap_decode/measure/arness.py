@@ -17,6 +17,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,21 +83,19 @@ class ARness:
         ks = sorted(self.global_at)
         header = ["", *(f"Global@{k} (bounds)" for k in ks), *(f"Local@{k}" for k in ks)]
         header += ["Kendall's tau", "tokens/step", "tokens/forward"]
-        rows = [header, self._cells("all", ks), *(part._cells(name, ks) for name, part in self.blocks.items())]
+        rows = [header]
+        for name, part in {"all": self, **self.blocks}.items():
+            bounded = [
+                f"{part.global_at[k]:.4f} ({part.global_lower[k]:.4f} to {part.global_upper[k]:.4f})" for k in ks
+            ]
+            others = [*(part.local_at[k] for k in ks), part.kendall_tau, part.tokens_per_step, part.tokens_per_forward]
+            rows.append([name, *bounded, *(f"{value:.4f}" for value in others)])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join(
             row[0].ljust(widths[0])
             + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
             for row in rows
         )
-
-    def _cells(self, name: str, ks: list[int]) -> list[str]:
-        def bounded(k: int) -> str:
-            return f"{self.global_at[k]:.4f} ({self.global_lower[k]:.4f} to {self.global_upper[k]:.4f})"
-
-        values = (self.kendall_tau, self.tokens_per_step, self.tokens_per_forward)
-        local = [f"{self.local_at[k]:.4f}" for k in ks]
-        return [name, *map(bounded, ks), *local, *(f"{value:.4f}" for value in values)]
 
 
 class ARnessMeter:
@@ -124,9 +124,9 @@ class ARnessMeter:
 
     def reset(self) -> None:
         """Forget everything."""
-        # By block name ("" for the whole sequence) and whether only what stands before the end is counted:
-        # one dict of measures for every sequence.
-        self._values: dict[tuple[str, bool], list[dict[str, float]]] = {}
+        # Of every sequence the fields of ARness; by whether only what stands before the end is counted, and by the
+        # name of the block, "" for the whole sequence.
+        self._values: dict[bool, dict[str, list[dict[str, Any]]]] = {}
 
     def update(self, trace: DecodeTrace) -> None:
         """Add the sequences of a trace."""
@@ -134,44 +134,23 @@ class ARnessMeter:
         scopes = {False: decoded} | ({True: before_end & decoded} if trace.end_token_ids else {})
         regions = {"": block >= 0} | {name: block == j for j, name in enumerate(trace.block_names)}
         for row in range(len(block)):
-            for trimmed, scope in scopes.items():
-                for name, region in regions.items():
-                    counted = scope[row] & region[row]
-                    if counted.any():
-                        step, confidence = trace.step[row].numpy()[counted], trace.confidence[row].numpy()[counted]
-                        values = _measure(step, confidence, self.ks)
-                        tokens = int((counted & before_end[row]).sum())
-                        values["tokens_per_forward"] = tokens / max(int(trace.forward_passes[row]), 1)
-                        self._values.setdefault((name, trimmed), []).append(values)
+            for (trimmed, scope), (name, region) in product(scopes.items(), regions.items()):
+                counted = scope[row] & region[row]
+                if counted.any():
+                    values = _measure(trace.step[row].numpy()[counted], trace.confidence[row].numpy()[counted], self.ks)
+                    tokens = int((counted & before_end[row]).sum())
+                    values["tokens_per_forward"] = tokens / max(int(trace.forward_passes[row]), 1)
+                    self._values.setdefault(trimmed, {}).setdefault(name, []).append(values)
 
     def compute(self) -> ARness:
         """The averages over all sequences so far; raises if there are none."""
         if not self._values:
             raise NapDecodeError("nothing was measured; call update with a trace first")
-        blocks, trimmed = (
-            {name: self._average(values) for (name, t), values in self._values.items() if name and t == wanted}
-            for wanted in (False, True)
-        )
-        before_end = None
-        if ("", True) in self._values:
-            before_end = replace(self._average(self._values["", True]), blocks=trimmed)
-        return replace(self._average(self._values["", False]), blocks=blocks, before_end=before_end)
-
-    def _average(self, sequences: list[dict[str, float]]) -> ARness:
-        def mean(name: str) -> float:
-            values = [s[name] for s in sequences if not np.isnan(s[name])]
-            return float(np.mean(values)) if values else float("nan")
-
-        return ARness(
-            sequences=len(sequences),
-            global_at={k: mean(f"global@{k}") for k in self.ks},
-            global_lower={k: mean(f"lower@{k}") for k in self.ks},
-            global_upper={k: mean(f"upper@{k}") for k in self.ks},
-            local_at={k: mean(f"local@{k}") for k in self.ks},
-            kendall_tau=mean("kendall_tau"),
-            tokens_per_step=mean("tokens_per_step"),
-            tokens_per_forward=mean("tokens_per_forward"),
-        )
+        measured = {}
+        for trimmed, sequences in self._values.items():
+            parts = {name: ARness(len(values), **_average(values)) for name, values in sequences.items()}
+            measured[trimmed] = replace(parts.pop(""), blocks=parts)
+        return replace(measured[False], before_end=measured.get(True))
 
     @staticmethod
     @contextmanager
@@ -247,21 +226,22 @@ def ascends(order: _Ints, k: int) -> _Bools:
     return np.asarray(runs[k:] - runs[:-k] == k)
 
 
-def _measure(step: _Ints, confidence: NDArray[np.float32], ks: Sequence[int]) -> dict[str, float]:
-    """All measures of one sequence of T slots, given by step and confidence in order of position."""
-    positions = np.arange(len(step))
-    orders: dict[str, _Ints] = {
-        "global": commit_order(step, confidence),
-        "upper": np.lexsort((positions, step)),
-        "lower": np.lexsort((-positions, step)),
+def _measure(step: _Ints, confidence: NDArray[np.float32], ks: Sequence[int]) -> dict[str, Any]:
+    """Fields of ARness for one sequence of T slots, given by step and confidence in order of position."""
+    positions, order = np.arange(len(step)), commit_order(step, confidence)
+    orders = {
+        "global_at": order,
+        "global_lower": np.lexsort((-positions, step)),
+        "global_upper": np.lexsort((positions, step)),
     }
-    below = {name: masked_below(order) for name, order in orders.items()}
-    values = {"kendall_tau": _kendall_tau(step), "tokens_per_step": len(step) / len(np.unique(step))}
-    for k in ks:
-        values |= {f"{name}@{k}": float(np.mean(skipped < k)) for name, skipped in below.items()}
-        hits = ascends(orders["global"], k)
-        values[f"local@{k}"] = float(hits.mean()) if len(hits) else float("nan")
-    return values
+    below = {name: masked_below(one) for name, one in orders.items()}
+    hits = {k: ascends(order, k) for k in ks}
+    return {
+        **{name: {k: float(np.mean(skipped < k)) for k in ks} for name, skipped in below.items()},
+        "local_at": {k: float(hit.mean()) if len(hit) else float("nan") for k, hit in hits.items()},
+        "kendall_tau": _kendall_tau(step),
+        "tokens_per_step": len(step) / len(np.unique(step)),
+    }
 
 
 def _kendall_tau(step: _Ints) -> float:
@@ -270,3 +250,11 @@ def _kendall_tau(step: _Ints) -> float:
     concordant, discordant = int(np.triu(later, 1).sum()), int(np.tril(later, -1).sum())
     untied, pairs = concordant + discordant, len(step) * (len(step) - 1) // 2
     return (concordant - discordant) / float(np.sqrt(float(untied) * pairs)) if untied else float("nan")
+
+
+def _average(values: Sequence[Any]) -> Any:
+    """The mean of numbers that are not nan; of dicts, that of each entry."""
+    if isinstance(values[0], dict):
+        return {name: _average([one[name] for one in values]) for name in values[0]}
+    known = [value for value in values if not np.isnan(value)]
+    return float(np.mean(known)) if known else float("nan")

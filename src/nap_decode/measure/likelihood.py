@@ -29,9 +29,10 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from nap_decode.base.errors import NapDecodeError, check_integer, check_seed, is_whole
+from nap_decode.base.errors import NapDecodeError, check_ids, check_integer, check_seed
 from nap_decode.base.random import SCHEDULE_STREAM, SELECTION_STREAM, uniform
 from nap_decode.base.random import row_seeds as seeds_of_rows
 from nap_decode.canvas import Canvas
@@ -53,19 +54,14 @@ class LogLikelihood:
         forward_passes: forward passes of all batches.
 
     Example:
-        >>> LogLikelihood(torch.tensor([-1.5]), torch.tensor([0.0]), torch.tensor([True]), 3)
-        LogLikelihood(value=[-1.5], standard_error=[0.0], is_greedy=[True], 3 forward passes)
+        >>> LogLikelihood(torch.tensor([-1.5]), torch.tensor([0.0]), torch.tensor([True]), 3).value.exp()
+        tensor([0.2231])
     """
 
     value: Tensor
     standard_error: Tensor
     is_greedy: Tensor | None
     forward_passes: int
-
-    def __repr__(self) -> str:
-        greedy = None if self.is_greedy is None else self.is_greedy.tolist()
-        values = f"value={self.value.tolist()}, standard_error={self.standard_error.tolist()}, is_greedy={greedy}"
-        return f"LogLikelihood({values}, {self.forward_passes} forward passes)"
 
 
 def log_likelihood_bound(
@@ -112,19 +108,18 @@ def log_likelihood_bound(
         if row_seeds is None
         else torch.tensor([check_seed(one) for one in row_seeds], dtype=torch.int64, device="cpu")
     )
-    drawn = [_masks(len(text.completion), samples, one) for text, one in zip(texts, seeds, strict=True)]
-    rows = [(text, hidden, hidden) for text, (masks, _, _) in zip(texts, drawn, strict=True) for hidden in masks]
+    drawn = [_masks(text.length, samples, one) for text, one in zip(texts, seeds, strict=True)]
+    rows = [_Row(text, mask, mask) for text, (masks, _, _) in zip(texts, drawn, strict=True) for mask in masks]
     scores, _, passes = _score(denoiser, rows, batch_size)
     value, error = torch.zeros(2, len(texts), dtype=torch.float64, device="cpu")
     parts = torch.split(scores, [len(masks) for masks, _, _ in drawn])
     for n, (part, (_, weights, places)) in enumerate(zip(parts, drawn, strict=True)):
-        weighted = part * weights
         if places is None:
-            value[n] = weighted.sum()
-            continue
-        each = weighted[places]
-        value[n] = each.mean()
-        error[n] = (each[::2] - each[1::2]).norm() / samples  # of two draws from every part
+            value[n] = (part * weights).sum()
+        else:
+            each = (part * weights)[places]
+            value[n] = each.mean()
+            error[n] = (each[::2] - each[1::2]).norm() / samples  # of two draws from every part
     return LogLikelihood(value, error, None, passes)
 
 
@@ -141,25 +136,24 @@ def chain_log_likelihood(
     """The product of the conditionals from left to right, and whether every token is the most likely; see this module.
 
     Ids that are never emitted (the mask, and what the tokenizer does not have) are not considered as the most likely.
-
     Arguments and errors are those of :func:`log_likelihood_bound`; a completion of L tokens takes L rows.
 
     Example:
         >>> from nap_decode import demo
-        >>> denoiser = Denoiser(*demo.load())
         >>> prompt = "6 0 6 4 6 2 1 2 4 7 0 6 = <think 1>"
-        >>> found = chain_log_likelihood(denoiser, [prompt, prompt], ["6 0 4 2 0 1 3 7 0 0 6", "6 0 4 1"])
+        >>> completions = ["6 0 4 2 0 1 3 7 0 0 6", "6 0 4 1"]
+        >>> found = chain_log_likelihood(Denoiser(*demo.load()), [prompt, prompt], completions)
         >>> found.is_greedy.tolist(), found.forward_passes
         ([True, False], 1)
     """
     texts = _encode(denoiser, prompts, completions, batch_size)
     rows = []
     for text in texts:
-        length = len(text.completion)
-        later = torch.ones(length, length, dtype=torch.bool, device="cpu").triu()  # masked when i is predicted
-        rows += [(text, hidden, asked) for hidden, asked in zip(later, later & later.T, strict=True)]
+        later = torch.ones(text.length, text.length, dtype=torch.bool, device="cpu").triu()
+        # From the i-th token on, all are masked when it is predicted.
+        rows += [_Row(text, *two) for two in zip(later, later & later.T, strict=True)]
     scores, best, passes = _score(denoiser, rows, batch_size)
-    lengths = [len(text.completion) for text in texts]
+    lengths = [text.length for text in texts]
     value = torch.stack([part.sum() for part in torch.split(scores, lengths)])
     is_greedy = torch.stack([part.all() for part in torch.split(best, lengths)])
     return LogLikelihood(value, torch.zeros_like(value), is_greedy, passes)
@@ -187,12 +181,18 @@ def _masks(length: int, samples: int, seed: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 class _Text(NamedTuple):
-    prompt: Tensor
-    completion: Tensor
+    tokens: Tensor  # (P + L,) int64, prompt and completion
+    start: int  # P
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens) - self.start
 
 
-_Row: TypeAlias = "tuple[_Text, Tensor, Tensor]"
-"""A text, ``(L,)`` bool, the tokens of its completion that are masked, and ``(L,)`` bool, those that are asked for."""
+class _Row(NamedTuple):
+    text: _Text
+    masked: Tensor  # (L,) bool, tokens of the completion that are masked
+    asked: Tensor  # (L,) bool, those that are asked for
 
 
 def _encode(denoiser: Denoiser, prompts: Prompts, completions: Completions, batch_size: int) -> list[_Text]:
@@ -204,32 +204,28 @@ def _encode(denoiser: Denoiser, prompts: Prompts, completions: Completions, batc
             f"there must be a completion for every prompt, but there are {len(rows)} prompts and "
             f"{'one text' if isinstance(several, str) else len(several)}"
         )
-    size, texts = denoiser.num_embeddings, []
+    size, texts = denoiser.call.num_embeddings, []
     for row, (prompt, completion) in enumerate(zip(rows, several, strict=True)):
-        ids = _encode_completion(completion, row, denoiser)
+        if not isinstance(completion, str):
+            ids = check_ids(f"completion {row}", completion)
+        elif denoiser.tokenizer is None:
+            raise NapDecodeError("a completion that is text needs a tokenizer; pass token ids")
+        else:
+            ids = list(denoiser.tokenizer(completion, add_special_tokens=False)["input_ids"])
         if not ids:
             raise NapDecodeError(f"completion {row} is empty; there is nothing to score")
-        if denoiser.mask_token_id in [*prompt, *ids]:
+        whole = [*prompt, *ids]
+        if denoiser.mask_token_id in whole:
             raise NapDecodeError(f"there is a mask token in row {row}; a likelihood is that of ordinary tokens")
-        wrong = [token for token in [*prompt, *ids] if token < 0 or (size and token >= size)]
+        wrong = [token for token in whole if not 0 <= token < (size or token + 1)]
         if wrong:
             known = f"from 0 to {size - 1}" if size else "from 0"
             raise NapDecodeError(f"token id {wrong[0]} is out of range: the model has ids {known}. Wrong tokenizer?")
-        texts.append(_Text(*(torch.tensor(part, dtype=torch.int64, device="cpu") for part in (prompt, ids))))
-    longest = max(texts, key=lambda text: len(text.prompt) + len(text.completion))
-    denoiser.check(_canvas(denoiser, [(longest, torch.ones_like(longest.completion, dtype=torch.bool))]))
+        texts.append(_Text(torch.tensor(whole, dtype=torch.int64, device="cpu"), len(prompt)))
+    longest = max(texts, key=lambda text: len(text.tokens))
+    every = torch.ones(longest.length, dtype=torch.bool, device="cpu")
+    denoiser.check(_canvas(denoiser, [_Row(longest, every, every)]))
     return texts
-
-
-def _encode_completion(completion: Any, row: int, denoiser: Denoiser) -> list[int]:
-    if isinstance(completion, str):
-        if denoiser.tokenizer is None:
-            raise NapDecodeError("a completion that is text needs a tokenizer; pass token ids")
-        return list(denoiser.tokenizer(completion, add_special_tokens=False)["input_ids"])
-    ids = completion.tolist() if isinstance(completion, Tensor) else completion
-    if not isinstance(ids, Sequence) or not all(map(is_whole, ids)):
-        raise NapDecodeError(f"completion {row} must be text or token ids, not {completion!r:.80}")
-    return [int(token) for token in ids]
 
 
 def _score(denoiser: Denoiser, rows: Sequence[_Row], batch_size: int) -> tuple[Tensor, Tensor, int]:
@@ -242,7 +238,7 @@ def _score(denoiser: Denoiser, rows: Sequence[_Row], batch_size: int) -> tuple[T
     scores = torch.zeros(len(rows), dtype=torch.float64, device="cpu")
     best = torch.zeros(len(rows), dtype=torch.bool, device="cpu")
     # Rows of similar length together, the longest first: what does not fit into memory fails at once.
-    order = sorted(range(len(rows)), key=lambda row: -sum(map(len, rows[row][0])))
+    order = sorted(range(len(rows)), key=lambda row: -len(rows[row].text.tokens))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     for batch in batches:
         scores[batch], best[batch] = _score_batch(denoiser, [rows[row] for row in batch])
@@ -256,11 +252,10 @@ def _score(denoiser: Denoiser, rows: Sequence[_Row], batch_size: int) -> tuple[T
 
 @torch.no_grad()
 def _score_batch(denoiser: Denoiser, batch: Sequence[_Row]) -> tuple[Tensor, Tensor]:
-    canvas = _canvas(denoiser, [(text, hidden) for text, hidden, _ in batch])
-    asked = _padded([torch.cat([torch.zeros_like(text.prompt), where]) for text, _, where in batch])
-    wanted = asked.argsort(dim=1, descending=True, stable=True)[:, : int(asked.sum(1).max())]  # columns asked for first
-    target = _padded([torch.cat(text) for text, _, _ in batch]).gather(1, wanted)
-    is_asked, device = asked.gather(1, wanted), canvas.tokens.device
+    canvas, asked = _canvas(denoiser, batch), _padded([pad(row.asked, (row.text.start, 0)) for row in batch])
+    wanted = asked.long().argsort(dim=1, descending=True, stable=True)[:, : int(asked.sum(1).max())]
+    target, is_asked = _padded([row.text.tokens for row in batch]).gather(1, wanted), asked.gather(1, wanted)
+    device = canvas.tokens.device
     flat, places = target.flatten().to(device), is_asked.flatten().nonzero()[:, 0].to(device)
     prediction = denoiser.predict(canvas.rows, canvas.tokens, wanted.to(device), places)
     log_prob = torch.zeros(target.shape, dtype=torch.float64, device="cpu")
@@ -277,18 +272,17 @@ def _score_batch(denoiser: Denoiser, batch: Sequence[_Row]) -> tuple[Tensor, Ten
     return log_prob.sum(1), is_best.all(1)
 
 
-def _canvas(denoiser: Denoiser, rows: Sequence[tuple[_Text, Tensor]]) -> Canvas:
-    """Texts of which some tokens of the completion are masked; the prompt is what guidance masks."""
-    pairs = [(text, torch.where(hidden, denoiser.mask_token_id, text.completion)) for text, hidden in rows]
-    tokens = _padded([torch.cat([text.prompt, ids]) for text, ids in pairs], denoiser.pad_token_id)
-    hidden = _padded([torch.cat([torch.zeros_like(text.prompt), where]) for text, where in rows])
-    present = _padded([torch.ones(sum(map(len, text)), dtype=torch.int64, device="cpu") for text, _ in rows])
-    starts = torch.tensor([len(text.prompt) for text, _ in rows], device="cpu")[:, None]
+def _canvas(denoiser: Denoiser, rows: Sequence[_Row]) -> Canvas:
+    """Rows of which some tokens of the completion are masked; the prompt is what guidance masks."""
+    texts, device = [row.text for row in rows], denoiser.device
+    tokens = _padded([text.tokens for text in texts], denoiser.pad_token_id)
+    masked = _padded([pad(row.masked, (row.text.start, 0)) for row in rows])
+    starts = torch.tensor([text.start for text in texts], device="cpu")[:, None]
     return Canvas(
-        tokens=tokens.to(denoiser.device),
-        block=(hidden - 1).to(denoiser.device),
-        attention_mask=present.to(denoiser.device),
-        prompt=(torch.arange(tokens.shape[1], device="cpu") < starts).to(denoiser.device),
+        tokens=tokens.masked_fill(masked, denoiser.mask_token_id).to(device),
+        block=(masked.long() - 1).to(device),
+        attention_mask=_padded([torch.ones_like(text.tokens) for text in texts]).to(device),
+        prompt=(torch.arange(tokens.shape[1], device="cpu") < starts).to(device),
         block_names=("completion",),
         held=(False,),
         is_infill=True,
@@ -296,5 +290,5 @@ def _canvas(denoiser: Denoiser, rows: Sequence[tuple[_Text, Tensor]]) -> Canvas:
 
 
 def _padded(rows: Sequence[Tensor], fill: int = 0) -> Tensor:
-    """``(R, W)`` int64 of rows of any length, filled up behind."""
+    """``(R, W)`` of rows of any length, filled up behind."""
     return pad_sequence(list(rows), batch_first=True, padding_value=fill)

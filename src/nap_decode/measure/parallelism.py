@@ -32,12 +32,6 @@ def accuracy_under_parallelism(
         alpha: how much a loss of accuracy costs.
         tolerance: loss in percentage points from which on a point does not count.
 
-    Returns:
-        Percent times tokens per forward pass.
-
-    Raises:
-        NapDecodeError: no point; a parallelism that is not positive; an accuracy that is not in percent.
-
     Example:
         >>> accuracy_under_parallelism([(1, 80), (2, 80), (4, 80)])
         320.0
@@ -64,15 +58,14 @@ def accuracy_under_parallelism(
 
 
 def check_points(points: Iterable[Sequence[float]]) -> list[tuple[float, float]]:
-    """The first two entries of every point; errors are those of :func:`accuracy_under_parallelism`."""
+    """The first two entries of every point; raises if they are not in percent, or there are none."""
     points = list(points)
     if not points:
         raise NapDecodeError("there are no points; give (tokens per forward pass, accuracy in percent) of each run")
     pairs = []
     for point in points:
         if not isinstance(point, Sequence) or len(point) < 2:
-            what = "a tuple of tokens per forward pass and accuracy in percent"
-            raise NapDecodeError(f"a point must be {what}, but is {point!r}")
+            raise NapDecodeError(f"a point must be a tuple of tokens per forward pass and accuracy, but is {point!r}")
         check_between("tokens per forward pass", point[0], 0.0, math.inf)
         check_between("an accuracy in percent", point[1], 0.0, 100.0)
         if point[0] == 0:

@@ -38,7 +38,6 @@ class Watch:
         self._decodes: list[_Watched] = []
         self._recent: list[_Watched] = []  # since the last begin, the one that was called last at the end
         self._ids_name: str | None = None
-        self._was_called = False
 
     def begin(self) -> None:
         """Take the next call for the first one of a new decode."""
@@ -55,10 +54,9 @@ class Watch:
 
     def _see(self, inputs: dict[str, Any]) -> None:
         ids = self._find_ids(inputs)
-        if ids is None and not self._was_called:  # nothing is lost yet; later the loop is let run on
-            raise NapDecodeError("the watched model was called without input_ids (B, L) of whole numbers")
-        self._was_called = True
         if ids is None:
+            if not self._decodes:  # nothing is lost yet; later the loop is let run on
+                raise NapDecodeError("the watched model was called without input_ids (B, L) of whole numbers")
             self._refuse("came without ids (B, L) of whole numbers")
             return
         call = _Call.read(ids[: self.num_rows].detach().cpu().clone(), inputs, self.mask_token_id)
@@ -120,13 +118,11 @@ class Watch:
         recent = [decode for decode in reversed(self._recent) if decode in decodes] or decodes[-1:]
         for decode in recent:  # what could not be followed may have been a call of any of them
             decode.check_followed()
-        for decode in recent:
+        for decode in recent[:1] if sequences is None else recent:
             try:
                 return decode.trace(sequences, self.end_token_ids, self.num_rows)
             except NapDecodeError as error:
                 errors.append(error)
-                if sequences is None:
-                    break
         raise errors[0]
 
     def traces(self) -> list[DecodeTrace]:
@@ -135,7 +131,7 @@ class Watch:
 
     def _with_masks(self) -> list[_Watched]:
         """The decodes; what was called without a mask, for a likelihood or to fill a cache, is none."""
-        if not self._was_called:
+        if not self._decodes:
             raise NapDecodeError("the watched model was not called inside the with block")
         decodes = [decode for decode in self._decodes if decode.problem or bool(decode.decodable.any())]
         if not decodes:
@@ -205,17 +201,20 @@ class _Watched:
     """One decode: its rows as last shown, and when each slot was committed."""
 
     def __init__(self, call: _Call, mask_token_id: int) -> None:
-        masked = call.ids == mask_token_id
         self.mask_token_id, self.cache, self.is_padded = mask_token_id, call.cache, call.is_padded
         self.ids = call.ids  # (B, L)
-        self.decodable = masked  # (B, L) masked when first shown
         self.step = torch.full_like(call.ids, -1)  # (B, L) call that committed a slot, -1 for none yet
-        self.masked_at = torch.where(masked, 0, -1)  # (B, L) last call that showed a slot masked
+        self.masked_at = (call.ids == mask_token_id).long() - 1  # (B, L) last call that showed a slot masked, or -1
         self.passes = torch.ones(len(call.ids), dtype=torch.int64)  # (B,) calls that showed a row
         self.last_call = torch.zeros(len(call.ids), dtype=torch.int64)  # (B,) the last of them
         self.calls, self.problem = 1, ""
         self.is_guided = False  # by calls of their own
-        self.previous: tuple[Tensor, Tensor] | None = None  # columns and ids, until a twin of it comes
+        self.previous: tuple[Tensor, ...] = ()  # columns and ids, until a twin of it comes
+
+    @property
+    def decodable(self) -> Tensor:
+        """``(B, L)``: masked when first shown; what was given is never masked."""
+        return self.masked_at >= 0
 
     def refuse(self, reason: str) -> bool:
         """Remember the first thing that could not be followed; the call is taken."""
@@ -313,7 +312,7 @@ class _Watched:
         if bool((best.sum(1) > 1).any()) or len(set(rows.tolist())) < len(rows):
             return self.refuse(f"shows {len(ids)} of {len(self.ids)} rows, and the ids do not say which; {_BEGIN}")
         if torch.equal(rows, self._conditional(len(rows))):  # guidance that is switched off
-            for name in ("ids", "decodable", "step", "masked_at", "passes", "last_call"):
+            for name in ("ids", "step", "masked_at", "passes", "last_call"):
                 setattr(self, name, getattr(self, name)[rows])
             rows = torch.arange(len(rows))
         return self._follow(ids, rows, columns, call, resume=False)
@@ -334,21 +333,19 @@ class _Watched:
             if not has_progress and (has_begun or resume or len(columns) < length):
                 return False
         # A part that a guided loop shows a second time, to the unconditional branch's cache?
-        is_twin = self.is_guided and not is_whole and self.previous is not None
-        is_twin = is_twin and all(map(torch.equal, self.previous or (), (columns, ids)))
-        self.previous = None if is_twin else (columns, ids)
+        is_twin = self.is_guided and not is_whole and bool(self.previous)
+        is_twin = is_twin and all(map(torch.equal, self.previous, (columns, ids)))
+        self.previous = () if is_twin else (columns, ids)
         if is_twin:
             return True
-        grown, new = max(int(columns.max()) + 1 - length, 0) if len(columns) else 0, columns >= length
-        for name, fill in (("ids", self.mask_token_id), ("decodable", False), ("step", -1), ("masked_at", -1)):
+        grown = max(int(columns.max()) + 1 - length, 0) if len(columns) else 0
+        for name, fill in (("ids", self.mask_token_id), ("step", -1), ("masked_at", -1)):
             setattr(self, name, pad(getattr(self, name), (0, grown), value=fill))
         here = (rows[:, None], columns[None])
-        self.decodable[rows[:, None], columns[new][None]] = masked[:, new]
-        step = torch.where(masked, -1, self.step[here])  # a slot that is masked again counts when committed for good
-        # It is the last call that showed it masked whose logits decoded it.
-        newly = self.decodable[here] & ~masked & (step < 0)
-        self.step[here] = torch.where(newly, self.masked_at[here], step)
-        self.masked_at[here] = torch.where(masked, self.calls, self.masked_at[here])
+        step, masked_at = self.step[here], self.masked_at[here]
+        # It is the last call that showed a slot masked whose logits decoded it; masked again, it counts once more.
+        self.step[here] = torch.where(masked, -1, torch.where(step < 0, masked_at, step))
+        self.masked_at[here] = torch.where(masked, self.calls, masked_at)
         self.ids[here] = ids
         self.passes[rows] += 1
         self.last_call[rows] = self.calls
@@ -398,11 +395,8 @@ class _Watched:
 
     def _conditional(self, wanted: int | None) -> Tensor:
         """The rows that are not an unconditional branch: another row with its prompt masked, and masked to the end."""
-        rows, one, more = (
-            torch.arange(len(self.ids)),
-            self.decodable[:, None],
-            self.decodable[:, None] & ~self.decodable,
-        )
+        rows, one = torch.arange(len(self.ids)), self.decodable[:, None]
+        more = one & ~self.decodable
         same = (self.ids[:, None] == self.ids) & (one | ~self.decodable)  # (B, B, L)
         is_of = more.any(-1) & torch.where(more, (self.ids == self.mask_token_id)[:, None], same).all(-1)  # (B, B)
         is_branch = is_of.any(1)

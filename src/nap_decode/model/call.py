@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -28,8 +28,8 @@ Options: TypeAlias = dict[str, Any]
 class ModelCall:
     """Calls a model with tokens and returns its output at some of them, as it gives it.
 
-    Facts come from the innermost module whose signature counts, see :func:`.foreign.unwrapped`; calls go
-    through the model as it was given.  Raises if it cannot be decoded by unmasking, or its forward cannot be read.
+    Facts come from the innermost module whose signature counts, see :func:`.foreign.unwrapped`; calls go through the
+    model as it was given.
     """
 
     def __init__(self, model: Model, family: ModelFamily | None) -> None:
@@ -37,6 +37,7 @@ class ModelCall:
         self.chain = foreign.unwrapped(model)
         inner = self.chain[-1]
         self.module: Any = inner if isinstance(inner, nn.Module) else None
+        self.outermost: nn.Module | None = model if isinstance(model, nn.Module) else self.module
         self.name = type(inner).__name__
         # A research module may have a config of its own; what takes input_ids is called as transformers models are.
         self.config: Any = foreign.text_config(self.module)
@@ -46,11 +47,20 @@ class ModelCall:
         self.takes_mask = self.family.attention != "none" and (
             self._mask_argument is not None if self.config is None else "attention_mask" in self.arguments
         )
-        self.must_be_told = False
-        """Whether the model looks ahead only if a mask of its own for every query says so."""
-        self.body: Callable[[Tensor, Options], Tensor] | None = None
-        """Makes hidden states of ids in the model's place, if it is compiled."""
         self._check(is_family_given=family is not None)
+        self.block_size = self.family.block_size if self.takes_mask else None  # that the mask tells of
+        self.input_embeddings = foreign.part_of(self.module, "get_input_embeddings")
+        embedded = getattr(self.input_embeddings, "num_embeddings", None)
+        self.num_embeddings: int | None = embedded or getattr(self.config, "vocab_size", None)
+        self.position_limit = foreign.position_limit(self.module, self.config, self.input_embeddings)
+        self.first_position = foreign.first_position(self.module)
+        floating = (tensor.dtype for tensor in self._parameters() if tensor.is_floating_point())
+        self.dtype = next(floating, torch.get_default_dtype())
+        is_in_reach = self.config is not None and not foreign.is_compiled(self.chain)
+        layer = foreign.part_of(self.module, "get_output_embeddings") if is_in_reach else None
+        self.head = Head(layer, num_virtual=foreign.virtual_tokens(self.chain))
+        self.must_be_told = False  # whether it looks ahead only if a mask of its own for every query says so
+        self.body: Callable[[Tensor, Options], Tensor] | None = None  # makes hidden states in its place, if compiled
 
     def _check(self, is_family_given: bool) -> None:
         family, name = self.family, self.name
@@ -70,16 +80,13 @@ class ModelCall:
                 f"{family.name} models are told their blocks by an attention_mask, but the forward of {name} takes "
                 "none; give it that argument, or pass family= with another attention="
             )
-        if self.config is not None or is_family_given or self.module is None:
-            return
         # A module without a config is taken as it is, whatever stands in it.
-        for part in self.module.modules():
+        for part in () if is_known else self.module.modules():
             inside = find_family(getattr(part, "config", None), type(part).__name__)
             if inside.shift or inside.block_size is not None or inside.refusal is not None:
                 warnings.warn(
                     f"there is a {inside.name} model in {name}, which has no config and is taken to predict in place "
                     "from the whole row; if it passes on what is inside, say so with family=",
-                    UserWarning,
                     stacklevel=5,
                 )
                 return
@@ -89,32 +96,18 @@ class ModelCall:
     @property
     def parts(self) -> Sequence[nn.Module]:
         """All modules, those of wrappers included; none of a function."""
-        whole = self.model if isinstance(self.model, nn.Module) else self.module
-        return [] if whole is None else list(whole.modules())
+        return [] if self.outermost is None else list(self.outermost.modules())
 
     def fingerprint(self) -> tuple[object, ...]:
         """Changes with the module's parts, precision, device, config or attention."""
         layers = [foreign.part_of(self.module, f"get_{which}_embeddings") for which in ("input", "output")]
         weights = [next(layer.parameters(), None) for layer in layers if layer is not None]
         return (
-            foreign.state_of(self.model if isinstance(self.model, nn.Module) else self.module, layers[1]),
+            foreign.state_of(self.outermost, layers[1]),
             *((type(w), tuple(w.shape), w.dtype, w.device) for w in weights if w is not None),
-            foreign.attention_kind(self.config),
             foreign.virtual_tokens(self.chain),
-            repr(vars(self.config)) if hasattr(self.config, "__dict__") else None,
+            repr(getattr(self.config, "__dict__", None)),  # the kind of attention, too
         )
-
-    @cached_property
-    def input_embeddings(self) -> nn.Module | None:
-        """The input embeddings, if the model says which they are."""
-        return foreign.part_of(self.module, "get_input_embeddings")
-
-    @cached_property
-    def head(self) -> Head:
-        """The output layer."""
-        is_in_reach = self.config is not None and not foreign.is_compiled(self.chain)
-        layer = foreign.part_of(self.module, "get_output_embeddings") if is_in_reach else None
-        return Head(layer, num_virtual=foreign.virtual_tokens(self.chain))
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         """Those of the input embeddings, which quantisation leaves alone; all, if those are not known."""
@@ -140,70 +133,39 @@ class ModelCall:
         """Whether the model's parameters are on several devices."""
         return self.module is not None and len({parameter.device for parameter in self.module.parameters()}) > 1
 
-    @cached_property
-    def dtype(self) -> torch.dtype:
-        """The model's precision."""
-        floating = (tensor.dtype for tensor in self._parameters() if tensor.is_floating_point())
-        return next(floating, torch.get_default_dtype())
-
-    @cached_property
-    def num_embeddings(self) -> int | None:
-        """Ids that the model has, if that is known."""
-        return getattr(self.input_embeddings, "num_embeddings", None) or getattr(self.config, "vocab_size", None)
-
-    @cached_property
-    def position_limit(self) -> tuple[int | None, bool]:
-        """Positions that it has, and whether they end there, see :func:`.foreign.position_limit`."""
-        return foreign.position_limit(self.module, self.config, self.input_embeddings)
-
-    @cached_property
-    def cost(self) -> Cost | None:
-        """What a pass costs, see :class:`Cost`."""
-        return Cost.of(self)
-
-    @cached_property
-    def first_position(self) -> int:
-        """Where it starts to count, see :func:`.foreign.first_position`."""
-        return foreign.first_position(self.module)
-
-    @property
-    def block_size(self) -> int | None:
-        """Blocks that the attention mask tells of."""
-        return self.family.block_size if self.takes_mask else None
-
     # ---------------------------------------------------------------------------------------- arguments
 
-    def whole(self, shape: tuple[int, int] | torch.Size, present: Tensor | None, device: torch.device) -> Options:
-        """For whole rows ``(N, W)``; ``present`` ``(N, W)`` is false for padding, None if there is none."""
+    def whole(self, like: Tensor, present: Tensor | None = None) -> Options:
+        """For whole rows, as many as ``like`` ``(N, W)`` has; ``present`` ``(N, W)`` is false for padding, if any."""
         if self.config is None:
-            ones = torch.ones(shape, dtype=torch.int64, device=device)
-            return {"attention_mask": ones if present is None else present.long()}
-        mask = self._mask(shape, present, device)
-        return self._always(shape[0], device) | ({} if mask is None else {"attention_mask": mask})
+            return {"attention_mask": torch.ones_like(like, dtype=torch.int64) if present is None else present.long()}
+        mask = self._mask(like, present)
+        return self._always(like) | ({} if mask is None else {"attention_mask": mask})
 
-    def options(self, rows: Rows, times: int = 1) -> Options:
-        """The same for the rows of a batch, that many times one after the other; made once."""
-        key = self, times
-        if key not in rows.made:
-            present = rows.present.repeat(times, 1) if rows.is_padded else None
-            rows.made[key] = self.whole((times * len(rows.lengths), rows.width), present, rows.prompt.device)
-        made: Options = rows.made[key]
+    def options(self, rows: Rows, tokens: Tensor) -> Options:
+        """The same for tokens ``(N, W)`` of the rows of a batch, once or several times over; made once."""
+        times = len(tokens) // len(rows.lengths)
+        if (self, times) not in rows.made:
+            rows.made[self, times] = self.whole(tokens, rows.present.repeat(times, 1) if rows.is_padded else None)
+        made: Options = rows.made[self, times]
         return made
 
     def some(self, positions: Tensor, seen: Tensor) -> Options:
         """For tokens that stand at ``(N, Q)`` positions and see ``(N, Q, W)`` others, see :func:`visibility`."""
         # A 2-D mask has one row for all; models that take one take an additive one besides.
         mask = seen if self._convention == "4d" else additive(seen, self.dtype)
-        always = self._always(len(positions), positions.device)
-        return always | {"attention_mask": mask[:, None], "position_ids": positions + self.first_position}
+        return self._always(positions) | {
+            "attention_mask": mask[:, None],
+            "position_ids": positions + self.first_position,
+        }
 
-    def _always(self, number: int, device: torch.device) -> Options:
+    def _always(self, like: Tensor) -> Options:
         options: Options = {}
         if "use_cache" in self.arguments:
             options["use_cache"] = False
         if "timesteps" in self.arguments:
             # MDLM wants them, and does not look at them unless it is conditioned on time, which families refuse.
-            options["timesteps"] = torch.zeros(number, device=device)
+            options["timesteps"] = torch.zeros(len(like), device=like.device)
         if "block_size" in self.arguments and self.family.block_size is not None:
             options["block_size"] = self.family.block_size
         return options
@@ -213,25 +175,22 @@ class ModelCall:
         """How the model is told who may look at whom, see :class:`ModelFamily`."""
         return "additive" if self.must_be_told and self.family.attention == "2d" else self.family.attention
 
-    def _mask(self, shape: tuple[int, int] | torch.Size, present: Tensor | None, device: torch.device) -> Tensor | None:
+    def _mask(self, like: Tensor, present: Tensor | None) -> Tensor | None:
         """The attention mask as the family wants it; None if all see all, which is faster without one."""
-        block_size = self.block_size
-        if not self.takes_mask or (present is None and block_size is None and not self.must_be_told):
+        if not self.takes_mask or (present is None and self.block_size is None and not self.must_be_told):
             return None
-        if present is None and block_size is None:
-            return torch.zeros(1, dtype=self.dtype, device=device).expand(shape[0], 1, shape[1], shape[1])
         if present is None:
-            present = torch.ones(1, shape[1], dtype=torch.bool, device=device)
+            present = torch.ones_like(like[:1], dtype=torch.bool)
         # PEFT puts a part for its virtual tokens in front of a flat one.
         is_flat = self._convention == "2d"
         if is_flat and (self.head.num_virtual or not foreign.takes_expanded_mask(self.module, self.config)):
             return present.long()
-        if block_size is None:
-            seen = present[:, None].expand(-1, shape[1], -1)
-        else:
-            seen = visibility(torch.arange(shape[1], device=device).expand_as(present), present, block_size=block_size)
+        seen = present[:, None]
+        if self.block_size is not None:
+            positions = torch.arange(like.shape[1], device=like.device).expand_as(present)
+            seen = visibility(positions, present, block_size=self.block_size)
         mask = additive(seen, self.dtype) if self._convention == "additive" else seen
-        return mask.expand(shape[0], -1, -1)[:, None]
+        return mask.expand(*like.shape, -1)[:, None]
 
     # ---------------------------------------------------------------------------------------- calls
 
@@ -248,16 +207,16 @@ class ModelCall:
             rows: B rows.
             tokens: ``(N, W)`` int64; N is a multiple of B.
             wanted: ``(N, K)`` int64, positions.
-            is_grouped: call padded rows one length after the other, because padding cannot be hidden.
+            is_grouped: call rows one length after the other, because padding cannot be hidden.
         """
-        times, device = len(tokens) // len(rows.lengths), tokens.device
         if not is_grouped:
-            return self(tokens, self.options(rows, times), wanted)
-        key = self, times, "groups"
+            return self(tokens, self.options(rows, tokens), wanted)
+        key = self, len(tokens), "groups"
         if key not in rows.made:
-            first = torch.arange(0, len(tokens), len(rows.lengths), device=device)[:, None]  # of each copy of the batch
+            # The first row of each copy of the batch.
+            first = torch.arange(0, len(tokens), len(rows.lengths), device=tokens.device)[:, None]
             groups = [((first + some).flatten(), width) for some, width in rows.groups]
-            rows.made[key] = [(i, width, self.whole((len(i), width), None, device)) for i, width in groups]
+            rows.made[key] = [(i, width, self.whole(tokens[i, :width])) for i, width in groups]
         outputs = [(i, self(tokens[i, :width], options, wanted[i])) for i, width, options in rows.made[key]]
         return Output.joined(outputs)
 
@@ -266,28 +225,20 @@ class ModelCall:
     ) -> Output:
         """One forward pass of whole rows and, behind them, a masked shadow of every wanted slot.
 
-        Args:
-            rows: B rows.
-            tokens: ``(N, W)`` int64; N is a multiple of B.
-            wanted: ``(N, K)`` int64, positions.
-            hidden: ``(N, K)`` bool, which of them to take from the shadow.
-            is_seen: ``(N, K)`` bool, which shadows others see.
-            mask_token_id: what stands in shadows.
+        Args are those of :meth:`with_rows`, and ``(N, K)`` bool: which slots to take from the shadow (``hidden``),
+        and which shadows others see.
         """
-        width = tokens.shape[1]
-        columns = torch.arange(width + wanted.shape[1], device=tokens.device)
+        width, shadows = tokens.shape[1], wanted.shape[1]
+        columns = torch.arange(width + shadows, device=tokens.device)
         positions = torch.cat([columns[:width].expand_as(tokens), wanted], dim=1)
-        times = len(tokens) // len(rows.lengths)
-        present = rows.present if times == 1 else rows.present.repeat(times, 1)
-        shadows = wanted.shape[1]
-        seen = visibility(positions, torch.cat([present, is_seen], 1), block_size=self.block_size, num_shadows=shadows)
+        present = torch.cat([rows.present.repeat(len(tokens) // len(rows.lengths), 1), is_seen], dim=1)
+        seen = visibility(positions, present, block_size=self.block_size, num_shadows=shadows)
         tokens = torch.cat([tokens, torch.full_like(wanted, mask_token_id)], dim=1)
         return self(tokens, self.some(positions, seen), torch.where(hidden, columns[width:], wanted))
 
     def learn(self, tokens: Tensor, wanted: Tensor) -> tuple[Tensor, bool]:
-        """Find out what there is to know about the output layer, see :meth:`Head.learn`, with rows ``(N, W)``."""
-        options = self.whole(tokens.shape, None, tokens.device)
-        return self.head.learn(partial(self._run, tokens, options), tokens.shape, wanted)
+        """See :meth:`Head.learn`."""
+        return self.head.learn(partial(self._run, tokens, self.whole(tokens)), tokens.shape, wanted)
 
     def _run(self, tokens: Tensor, options: Options) -> Any:
         tokens = tokens.clone()  # the model's own, whatever it does to them
@@ -319,9 +270,9 @@ def visibility(
 ) -> Tensor:
     """Where each query may look, ``(N, Q, W)`` bool: rows are queries, columns are keys.
 
-    With a block size attention is block-causal: both ways inside a block and back to earlier blocks, blocks
-    being counted from position 0.  The last ``num_shadows`` columns are shadows: second versions of slots,
-    behind the row.  Nothing in the row sees a shadow; a shadow sees the row but for its own slot::
+    With a block size attention is block-causal, see :class:`ModelFamily`.  The last ``num_shadows`` columns are
+    shadows: second versions of slots, behind the row.  Nothing in the row sees a shadow; a shadow sees the row but
+    for its own slot::
 
              a  b  c  d | b' d'
         a    x  x  x  x | .  .
@@ -374,17 +325,18 @@ class Cost:
         return positions * (self.per_position + length * self.per_pair)
 
     @classmethod
-    def of(cls, call: ModelCall) -> Cost | None:
+    def of(cls, call: ModelCall, branches: int = 1) -> Cost | None:
         """That of a transformers model; None if its config does not say enough."""
         sizes = foreign.sizes_of(call.config)
         if call.module is None or sizes is None:
             return None
+        width, active = sizes
         uncounted: list[nn.Module] = [part for part in call.module.modules() if isinstance(part, nn.Embedding)]
         uncounted += [layer for layer in (call.input_embeddings, call.head.layer) if layer is not None]
         left_out = {id(weight) for layer in uncounted for weight in layer.parameters()}
         weights = 0.0
         for name, weight in call.module.named_parameters():
             if weight.ndim >= 2 and id(weight) not in left_out:
-                weights += weight.numel() * (sizes.active_experts if ".experts." in name else 1.0)
+                weights += weight.numel() * (active if ".experts." in name else 1.0)
         # A product with a matrix of n numbers is 2 n operations; scores and weighted values are two for each layer.
-        return cls(per_position=2 * weights, per_pair=4.0 * sizes.width * sizes.layers)
+        return cls(per_position=2 * weights, per_pair=4.0 * width, branches=branches)

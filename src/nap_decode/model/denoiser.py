@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from nap_decode.base.errors import NapDecodeError, check_between, check_ids, check_integer, check_tokenizer
+from nap_decode.base.errors import NapDecodeError, check_between, check_ids, check_integer
 from nap_decode.base.rows import Rows
 from nap_decode.canvas import Canvas
 from nap_decode.model import foreign
@@ -32,7 +31,7 @@ LogitsProcessor: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 class Reuse(Protocol):
-    """Forward passes that compute some positions only; :mod:`nap_decode.speed.reuse` has some.
+    """Forward passes that compute some positions only, see :mod:`nap_decode.speed.reuse`.
 
     ``kept`` is what earlier passes found out: a dict that is empty at first, and brought up to date by each pass.
     """
@@ -49,15 +48,15 @@ class Reuse(Protocol):
         """Note down a pass that computed everything."""
 
     def computed(self, kept: Any, passes: Tensor) -> Tensor:
-        """``(B, S)``: positions that were computed in each of the passes ``(B,)`` of a row, 0 behind the last."""
+        """``(B, S)``: positions that each of the passes ``(B,)`` of a row computed, 0 behind the last."""
 
 
 class Denoiser:
     """Wraps a model into: canvas and wanted positions ``(B, K)`` -> logits ``(B, K, V)``.
 
     Entry k of a row is the model's prediction of the token at the k-th wanted position, whatever the family's
-    conventions.  Only wanted positions pass the output layer, and that when their logits are looked at, a chunk at a
-    time (:meth:`predict`), if the model does nothing with them but what its output layer does.
+    conventions.  If the model allows it, only wanted positions pass the output layer, a chunk at a time, when their
+    logits are looked at (:meth:`predict`).
 
     Args:
         model: see :data:`Model`.
@@ -68,15 +67,13 @@ class Denoiser:
         cfg_scale: strength w of classifier-free guidance, ``l = l_uncond + (w + 1) (l_cond - l_uncond)`` (LLaDA, arXiv
             2502.09992, appendix A.2); the unconditional branch has the prompt masked.  Other than 0, it doubles the
             work of a forward pass.
-        logits_processor: transformers logits processors, called with one row per wanted position, a part of them at a
-            time: ``input_ids (R, W)`` is the slot's whole row, masks included, and more of them behind a shorter row.
+        logits_processor: transformers logits processors, called with some of the wanted positions at a time:
+            ``input_ids (R, W)`` are their whole rows, masks included, and more of them behind a shorter row.
         device: where the model takes its input; found from a module's embeddings or parameters, the CPU for a function.
         reuse: which positions a pass computes anew, see :mod:`nap_decode.speed.reuse`; all by default.
 
     Raises:
-        NapDecodeError: no mask token is known; the model is of a kind that cannot be decoded by unmasking, ignores the
-            future, predicts nan, does not do what its attention mask says of blocks, is in training mode with dropout,
-            or gives no access to its keys and values, which ``reuse`` needs.
+        NapDecodeError: no mask token is known; the model cannot be decoded by unmasking, or not with these options.
 
     Warns:
         UserWarning: the model seems to be shifted though its family is not, or the other way round; with the first
@@ -110,7 +107,7 @@ class Denoiser:
         self.model = model
         self.call = ModelCall(model, family)
         self.tokenizer = tokenizer
-        check_tokenizer(tokenizer, self.num_embeddings)
+        _check_tokenizer(tokenizer, self.call.num_embeddings)
         self.mask_token_id = self._find_mask(mask_token_id)
         self.end_token_ids = self._find_ends()
         self.cfg_scale = 0.0
@@ -119,7 +116,6 @@ class Denoiser:
         self._device = torch.device(device) if device is not None else None
         self._through: Callable[[ModelCall, Tensor | None], ModelCall] | None = None
         self._banned: dict[tuple[int, torch.device], Tensor] = {}
-        self._last_canvas: tuple[Canvas, Rows] | None = None
         self._warned_of_groups = False
         self._set(end_token_ids, cfg_scale, logits_processor)
         self._ask()
@@ -128,10 +124,8 @@ class Denoiser:
     def replace(self, **options: Any) -> Denoiser:
         """The same model with ``end_token_ids``, ``cfg_scale``, ``logits_processor`` or ``reuse`` exchanged, unprobed.
 
-        Example:
-            >>> from nap_decode import demo
-            >>> Denoiser(*demo.load()).replace(cfg_scale=1.5).cfg_scale
-            1.5
+        Or called for decoding ``through`` another call, made of its own and rows ``(N, W)`` to try it with (None for a
+        model that is not probed), and made again when the model has changed.
         """
         other = copy.copy(self)
         other._set(**options)
@@ -143,6 +137,7 @@ class Denoiser:
         cfg_scale: float | None = None,
         logits_processor: LogitsProcessor | Sequence[LogitsProcessor] | None = None,
         reuse: Reuse | None = None,
+        through: Callable[[ModelCall, Tensor | None], ModelCall] | None = None,
     ) -> None:
         if end_token_ids is not None:
             self.end_token_ids = tuple(check_ids("end_token_ids", end_token_ids))
@@ -157,34 +152,16 @@ class Denoiser:
                 raise NapDecodeError(f"reuse must be a Reuse, such as CommittedReuse(), but is {reuse!r}")
             reuse.check(self)
             self.reuse = reuse
-
-    def through(self, make: Callable[[ModelCall, Tensor | None], ModelCall]) -> Denoiser:
-        """The same model, called for decoding as ``make`` says; see :func:`nap_decode.speed.compile.compiled_model`.
-
-        It makes another call of a call and rows ``(N, W)`` to try it with, None for a model that is not probed; it is
-        asked again when the model has changed.
-        """
-        other = copy.copy(self)
-        other._through = make
-        other._decoding = make(other.call, other.probing.tokens)
-        return other
+        if through is not None:
+            self._through = through
+            self._decoding = through(self.call, self.probing.tokens)
 
     # ---------------------------------------------------------------------------------------- facts
-
-    @property
-    def config(self) -> Any:
-        """The model's config, behind wrappers; None if it has none, or is not called with ``input_ids``."""
-        return self.call.config
 
     @property
     def family(self) -> ModelFamily:
         """How the model behaves."""
         return self.call.family
-
-    @property
-    def num_embeddings(self) -> int | None:
-        """Ids that the model has, if that is known."""
-        return self.call.num_embeddings
 
     @property
     def device(self) -> torch.device:
@@ -194,18 +171,7 @@ class Denoiser:
     @property
     def cost(self) -> Cost | None:
         """What its passes cost; None if the model does not tell its parts."""
-        cost = self.call.cost
-        return cost if cost is None or self.cfg_scale == 0 else dataclasses.replace(cost, branches=2)
-
-    @property
-    def must_be_told(self) -> bool:
-        """Whether the model looks ahead only if a 4-D mask says so."""
-        return self.call.must_be_told
-
-    @property
-    def is_split(self) -> bool:
-        """Whether the model's parameters are on several devices."""
-        return self.call.is_split
+        return Cost.of(self.call, branches=1 if self.cfg_scale == 0 else 2)
 
     @property
     def hides_padding(self) -> bool:
@@ -214,14 +180,14 @@ class Denoiser:
 
     def probe(self) -> Probe:
         """What the model does, as far as two small forward passes tell; all None of what has no config."""
-        found, _ = self.probing.found, self.hides_padding  # which is asked last
-        return Probe(found.sees_future, found.hides_padding, found.shift)
+        _ = self.hides_padding  # which is asked last
+        return copy.copy(self.probing.found)
 
     def _find_mask(self, given: int | None) -> int:
         if given is None:
             known = {
                 "tokenizer.mask_token_id": getattr(self.tokenizer, "mask_token_id", None),
-                "config.mask_token_id": find_mask(self.config),
+                "config.mask_token_id": find_mask(self.call.config),
             }
             ids = {value for value in known.values() if value is not None} or {self.family.mask_token_id}
             if len(ids) > 1:
@@ -229,17 +195,17 @@ class Denoiser:
             given = ids.pop()
         if given is None:
             raise NapDecodeError(
-                "no mask token is known: the tokenizer has no mask_token, the config no mask_token_id, and the "
-                f"family of {self.family.name!r} models names none for this vocabulary; pass mask_token_id="
+                f"no mask token is known: tokenizer and config name none, nor does the family of {self.family.name!r} "
+                "models for this vocabulary; pass mask_token_id="
             )
         check_integer("mask_token_id", given, 0)
-        size = self.num_embeddings
-        if not 0 <= given < (size or given + 1):
+        size = self.call.num_embeddings
+        if given >= (size or given + 1):
             raise NapDecodeError(f"mask_token_id {given} is not one of the model's {size} token ids")
         return int(given)
 
     def _find_ends(self) -> tuple[int, ...]:
-        said = getattr(self.call.module, "generation_config", None), self.config, self.tokenizer
+        said = getattr(self.call.module, "generation_config", None), self.call.config, self.tokenizer
         found = [getattr(owner, "eos_token_id", None) for owner in said] + [getattr(said[-1], "sep_token_id", None)]
         ends = next((ids for ids in found if ids is not None), ())
         return (ends,) if isinstance(ends, int) else tuple(ends)
@@ -247,8 +213,8 @@ class Denoiser:
     @property
     def pad_token_id(self) -> int:
         """The id that fills rows up; the mask id if none is known that the model has."""
-        size = self.num_embeddings
-        for owner in (self.tokenizer, self.config):
+        size = self.call.num_embeddings
+        for owner in (self.tokenizer, self.call.config):
             found = getattr(owner, "pad_token_id", None)
             if found is not None and 0 <= found < (size or found + 1):
                 return int(found)
@@ -265,36 +231,30 @@ class Denoiser:
 
     # ---------------------------------------------------------------------------------------- checks
 
-    def refresh(self) -> bool:
-        """Look at the model again if it has changed; whether it has."""
+    def refresh(self) -> None:
+        """Look at the model again if it has changed."""
         if self.call.fingerprint() == self.probing.fingerprint:
-            return False
+            return
         other = copy.copy(self)  # until all is known, threads that decode go on with what was
-        other.call = ModelCall(self.model, self.call.family)
-        other._banned, other._last_canvas = {}, None
+        other.call = ModelCall(self.model, self.family)
+        other._banned = {}
         other._ask()
-        if self.reuse is not None:
-            self.reuse.check(other)
-        if self._through is not None:
-            other._decoding = self._through(other.call, other.probing.tokens)
         vars(self).update(vars(other))
-        return True
 
     def _ask(self) -> None:
         """Find out what the model does; raise if it cannot be decoded, warn if it is not what its family says."""
-        self._decoding = self.call
-        self.probing = probing = Probing(
-            self.call,
-            mask_token_id=self.mask_token_id,
-            pad_token_id=self.pad_token_id,
-            avoid=self.end_token_ids,
-            device=self.device,
-        )
+        self.probing = Probing(self.call, self.mask_token_id, self.pad_token_id, self.end_token_ids, self.device)
         self._check_dropout()  # which would make chance of the answers
-        probing.ask()
-        alone, name, family = probing.found.alone, self.call.name, self.family
-        if alone is None:
-            return
+        self.probing.ask()
+        if self.probing.found.alone is not None:
+            self._check_answers(self.probing.found.alone)
+        if self.reuse is not None:
+            self.reuse.check(self)
+        self._decoding = self.call if self._through is None else self._through(self.call, self.probing.tokens)
+
+    def _check_answers(self, alone: Tensor) -> None:
+        """See :meth:`_ask`; ``alone`` is what the model says to rows without padding."""
+        probing, name, family = self.probing, self.call.name, self.family
         self.banned(alone.shape[-1], self.device)  # copied to the device now, not inside a decode
         if bool(alone.isnan().any()):
             raise NapDecodeError(
@@ -304,14 +264,14 @@ class Denoiser:
             )
         if not probing.found.sees_future:
             said = "A decoder attends both ways after model.config.is_causal = False"
-            if getattr(self.config, "is_causal", None) is False:
+            if getattr(self.call.config, "is_causal", None) is False:
                 why = "does not help" if probing.error is None else f"fails: {probing.error}"
                 said = f"It does so although its config has is_causal = False; a 4-D attention mask of zeros {why}"
             raise NapDecodeError(
                 f"{name} ignores the future: tokens to the right of a position do not change what it predicts there, "
                 f"so it cannot fill in masks. {said}; its weights must have been trained so"
             )
-        if family.block_size is not None and self.call.takes_mask and not self.hides_padding:
+        if self.call.block_size is not None and not self.hides_padding:
             raise NapDecodeError(
                 f"{name} does not do what a {family.attention} attention mask says, by which {family.name} models are "
                 "told their blocks; load it with attn_implementation='sdpa', or pass family= with another attention="
@@ -322,12 +282,11 @@ class Denoiser:
             warnings.warn(
                 f"{name} seems to predict position p {does}, but the family {family.name!r} says {said}; to override "
                 f"it, pass family=ModelFamily(name=..., shift={shift})",
-                UserWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def check(self, canvas: Canvas) -> None:
-        """Raise unless the model can be called with this canvas; looks at the model again if it has changed.
+        """Look at the model again if it has changed, and raise unless it can be called with this canvas.
 
         Raises:
             NapDecodeError: another device, ids out of range, too many positions, a slot to decode without a
@@ -343,26 +302,24 @@ class Denoiser:
                 "canvas with device="
             )
         tokens, block, _ = canvas.host
-        lowest, highest, size = int(tokens.min()), int(tokens.max()), self.num_embeddings
+        lowest, highest, size = int(tokens.min()), int(tokens.max()), self.call.num_embeddings
         if lowest < 0 or highest >= (size or highest + 1):
             wrong = lowest if lowest < 0 else highest
             ids = f"from 0 to {size - 1}" if size else "from 0"
             raise NapDecodeError(f"token id {wrong} is out of range: the model has ids {ids}. Wrong tokenizer?")
         if bool(((tokens != self.mask_token_id) & (block >= 0)).any()):
             raise NapDecodeError(f"every slot to decode must hold the mask id {self.mask_token_id} at the start")
-        longest, (limit, is_strict) = canvas.tokens.shape[1], self.call.position_limit
+        longest, (limit, is_strict) = tokens.shape[1], self.call.position_limit
         takes = f"the longest row takes {longest} positions (prompt and canvas)"
         if limit is not None and longest > limit:
             if is_strict:
                 raise NapDecodeError(f"{takes}, but the model has {limit}; shorten the prompt or the canvas")
             warnings.warn(
-                f"{takes}, more than the {limit} that the model's config names; it can be called so, but may not have "
-                "been trained so",
-                UserWarning,
+                f"{takes}, more than the {limit} that the model's config names; it may not have been trained so",
                 stacklevel=3,
             )
-        window = foreign.attention_window(self.config)
-        if self.must_be_told and window is not None and longest > window:
+        window = foreign.attention_window(self.call.config)
+        if self.call.must_be_told and window is not None and longest > window:
             raise NapDecodeError(
                 f"{takes}, but {self.call.name} attends to a window of {window}, which the 4-D attention mask would "
                 "override by which it is told to attend both ways; use a release of transformers that reads "
@@ -389,9 +346,7 @@ class Denoiser:
             does = "does not hide what its attention mask says is padding" if self.call.takes_mask else "takes no mask"
             warnings.warn(
                 f"{self.call.name} ({self.family.name}) {does}, so rows of different length are decoded in groups of "
-                "equal length, one forward pass after the other: correct, but slower. Batches of prompts of one length "
-                "avoid it",
-                UserWarning,
+                "equal length, one forward pass after the other: correct, but slower than prompts of one length",
                 stacklevel=3,
             )
         return True
@@ -412,21 +367,17 @@ class Denoiser:
                 after the other.
             wanted: ``(N, K)`` int64: columns.  Logits of a negative one mean nothing.
             canvas: the canvas that decoding started from, of B rows.
-            hidden: ``(N, K)`` bool: where the prediction shall leave out what stands in the slot itself.  The model
-                then gets K more tokens in each row: behind the canvas, a masked *shadow* of every wanted slot, which
-                sees all but the slot itself, and is seen by the other shadows alone (WINO, arXiv 2507.18578).  It is
-                not quite as if the slot were masked: from the second layer on, the other slots have seen what stands
-                in it.
+            hidden: ``(N, K)`` bool: where the prediction shall leave out what stands in the slot itself.  Behind the
+                canvas, the model then gets a masked *shadow* of every wanted slot, which sees all but the slot itself,
+                and is seen by the other shadows alone (WINO, arXiv 2507.18578).  It is not quite as if the slot were
+                masked: from the second layer on, the other slots have seen what stands in it.
 
         Raises:
             NapDecodeError: shapes that do not fit; ``hidden`` with a model that cannot leave one out.
         """
         self.refresh()
-        last = self._last_canvas
-        if last is None or last[0] is not canvas:
-            self._last_canvas = last = canvas, canvas.rows
         every = torch.arange(wanted.numel(), device=wanted.device)
-        return self.predict(last[1], tokens, wanted, every, hidden=hidden).logits
+        return self.predict(canvas.rows, tokens, wanted, every, hidden=hidden).logits
 
     def predict(
         self,
@@ -445,8 +396,7 @@ class Denoiser:
             tokens: ``(N, W)`` int64, see :meth:`__call__`.
             wanted: ``(N, K)`` int64: positions.  What is not in ``places`` means nothing.
             places: ``(T,)`` int64, the slots to predict: indices into ``wanted.flatten()``.
-            hidden: ``(N, K)`` bool, see :meth:`__call__`.  Shadows of slots that are not in ``places``, or negative,
-                are seen by none.
+            hidden: see :meth:`__call__`.  Shadows of slots that are not in ``places``, or negative, are seen by none.
             kept: what earlier passes found out about the rows, empty at first; brought up to date here.  Without it,
                 with ``hidden`` or with alternatives, everything is computed.
         """
@@ -458,10 +408,8 @@ class Denoiser:
             )
         if hidden is not None:
             if hidden.shape != wanted.shape or hidden.dtype != torch.bool:
-                raise NapDecodeError(
-                    f"hidden must be bool of wanted's shape {tuple(wanted.shape)}, but is {hidden.dtype} "
-                    f"{tuple(hidden.shape)}"
-                )
+                found = f"{hidden.dtype} {tuple(hidden.shape)}"
+                raise NapDecodeError(f"hidden must be bool of wanted's shape {tuple(wanted.shape)}, but is {found}")
             self.check_leave_one_out()
         output = self._forward(rows, tokens, wanted, places, hidden, kept)
         ids = tokens
@@ -487,21 +435,18 @@ class Denoiser:
         """See :meth:`predict`; of N rows, or of 2 * N under guidance."""
         branches, times = [tokens], len(tokens) // len(rows.lengths)
         if self.cfg_scale != 0:
-            prompt = rows.prompt if times == 1 else rows.prompt.repeat(times, 1)
-            branches.append(torch.where(prompt, self.mask_token_id, tokens))
+            branches.append(torch.where(rows.prompt.repeat(times, 1), self.mask_token_id, tokens))
         # Dream predicts the first position from itself, as there is nothing before it.
         shifted = (wanted - 1 if self.family.shift else wanted).clamp(min=0)
-        if hidden is None and times == 1 and kept is not None and self.reuse is not None:
-            return self.reuse.forward(self._decoding, rows, branches, shifted, _are_slots(wanted, places), kept)
         if kept is not None and self.reuse is not None:
+            if hidden is None and times == 1:
+                return self.reuse.forward(self._decoding, rows, branches, shifted, _are_slots(wanted, places), kept)
             self.reuse.count(rows, len(branches), kept)
         if len(branches) > 1:
             tokens, shifted = torch.cat(branches), shifted.repeat(2, 1)
         if hidden is None:
             return self._decoding.with_rows(rows, tokens, shifted, is_grouped=self._is_grouped(rows.is_padded))
-        is_seen = _are_slots(wanted, places)
-        if len(branches) > 1:
-            hidden, is_seen = hidden.repeat(2, 1), is_seen.repeat(2, 1)
+        hidden, is_seen = (flags.repeat(len(branches), 1) for flags in (hidden, _are_slots(wanted, places)))
         return self._decoding.with_shadows(rows, tokens, shifted, hidden, is_seen, mask_token_id=self.mask_token_id)
 
     def _process(self, tokens: Tensor, wanted: Tensor, hidden: Tensor | None, places: Tensor, scores: Tensor) -> Tensor:
@@ -520,3 +465,27 @@ def _are_slots(wanted: Tensor, places: Tensor) -> Tensor:
     """Bool in the shape of ``wanted``: which of its entries are slots, and not there to fill up."""
     is_slot = torch.zeros_like(wanted, dtype=torch.bool).flatten().index_fill_(0, places, True).view_as(wanted)
     return is_slot & (wanted >= 0)
+
+
+def _check_tokenizer(tokenizer: Any, num_embeddings: int | None) -> None:
+    """Raise if a tokenizer's own ids go beyond the model's; warn if the model has far more.
+
+    A model may have more of them, because its vocabulary was padded, and a tokenizer a few that were added to it and
+    that no text has; everything else is a tokenizer of another model.
+    """
+    if tokenizer is None or num_embeddings is None:
+        return
+    vocabulary = tokenizer.get_vocab()
+    added = tokenizer.get_added_vocab() if hasattr(tokenizer, "get_added_vocab") else {}
+    highest = max((number for token, number in vocabulary.items() if token not in added), default=0)
+    if highest >= num_embeddings:
+        raise NapDecodeError(
+            f"the tokenizer has ids up to {highest}, but the model has {num_embeddings}, from 0 to "
+            f"{num_embeddings - 1}; take the tokenizer that the model was trained with"
+        )
+    if num_embeddings > max(2 * len(vocabulary), len(vocabulary) + 512):
+        warnings.warn(
+            f"the tokenizer has {len(vocabulary)} ids, but the model {num_embeddings}; only those of the tokenizer can "
+            "be emitted. Is it the one that the model was trained with?",
+            stacklevel=3,
+        )

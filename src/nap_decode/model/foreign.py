@@ -1,8 +1,7 @@
 """Other people's code: torch's wrappers, transformers, PEFT, accelerate and what comes with checkpoints.
 
-Everything that is known of it by name is known here, and nowhere else; the rest of the package asks these functions.
-Each looks for what code can do, not for its version, and says what follows if it is not found: less speed, or a refusal
-with the reason, but never another decode.  What is found here is still tried out, see :mod:`nap_decode.model.probe`.
+Everything that is known of it by name is known here; the rest of the package asks these functions.  Each looks for
+what code can do, not for its version.  What is found here is still tried out, see :mod:`nap_decode.model.probe`.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import inspect
 import sys
 import weakref
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -73,9 +72,8 @@ def unwrapped(model: Any) -> list[Any]:
     """A model, the wrappers in it, and last the module that facts come from.
 
     A wrapper passes on what it is called with (``torch.compile``, DataParallel, DDP, FSDP, accelerate's, PEFT's
-    without a task), or it names arguments and shares config and output layer with what it wraps (PEFT's with a task).
-    So do ``functools.partial`` and a module's ``forward``.  Facts come from the innermost module whose signature
-    counts; calls go through the outermost one.
+    without a task, ``functools.partial``, a module's ``forward``), or it names arguments and shares config and output
+    layer with what it wraps (PEFT's with a task).
     """
     found = [model]
     inner: Any = None
@@ -115,11 +113,6 @@ def wrappers_of_others(model: Any) -> list[Any]:
     return [one for one in unwrapped(model)[:-1] if type(one).__module__.split(".")[0] not in known]
 
 
-def owner_of_attributes(model: Any) -> Any:
-    """The module that gets what is set on a model: torch.compile's wrapper hands it on."""
-    return getattr(model, "_orig_mod", model)
-
-
 def state_of(model: nn.Module | None, layer: nn.Module | None) -> tuple[object, ...]:
     """Changes when modules of a model are exchanged, or what makes its output of them: forwards, hooks, autocast.
 
@@ -128,14 +121,12 @@ def state_of(model: nn.Module | None, layer: nn.Module | None) -> tuple[object, 
     parts = dict(model.named_modules()) if model is not None else {}
     path = next((name for name, part in parts.items() if part is layer), "").split(".")
     above = [parts[".".join(path[:depth])] for depth in range(len(path))] if parts else []
-    hooks = tuple(number for part in above for number in part._forward_hooks)  # numbers are never given again
     forwards = [vars(part).get("forward") for part in parts.values()]
-    contexts = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
     return (
         hash(tuple((id(part), type(part)) for part in parts.values())),
-        hooks,
+        tuple(number for part in above for number in part._forward_hooks),  # numbers are never given again
         tuple(_reference(one) for one in forwards if one is not None and not getattr(one, "only_looks", False)),
-        tuple(contexts),
+        tuple((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")),
     )
 
 
@@ -169,11 +160,6 @@ def text_config(module: Any) -> Any:
     config = getattr(module, "config", None) if takes_ids_by_name(module) else None
     part: Any = getattr(config, "get_text_config", lambda: config)()
     return part
-
-
-def attention_kind(config: Any) -> str | None:
-    """The name of the attention implementation, which may be exchanged at any time."""
-    return getattr(config, "_attn_implementation", None)
 
 
 def attention_window(config: Any) -> int | None:
@@ -227,19 +213,29 @@ _EXPANDS_MASKS = frozenset({
 
 
 def takes_expanded_mask(module: nn.Module, config: Any) -> bool:
-    """Whether to pass the 4-D mask that transformers itself would make of a 2-D one for this model.
-
-    It would first wait for the device, to see whether the mask hides anything.  If nothing is known of the model, it is
-    given the 2-D mask, and waits.
-    """
+    """Whether to pass the 4-D mask that transformers itself makes of a 2-D one after a wait for the device."""
     defined_in = vars(sys.modules[type(module).__module__])
     return (
         getattr(config, "model_type", None) in _EXPANDS_MASKS
         and type(module).__module__.startswith("transformers.")
         and ("create_bidirectional_mask" in defined_in or "create_causal_mask" in defined_in)
-        and attention_kind(config) == "sdpa"
+        and getattr(config, "_attn_implementation", None) == "sdpa"
         and attention_window(config) is None
     )
+
+
+def sizes_of(config: Any) -> tuple[float, float] | None:
+    """Width of all layers' heads together, and share of experts that a token asks; None if not all is said."""
+
+    def said(*names: str) -> Any:
+        return next((value for name in names if (value := getattr(config, name, None))), None)
+
+    layers, hidden = said("num_hidden_layers", "n_layers"), said("hidden_size", "d_model")
+    heads, experts = said("num_attention_heads", "n_heads"), said("num_experts", "num_local_experts") or 1
+    if not (layers and hidden and heads):
+        return None
+    width = heads * (said("head_dim") or hidden // heads)
+    return layers * width, min(said("num_experts_per_tok") or experts, experts) / experts
 
 
 # ---------------------------------------------------------------------------------------------- wrappers
@@ -262,30 +258,3 @@ def virtual_tokens(chain: list[Any]) -> int:
         if getattr(config, "is_prompt_learning", False):
             return int(config.num_virtual_tokens)
     return 0
-
-
-# ---------------------------------------------------------------------------------------------- sizes
-
-
-class Sizes(NamedTuple):
-    """What a config says of a model's size."""
-
-    layers: int
-    width: int
-    """Of the heads of a layer together."""
-    active_experts: float
-    """The share that a token goes through."""
-
-
-def sizes_of(config: Any) -> Sizes | None:
-    """None if the config does not say enough."""
-
-    def said(*names: str) -> Any:
-        return next((value for name in names if (value := getattr(config, name, None))), None)
-
-    layers, hidden = said("num_hidden_layers", "n_layers"), said("hidden_size", "d_model")
-    heads, experts = said("num_attention_heads", "n_heads"), said("num_experts", "num_local_experts") or 1
-    if not (layers and hidden and heads):
-        return None
-    active = min(said("num_experts_per_tok") or experts, experts)
-    return Sizes(layers, heads * (said("head_dim") or hidden // heads), active / experts)

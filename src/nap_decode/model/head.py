@@ -13,17 +13,15 @@ from torch import Tensor, nn
 
 from nap_decode.base.errors import NapDecodeError
 
+# Held while hooks are on a model.  They look at the calls of their own thread only; the lock is for their list.
 _CALLING = threading.RLock()
-"""Held while hooks are on a model.  They look at the calls of their own thread only; the lock is for their list."""
 
 
 class Output(NamedTuple):
     """What came out of a call of a model at the wanted positions."""
 
-    rows: Tensor
-    """``(N, K, H)`` hidden states or ``(N, K, V)`` logits; not shifted."""
-    is_hidden: bool
-    """Whether it is hidden states, which the output layer is still to be applied to."""
+    rows: Tensor  # (N, K, H) hidden states or (N, K, V) logits; not shifted
+    is_hidden: bool  # whether the output layer is still to be applied
 
     @staticmethod
     def joined(parts: Sequence[tuple[Tensor, Output]]) -> Output:
@@ -47,12 +45,9 @@ class Head:
     def __init__(self, layer: nn.Module | None, *, num_virtual: int = 0) -> None:
         self.layer = layer
         self.num_virtual = num_virtual
-        self.is_late = False
-        """Whether calls give hidden states."""
-        self.dtype = torch.get_default_dtype()
-        """Precision of the logits, if so."""
-        self._memory: list[Tensor] = []
-        """What :meth:`passing` works in, while nobody does: one tensor, or none."""
+        self.is_late = False  # whether calls give hidden states
+        self.dtype = torch.get_default_dtype()  # precision of the logits, if so
+        self._memory: list[Tensor] = []  # what `passing` works in, while nobody does: one tensor, or none
 
     @property
     def vocab_size(self) -> int:
@@ -70,8 +65,7 @@ class Head:
     def passing(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """The layer for one chunk of hidden states after the other; what it returns is good until the next call.
 
-        On a CPU all chunks, of all predictions, are in the same memory: fresh memory comes from the system page by
-        page, which takes a good part of the time of the product itself.
+        On a CPU all chunks, of all predictions, share their memory: the system gives fresh memory slowly.
         """
         memory: Tensor | None = None
         with suppress(IndexError):  # popped, so that nobody else works in it
@@ -82,10 +76,10 @@ class Head:
             layer = self.layer
             if not isinstance(layer, nn.Linear) or not _is_just_a_product(layer, rows):
                 return self(rows)
-            size, is_inference = len(rows) * layer.out_features, torch.is_inference_mode_enabled()
-            kind = rows.dtype, is_inference
-            if memory is None or memory.numel() < size or (memory.dtype, memory.is_inference()) != kind:
-                memory = torch.empty(size, dtype=rows.dtype, device=rows.device)
+            size = len(rows) * layer.out_features
+            if memory is None or memory.numel() < size or memory.dtype != rows.dtype:
+                with torch.inference_mode(False):  # such memory may be written in either mode
+                    memory = torch.empty(size, dtype=rows.dtype, device=rows.device)
             logits = memory[:size].view(len(rows), layer.out_features)
             if layer.bias is None:
                 torch.mm(rows, layer.weight.T, out=logits)
@@ -133,14 +127,14 @@ class Head:
         logits = self._logits(output, shape, wanted.shape[1] if inputs else shape[1])
         if not inputs:
             return take(logits, wanted), False
-        # A quantised one may not take what is empty, and autocast may be inside the model alone.
-        hidden = take(inputs[0], wanted)
-        if type(self.layer) is not nn.Linear or not _is_plain(self.layer.weight) or not _fits(hidden, self.layer):
+        hidden, made = take(inputs[0], wanted), outputs[-1]
+        if type(self.layer) is not nn.Linear or not _is_plain(self.layer.weight):  # it may not take what is empty
             return logits, False
+        if hidden.dtype != self.layer.weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+            return logits, False  # autocast is inside the model alone
         again = self.layer(hidden).to(logits)
         # To the bit; and untouched but for a cast or a move, because a bias that is added behind the layer may be 0
         # now, and trained tomorrow.
-        made = outputs[-1]
         is_untouched = made is logits or made.dtype != logits.dtype or made.device != logits.device
         return logits, is_untouched and torch.equal(again, logits)
 
@@ -212,11 +206,6 @@ def _is_just_a_product(layer: nn.Linear, rows: Tensor) -> bool:
         return False
     parameters = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
     return all(_is_plain(p) and p.device.type == "cpu" and p.dtype == rows.dtype for p in parameters)
-
-
-def _fits(hidden: Tensor, layer: nn.Linear) -> bool:
-    """Whether a layer can be called with hidden states where nothing casts them."""
-    return hidden.dtype == layer.weight.dtype or torch.is_autocast_enabled(hidden.device.type)
 
 
 def _is_plain(parameter: Tensor) -> bool:

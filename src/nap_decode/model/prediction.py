@@ -12,13 +12,9 @@ from torch import Tensor
 
 from nap_decode.model.head import Head
 
-__all__ = ["Prediction"]
-
 # On the CPU the output layer takes many rows at a time, because every product reads all of its weights; statistics take
-# few, which stay in the cache.
-_HEAD_ROWS, _HEAD_NUMBERS, _CACHED_NUMBERS = 384, 2**23, 2**20
-# An accelerator wants few large kernels.
-_ACCELERATOR_NUMBERS = 2**25
+# few, which stay in the cache.  An accelerator wants few large kernels.
+_HEAD_ROWS, _HEAD_NUMBERS, _CACHED_NUMBERS, _ACCELERATOR_NUMBERS = 384, 2**23, 2**20, 2**25
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -60,14 +56,10 @@ class Prediction:
     def of(cls, logits: Tensor, *, banned: Tensor, places: Tensor | None = None) -> Prediction:
         """That of logits ``(N, K, V)``, for all slots or those at ``places``."""
         number, width, vocab_size = logits.shape
-        return cls(
-            shape=(number, width),
-            places=torch.arange(number * width, device=logits.device) if places is None else places,
-            vocab_size=vocab_size,
-            banned=banned,
-            dtype=logits.dtype,
-            source=logits.flatten(0, 1),
-        )
+        if places is None:
+            places = torch.arange(number * width, device=logits.device)
+        shape, source = (number, width), logits.flatten(0, 1)
+        return cls(shape=shape, places=places, vocab_size=vocab_size, banned=banned, dtype=logits.dtype, source=source)
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """Parts of ``places``, in order, and their logits ``(R, V)``.

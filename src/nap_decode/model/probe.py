@@ -20,7 +20,7 @@ from nap_decode.model.call import ModelCall
 
 @dataclass
 class Probe:
-    """What two small forward passes tell of a model; None is "cannot tell".
+    """What a few small forward passes tell of a model; None is "cannot tell".  It holds nothing of the model itself.
 
     Args:
         sees_future: whether tokens to the right of a position change what is predicted there.
@@ -30,46 +30,39 @@ class Probe:
 
     Example:
         >>> from nap_decode import Denoiser, demo
-        >>> Denoiser(*demo.load()).probe().sees_future
-        True
+        >>> Denoiser(*demo.load()).probe()
+        Probe(sees_future=True, hides_padding=True, shift=None)
     """
 
     sees_future: bool | None = None
     hides_padding: bool | None = None
     shift: bool | None = None
+    # What calls are made by, and checks remember.
+    alone: Tensor | None = field(default=None, repr=False, compare=False)  # (N, 2, V), said to rows without padding
+    is_late: bool = field(default=False, repr=False, compare=False)  # whether its output layer can be applied later
+    has_layer: bool = field(default=False, repr=False, compare=False)  # whether there is one, which is called once
+    must_be_told: bool = field(default=False, repr=False, compare=False)  # see ModelCall
+    works: set[str] = field(default_factory=set, repr=False, compare=False)  # what else it was seen to do
+    calm: tuple[bool, ...] = field(default=(), repr=False, compare=False)  # modules in training mode when none drew
 
 
-@dataclass
-class Found(Probe):
-    """All that was found out about a model; holds nothing of the model itself."""
-
-    alone: Tensor | None = None  # (N, 2, V), what it says to rows without padding
-    is_late: bool = False  # whether its output layer can be applied later
-    has_layer: bool = False  # whether there is an output layer, which is called once
-    must_be_told: bool = False  # whether it looks ahead only if a mask says so, see ModelCall
-    works: set[str] = field(default_factory=set)  # what else it was seen to do
-    calm: tuple[bool, ...] = ()  # modules that were in training mode when it was seen to draw nothing
-
-
-_REMEMBERED: weakref.WeakKeyDictionary[nn.Module, dict[object, tuple[object, Found]]] = weakref.WeakKeyDictionary()
-_MOST = 16
-"""Ways of asking one module that are remembered."""
+_REMEMBERED: weakref.WeakKeyDictionary[nn.Module, dict[object, tuple[object, Probe]]] = weakref.WeakKeyDictionary()
+_MOST = 16  # ways of asking one module that are remembered
 
 
 class Probing:
     """Asks a model what it does, once; ``avoid`` are ids that end a text."""
 
     def __init__(
-        self, call: ModelCall, *, mask_token_id: int, pad_token_id: int, avoid: Sequence[int], device: torch.device
+        self, call: ModelCall, mask_token_id: int, pad_token_id: int, avoid: Sequence[int], device: torch.device
     ) -> None:
         self.call, self.mask_token_id, self.device = call, mask_token_id, device
         self.fingerprint = call.fingerprint()
-        self.found = Found()
-        self.error: Exception | None = None
-        """What the model said to a mask by which it was told to attend both ways."""
+        self.found = Probe()
+        self.error: Exception | None = None  # when the model was told by a mask to attend both ways
+        # (N, n) int64: a row (twice), the same row with another future, and riddles.  None for functions and modules
+        # without a config, and if there are too few ids, or positions, to ask anything.
         self.tokens: Tensor | None = None
-        """``(N, n)`` int64 on the device: a row (twice), the same row with another future, and riddles.  None for
-        functions and modules without a config, and if there are too few ids, or positions, to ask anything."""
         ids = [i for i in range(call.num_embeddings or 0) if i not in {mask_token_id, pad_token_id, *avoid}]
         self._width = min(28, (call.position_limit[0] if call.config is not None else None) or 28)
         if call.config is None or len(ids) < 2 or self._width < 4:
@@ -100,47 +93,42 @@ class Probing:
         """Find out what rows without padding tell, unless that is remembered; let calls be made accordingly."""
         if self.tokens is None:
             return
+        call, head = self.call, self.call.head
         if self.found.alone is None:
-            calm, self.found = self.found.calm, self._ask()
-            self.found.calm = calm
-        found, head = self.found, self.call.head
+            found = self._learn(self.tokens)
+            if not found.sees_future and getattr(call.config, "is_causal", None) is False:
+                # Releases that do not read this of a config still do what a mask says for every query.
+                call.must_be_told = True
+                try:
+                    told = self._learn(self.tokens)
+                    found = told if told.sees_future else found
+                except Exception as error:  # whatever foreign code says to a mask that it does not take
+                    self.error = error
+            self.found = found
+        found = self.found
         assert found.alone is not None
-        self.call.must_be_told, head.is_late, head.dtype = found.must_be_told, found.is_late, found.alone.dtype
+        call.must_be_told, head.is_late, head.dtype = found.must_be_told, found.is_late, found.alone.dtype
         if not found.has_layer:
             head.layer = None
         # What speaks against a model is asked again: its weights may be loaded, or trained, by then.
         if found.sees_future and not bool(found.alone.isnan().any()):
-            known = _REMEMBERED.setdefault(self.call.module, {})
+            known = _REMEMBERED.setdefault(call.module, {})
             if len(known) >= _MOST:
                 known.clear()
             known[self._key] = self.fingerprint, found
 
-    def _ask(self) -> Found:
-        found = self._learn()
-        if not found.sees_future and getattr(self.call.config, "is_causal", None) is False:
-            # Releases that do not read this of a config still do what a mask says for every query.
-            self.call.must_be_told = True
-            try:
-                told = self._learn()
-            except Exception as error:  # whatever foreign code says to a mask that it does not take
-                self.error = error
-                return found
-            if told.sees_future:
-                return told
-        return found
-
     @torch.no_grad()
-    def _learn(self) -> Found:
-        assert self.tokens is not None
-        alone, is_late = self.call.learn(self.tokens, self._wanted)
+    def _learn(self, tokens: Tensor) -> Probe:
+        alone, is_late = self.call.learn(tokens, self._wanted)
         row, again, other = alone[:3, 0]
-        return Found(
+        return Probe(
             sees_future=bool((row - other).abs().max() > 2 * (row - again).abs().max()),
             shift=self._solved(alone[3:].clone()),
             alone=alone,
             is_late=is_late,
             has_layer=self.call.head.layer is not None,
             must_be_told=self.call.must_be_told,
+            calm=self.found.calm,
         )
 
     def _solved(self, logits: Tensor) -> bool | None:

@@ -1,10 +1,9 @@
 """What rows of logits say: the largest, the normaliser, a draw, each found in as few passes over them as can be.
 
-The vocabulary is long, and everything that a decoder does with logits is bound by reading them.  So nothing is
-computed that is not asked for, ids that must not be emitted are taken out in place, and what is looked for is looked
-for in two stages: first the largest (or the sum) of every 256 ids, which one vectorised pass finds, then inside the
-256 that count.  That is four to eight times as fast as ``torch.max`` with indices, ``topk`` or ``cumsum`` over all
-ids on a CPU.
+The vocabulary is long, and what a decoder does with logits is bound by reading them.  So nothing is computed that is
+not asked for, ids that must not be emitted are taken out in place, and what is looked for is looked for in two stages:
+first the largest (or the sum) of every 256 ids, then inside the 256 that count.  On a CPU that is four to eight times
+as fast as ``torch.max`` with indices, ``topk`` or ``cumsum`` over all ids.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from typing_extensions import override
 from nap_decode.base.lazy import lazy
 
 _STRETCH = 256
+# What of the logits a property is found in, if that is not the property itself.
 _FOUND_IN = {"best": "_maxima", "mode": "_best_stretch", "second": "_best_stretch", "log_normalizer": "_mass"}
-"""What of the logits a property is found in, if that is not the property itself."""
 
 
 class Distribution:
@@ -96,10 +95,7 @@ class Distribution:
 
     @classmethod
     def joined(cls, parts: Sequence[Distribution]) -> Distribution:
-        """All rows of distributions that were spent on the same names.
-
-        Few and large operations then find for all what would take many small ones for each.
-        """
+        """All rows of distributions that were spent on the same names; large operations then ask all at once."""
         whole = copy.copy(parts[0])
         if len(parts) > 1:
             for name, value in vars(parts[0]).items():
@@ -108,7 +104,7 @@ class Distribution:
         return whole
 
     def know(self, names: Sequence[str], values: Sequence[Tensor]) -> None:
-        """Take properties from a :class:`Reduce` of these logits, instead of computing them."""
+        """Take properties from :func:`reduce` of these logits, instead of computing them."""
         for name, value in zip(names, values, strict=True):
             setattr(self, f"_lazy_{name}", value)
 
@@ -221,9 +217,8 @@ class Distribution:
 class RoundedDistribution(Distribution):
     """Distributions whose probabilities are rounded to the precision of the logits, as published code does it.
 
-    LLaDA's and Dream's code takes the softmax of the model's own logits, and goes on in that precision: operation by
-    operation, these are its numbers.  In bfloat16 there are two between 0.99 and 1, so that many confidences are equal
-    that are not in float32.
+    LLaDA's and Dream's code takes the softmax of the model's own logits, and goes on in that precision.  In bfloat16
+    there are two numbers between 0.99 and 1, so that many confidences are equal that are not in float32.
 
     Example:
         >>> logits = torch.tensor([[8.0, 0.0], [9.0, 0.0]], dtype=torch.bfloat16)
@@ -281,16 +276,9 @@ class Reduce(Protocol):
 def reduce(
     logits: Tensor, banned: Tensor | None, names: tuple[str, ...], uniform: Tensor | None
 ) -> tuple[list[Tensor], Tensor | None]:
-    """What there is to know of a :class:`Distribution`, all at once: compiled, it takes a pass or two.
+    """Named properties ``(R,)`` of a :class:`Distribution`, and a draw, all at once: compiled, it takes a pass or two.
 
-    Args:
-        logits: ``(R, V)``; not changed.
-        banned: see :class:`Distribution`.
-        names: of its properties.
-        uniform: see :meth:`Distribution.draw`; None for no draw.
-
-    Returns:
-        The properties ``(R,)``, and the draw.
+    The logits ``(R, V)`` are not changed.
     """
     distribution = Distribution(logits.clone(), banned)  # compiled code copies nothing
     drawn = None if uniform is None else distribution.draw(uniform)

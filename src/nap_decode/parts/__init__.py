@@ -8,11 +8,10 @@ Reviser     what becomes of committed ones: ``__call__(proposal, decision)``
 =========== ======================================================================================================
 """
 
-from nap_decode.parts.committer import AdjustedStep, Adjustment, Committer, MicroConfidenceCommitter, Predict
+from nap_decode.parts.committer import Adjustment, Committer, MicroConfidenceCommitter, Predict
 from nap_decode.parts.confidence import Candidates, Confidence, leftmost, margin, negative_entropy, probability, random
 from nap_decode.parts.decoder import Decoder
 from nap_decode.parts.needs import Needs
-from nap_decode.parts.reviser import Reviser
 from nap_decode.parts.schedule import EvenSchedule, Schedule
 from nap_decode.parts.scheduler import (
     AnyOrderScheduler,
@@ -21,12 +20,12 @@ from nap_decode.parts.scheduler import (
     SemiAutoregressiveScheduler,
     divide_steps,
     fair_share,
+    in_blocks,
 )
-from nap_decode.parts.selection import QuotaSelection, Selection, ThresholdSelection
+from nap_decode.parts.selection import QuotaSelection, Reviser, Selection, ThresholdSelection
 from nap_decode.parts.slots import Decision, Proposal, Slots, rank_in_block
 
 __all__ = [
-    "AdjustedStep",
     "Adjustment",
     "AnyOrderScheduler",
     "Candidates",
@@ -50,6 +49,7 @@ __all__ = [
     "ThresholdSelection",
     "divide_steps",
     "fair_share",
+    "in_blocks",
     "leftmost",
     "margin",
     "negative_entropy",

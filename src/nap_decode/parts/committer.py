@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import torch
-from einops import rearrange
 from torch import Tensor
 from typing_extensions import Self, override
 
-from nap_decode.base.errors import NapDecodeError, check_between, check_flag, check_integer
+from nap_decode.base.errors import NapDecodeError, check_between, check_flag, check_integer, check_part, refuse
 from nap_decode.base.lazy import lazy
 from nap_decode.base.random import TOKEN_STREAM
 from nap_decode.model.prediction import Prediction
 from nap_decode.model.statistics import Distribution, Reduce, RoundedDistribution, reduce
-from nap_decode.parts.confidence import STATISTICS, Candidates, Confidence, find_confidence, looked_at, needs_of
+from nap_decode.parts.confidence import STATISTICS, Candidates, Confidence, find_confidence
 from nap_decode.parts.needs import Needs
-from nap_decode.parts.reviser import Reviser
-from nap_decode.parts.selection import QuotaSelection, Selection
+from nap_decode.parts.selection import QuotaSelection, Reviser, Selection
 from nap_decode.parts.slots import Decision, Proposal, Slots
 
 
@@ -72,32 +70,21 @@ class Committer(ABC):
 
     @abstractmethod
     def __call__(self, slots: Slots, predict: Predict) -> Decision:
-        """Decide one step.
+        """Decide one step, about the slots of the open blocks, of which ``predict`` asks the model."""
 
-        Args:
-            slots: the slots of the open blocks.
-            predict: asks the model about them.
-        """
+
+Chunk: TypeAlias = tuple[Tensor, Tensor]
+"""Places ``(R,)`` of some slots among the ``B * K``, and their logits ``(R, V)``."""
 
 
 class Adjustment(ABC):
-    """Changes what the model says before anything is read off it.  A subclass writes :meth:`begin`."""
+    """Changes what the model says before anything is read off it.  A subclass writes ``__call__``, a generator."""
 
     needs: ClassVar[Needs] = Needs(memory=True)
 
     @abstractmethod
-    def begin(self, slots: Slots) -> AdjustedStep:
-        """What adjusts the logits of one step."""
-
-
-class AdjustedStep(Protocol):
-    """Adjusts the logits of a step, some slots at a time."""
-
-    def add(self, logits: Tensor, places: Tensor) -> Tensor:
-        """Logits ``(R, V)`` of the slots at ``places (R,)`` ``-> (R, V)``."""
-
-    def remember(self) -> None:
-        """Put down what the next step needs, after the last of them."""
+    def __call__(self, slots: Slots, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
+        """Adjust the logits of one step, which come some slots at a time, and note what the next step needs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,15 +113,12 @@ class MicroConfidenceCommitter(Committer):
     whatever the proposal is drawn from.  Softmax and draws are computed in float32 (float64 if the logits are).  A
     draw inverts the distribution function at one 24-bit uniform number.
 
-    Raises:
-        NapDecodeError: a value out of range, an unknown name, or a cut-off without a temperature.
-
     Example:
         >>> committer = MicroConfidenceCommitter(temperature=0.7, top_p=0.95, confidence="margin")
         >>> MicroConfidenceCommitter(top_k=5)
         Traceback (most recent call last):
         ...
-        nap_decode.base.errors.NapDecodeError: top_k=5 has no effect at temperature 0; set a temperature or leave it out
+        nap_decode.base.errors.NapDecodeError: top_k=5 would have no effect: nothing is drawn at ...
     """
 
     temperature: float = 0.0
@@ -151,32 +135,28 @@ class MicroConfidenceCommitter(Committer):
 
     def __post_init__(self) -> None:
         check_between("temperature", self.temperature, 0.0, math.inf)
-        check_flag("scores_proposal", self.scores_proposal)
-        check_flag("model_precision", self.model_precision)
         if 0 < self.temperature < 1e-6:
             raise NapDecodeError(f"temperature must be 0 or at least 1e-6, but is {self.temperature!r}")
+        check_flag("scores_proposal", self.scores_proposal)
+        check_flag("model_precision", self.model_precision)
         if self.top_k is not None:
             check_integer("top_k", self.top_k, 1)
         if self.top_p is not None:
             check_between("top_p", self.top_p, 0.0, 1.0)
-        for name in ("top_k", "top_p"):
-            if getattr(self, name) is not None and self.temperature == 0 and not self.scores_proposal:
-                raise NapDecodeError(
-                    f"{name}={getattr(self, name)} has no effect at temperature 0; set a temperature or leave it out"
-                )
+        if self.temperature == 0 and not self.scores_proposal:
+            refuse({"top_k": self.top_k, "top_p": self.top_p}, {}, "nothing is drawn at temperature 0")
         find_confidence(self.confidence)
-        for name, kind, example in (
-            ("selection", Selection, "QuotaSelection()"),
-            ("reviser", Reviser | None, "EditReviser()"),
-            ("adjustment", Adjustment | None, "Credit()"),
-        ):
-            if not isinstance(getattr(self, name), kind):
-                wanted = f"{name} must be a {name.capitalize()}, such as {example}"
-                raise NapDecodeError(f"{wanted}, but is {getattr(self, name)!r}")
+        check_part("selection", self.selection, Selection, "QuotaSelection()")
+        if self.reviser is not None:
+            check_part("reviser", self.reviser, Reviser, "EditReviser()")
+        if self.adjustment is not None:
+            check_part("adjustment", self.adjustment, Adjustment, "Credit()")
         if self.needs.previous and self.adjustment is not None:
+            parts = (self.selection, self.reviser, *self._asked, self.adjustment)
+            compares = next(part for part in parts if getattr(part, "needs", Needs()).previous)
             raise NapDecodeError(
-                f"{type(self.selection).__name__} compares the model's predictions from step to step, which "
-                f"{type(self.adjustment).__name__} changes by itself; leave one of them out"
+                f"{_name(compares)} compares the model's predictions from step to step, which "
+                f"{_name(self.adjustment)} changes by itself; leave one of them out"
             )
 
     @lazy
@@ -186,19 +166,21 @@ class MicroConfidenceCommitter(Committer):
         for part in (self.selection, self.reviser, self.adjustment):
             whole |= Needs() if part is None else part.needs
         for function in (self.confidence, *whole.statistics):
-            whole |= needs_of(find_confidence(function, STATISTICS))
+            # A function of somebody else may draw, unless it says that it does not.
+            whole |= getattr(find_confidence(function, STATISTICS), "needs", Needs(random=True))
         return whole
 
     @lazy
-    def _asked(self) -> dict[Any, Confidence]:
-        """The functions whose values are needed: the confidence, then the statistics by what they are asked for."""
-        return {None: find_confidence(self.confidence)} | {
-            name: find_confidence(name, STATISTICS) for name in self.needs.statistics
-        }
+    def _asked(self) -> tuple[Confidence, ...]:
+        """The functions whose values are needed: the confidence, then the statistics."""
+        return tuple(find_confidence(function, STATISTICS) for function in (self.confidence, *self.needs.statistics))
 
     @lazy
-    def _looked_at(self) -> tuple[tuple[str, ...], bool]:
-        return looked_at(self._asked.values())
+    def _reads(self) -> tuple[tuple[str, ...], bool]:
+        """The properties of a distribution that are known to be read, and whether nothing else of it is."""
+        known = [getattr(function, "reads", None) for function in self._asked]
+        names = dict.fromkeys(name for names in known for name in names or ())
+        return ("best", "mode", *names), None not in known
 
     @override
     def compiled(self, compile: Callable[[Any], Any]) -> MicroConfidenceCommitter:
@@ -217,76 +199,53 @@ class MicroConfidenceCommitter(Committer):
         return decision if self.reviser is None else self.reviser(proposal, decision)
 
     def propose(self, prediction: Prediction, slots: Slots) -> Proposal:
-        """Score every slot; confidences are nan where no id is both possible and allowed.
-
-        Args:
-            prediction: what the model says about the slots.
-            slots: the slots.
-        """
-        previous = _Previous(slots, prediction) if self.needs.previous else None
-        adjusted = None if self.adjustment is None else self.adjustment.begin(slots)
-        draws = slots.uniform(TOKEN_STREAM).flatten()[prediction.places] if self.temperature > 0 else None  # (T,)
-        names, is_all = self._looked_at
+        """Score every slot by what the model says; confidences are nan where no id is both possible and allowed."""
+        before = _logits_before(slots, prediction) if self.needs.previous else None
+        draws = slots.uniform(TOKEN_STREAM).flatten() if self.temperature > 0 else None
+        draws_as_is = self.temperature == 1 and self.top_k is None and self.top_p is None
+        chunks: Iterator[Chunk] = ((prediction.places[part], logits) for part, logits in prediction.chunks())
+        if self.adjustment is not None:
+            chunks = self.adjustment(slots, ((places, logits.to(_precision(logits))) for places, logits in chunks))
+        reads, is_all = self._reads
         # The most likely token, and what is known of it: then the logits of a chunk need not outlive it.
         is_plain = is_all and draws is None and not self.scores_proposal and not self.model_precision
         scored, spent = list[tuple[Tensor, ...]](), list[Distribution]()
-        for part, logits in prediction.chunks():
-            places = prediction.places[part]
-            if adjusted is not None:
-                logits = adjusted.add(logits.to(torch.promote_types(logits.dtype, torch.float32)), places)
+        for places, logits in chunks:
+            draw = None if draws is None else draws[places]
+            own, tokens = self._read(logits, prediction.banned, reads, draw if draws_as_is else None)
             if is_plain:
-                own, _ = self._read(logits, prediction.banned, ("best", "mode", *names), None)
-                own.spend(names)
+                own.spend(reads)
                 spent.append(own)
-            else:
-                draw = None if draws is None else draws[part]
-                scored.append(self._score(logits, prediction.banned, slots, places, draw, previous))
+                continue
+            possible = own.best > -torch.inf
+            if tokens is None and draw is not None:
+                _, tokens = self._read(self._warp(own.allowed.to(own.precision)), None, (), draw)
+            tokens = own.mode if tokens is None else tokens
+            previous = None if before is None else before(places, _precision(logits))
+            if self.scores_proposal:
+                own, _ = self._read(self._warp(own.logits.to(own.precision)), prediction.banned, reads, None)
+                previous = None if previous is None else self._warp(previous)
+            scored.append(self._score(Candidates(own, tokens, slots, places, previous), possible))
         if spent:
             own = Distribution.joined(spent)
-            scored.append(self._ask(own, Candidates(own, own.mode, slots, prediction.places)))
-        for kept in (previous, adjusted):
-            if kept is not None:
-                kept.remember()
+            scored.append(self._score(Candidates(own, own.mode, slots, prediction.places), own.best > -torch.inf))
         tokens, confidence, *statistics = (slots.unpack(torch.cat(values)) for values in zip(*scored, strict=True))
         return Proposal(slots, tokens, confidence, dict(zip(self.needs.statistics, statistics, strict=True)))
 
-    def _score(
-        self,
-        logits: Tensor,
-        banned: Tensor,
-        slots: Slots,
-        places: Tensor,
-        uniform: Tensor | None,
-        previous: _Previous | None,
-    ) -> tuple[Tensor, ...]:
-        """Tokens, and what each asked function says of them, for logits ``(R, V)`` of the slots at ``places``."""
-        before = None if previous is None else previous.logits(places, torch.promote_types(logits.dtype, torch.float32))
-        names, _ = self._looked_at
-        own, tokens = self._read(logits, banned, ("best", "mode", *names), uniform if self._draws_as_is else None)
-        whole = own
-        if tokens is None and uniform is not None:
-            _, tokens = self._read(self._warp(own.allowed.to(own.precision)), None, (), uniform)
-        tokens = own.mode if tokens is None else tokens
-        if self.scores_proposal:
-            own, _ = self._read(self._warp(own.logits.to(own.precision)), banned, ("best", *names), None)
-            before = None if before is None else self._warp(before)
-        return self._ask(whole, Candidates(own, tokens, slots, places, before))
-
-    def _ask(self, whole: Distribution, candidates: Candidates) -> tuple[Tensor, ...]:
+    def _score(self, candidates: Candidates, possible: Tensor) -> tuple[Tensor, ...]:
         """The candidates' tokens, and what each asked function says of them; nan where no id is possible."""
-        possible = whole.best > -torch.inf
         scores: dict[int, Tensor] = {}
-        for function in self._asked.values():
+        for function in self._asked:
             if id(function) not in scores:  # each is computed once
                 score = function(candidates)
                 if not isinstance(score, Tensor) or score.shape != possible.shape:
                     got = f"a tensor {tuple(score.shape)}" if isinstance(score, Tensor) else f"{score!r:.80}"
-                    name = getattr(function, "__name__", type(function).__name__)
                     raise NapDecodeError(
-                        f"{name} must return one number for each of the {len(possible)} candidates, but returned {got}"
+                        f"{_name(function)} must return one number for each of the {len(possible)} candidates, but "
+                        f"returned {got}"
                     )
                 scores[id(function)] = score.where(possible, torch.nan)
-        return candidates.tokens, *(scores[id(function)] for function in self._asked.values())
+        return candidates.tokens, *(scores[id(function)] for function in self._asked)
 
     def _read(
         self, logits: Tensor, banned: Tensor | None, names: tuple[str, ...], uniform: Tensor | None
@@ -298,11 +257,6 @@ class MicroConfidenceCommitter(Committer):
         values, drawn = self._reduce(logits, banned, names, uniform)
         distribution.know(names, values)
         return distribution, drawn
-
-    @property
-    def _draws_as_is(self) -> bool:
-        """Whether tokens are drawn from the model's own distribution."""
-        return self.temperature == 1 and self.top_k is None and self.top_p is None
 
     def _warp(self, logits: Tensor) -> Tensor:
         """What tokens are drawn from, ``(R, V) -> (R, V)``."""
@@ -321,6 +275,14 @@ class MicroConfidenceCommitter(Committer):
         return scores
 
 
+def _name(part: Any) -> str:
+    return str(getattr(part, "__name__", type(part).__name__))
+
+
+def _precision(logits: Tensor) -> torch.dtype:
+    return torch.promote_types(logits.dtype, torch.float32)
+
+
 def _published_top_p(top_p: float, _: Tensor, scores: Tensor) -> Tensor:
     """Dream's ``top_p_logits``: rounded, a sum from the largest down is another than one from the smallest up."""
     ordered, ids = scores.sort(dim=1, descending=True)
@@ -329,24 +291,18 @@ def _published_top_p(top_p: float, _: Tensor, scores: Tensor) -> Tensor:
     return scores.masked_fill(torch.zeros_like(beyond).scatter(1, ids, beyond), -torch.inf)
 
 
-class _Previous:
-    """The logits of the step before, for the slots of this one."""
+def _logits_before(slots: Slots, prediction: Prediction) -> Callable[[Tensor, torch.dtype], Tensor] | None:
+    """The logits ``(R, V)`` of the slots at some places at the step before, if there was one; keeps those of this."""
+    before = slots.memory.get("logits")
+    row_place, known = slots.recall("logits_rank")
+    slots.memory["logits"], slots.memory["logits_rank"] = prediction.logits, slots.rank + 1  # kept, so all at once
+    if before is None:
+        return None
+    rows, width, _ = before.shape
+    place = torch.arange(rows, device=before.device)[:, None] * width + row_place.clamp(max=width - 1)
 
-    def __init__(self, slots: Slots, prediction: Prediction) -> None:
-        self.slots, self.logits_now = slots, prediction.logits  # all at once, since they are kept
-        self.before = slots.memory.get("logits")
-        if self.before is not None:
-            place, known = slots.recall(slots.kept("logits_rank", torch.zeros_like(slots.rank)))
-            width = self.before.shape[1]
-            row = torch.arange(len(place), device=place.device)[:, None]
-            self.place, self.known = (row * width + place.clamp(max=width - 1)).flatten(), known.flatten()
+    def of(places: Tensor, dtype: torch.dtype) -> Tensor:
+        logits = before.flatten(0, 1)[place.flatten()[places]].to(dtype)
+        return logits.where(known.flatten()[places, None], torch.nan)
 
-    def logits(self, places: Tensor, dtype: torch.dtype) -> Tensor | None:
-        if self.before is None:
-            return None
-        logits = rearrange(self.before, "b k v -> (b k) v")[self.place[places]].to(dtype)
-        return logits.where(self.known[places, None], torch.nan)
-
-    def remember(self) -> None:
-        self.slots.memory["logits"] = self.logits_now
-        self.slots.memory["logits_rank"] = self.slots.rank + 1
+    return of

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
-from nap_decode.base.errors import NapDecodeError, check_ids, check_name
+from nap_decode.base.errors import NapDecodeError, check_ids, check_name, check_part, refuse
 from nap_decode.parts.committer import Committer, MicroConfidenceCommitter
 from nap_decode.parts.needs import Needs
 from nap_decode.parts.schedule import EvenSchedule
-from nap_decode.parts.scheduler import Scheduler
+from nap_decode.parts.scheduler import AnyOrderScheduler, Scheduler
 
 Path = tuple[str, ...]
 
@@ -22,14 +22,11 @@ class Decoder:
     It can be compared, hashed, pickled, saved and described.  :mod:`nap_decode.decoders` has the field's.
 
     Args:
-        scheduler: how many tokens each block may commit at each step.
+        scheduler: how many tokens each block may commit at each step; one anywhere by default.
         committer: which positions and tokens; :class:`MicroConfidenceCommitter` at temperature 0 by default.
         close_on: ids that end a block of the canvas, or ``"end"`` for those of the model.  Once such an id and
             everything before it are committed, the rest of the block is filled with the padding id without being
             decoded, and its share of the budget goes to the other blocks; with a fixed schedule, fewer steps are taken.
-
-    Raises:
-        NapDecodeError: parts that do not go together.
 
     Example:
         >>> from nap_decode import MacroParallelScheduler, decoders
@@ -42,34 +39,23 @@ class Decoder:
         nap_decode.base.errors.NapDecodeError: there is no option of this decoder 'treshold'. Did you mean ...
     """
 
-    scheduler: Scheduler
+    scheduler: Scheduler = AnyOrderScheduler()
     committer: Committer = MicroConfidenceCommitter()
     close_on: Sequence[int] | str = ()
 
     def __post_init__(self) -> None:
-        for name, kind, example in (
-            ("scheduler", Scheduler, "AnyOrderScheduler(steps=8)"),
-            ("committer", Committer, "MicroConfidenceCommitter()"),
-        ):
-            if not isinstance(getattr(self, name), kind):
-                wanted = f"{name} must be a {kind.__name__}, such as {example}"
-                raise NapDecodeError(f"{wanted}, but is {getattr(self, name)!r:.80}")
+        check_part("scheduler", self.scheduler, Scheduler, "AnyOrderScheduler(steps=8)")
+        check_part("committer", self.committer, Committer, "MicroConfidenceCommitter()")
         if isinstance(self.close_on, str):
             check_name("way to close blocks", self.close_on, ["end"])
         else:  # a tuple, to be compared, hashed and saved
             object.__setattr__(self, "close_on", tuple(check_ids("close_on", self.close_on)))
         if self.needs.adaptive:
-            self._check_adaptive()
-
-    def _check_adaptive(self) -> None:
-        scheduler, decides = self.scheduler, "because the committer decides how many tokens a step commits"
-        if scheduler.schedule != EvenSchedule():
-            raise NapDecodeError(f"{scheduler.schedule!r} has no effect, {decides}; leave it out")
-        if scheduler.shares_steps():
-            raise NapDecodeError(f"share_last_step=True has no effect, {decides}; leave it out")
-        if scheduler.steps is not None:
-            raise NapDecodeError(
-                f"steps={scheduler.steps} cannot be kept, {decides}; use tokens_per_step= for the least number"
+            scheduler = self.scheduler
+            refuse(
+                {"schedule": scheduler.schedule, "share_last_step": scheduler.shares_steps(), "steps": scheduler.steps},
+                {"schedule": EvenSchedule(), "share_last_step": False},
+                "the committer decides how many tokens a step commits (at least tokens_per_step)",
             )
 
     @property
@@ -77,53 +63,50 @@ class Decoder:
         """Those of its parts."""
         return self.scheduler.needs | self.committer.needs
 
-    def options(self) -> dict[str, list[Path]]:
-        """All options of its parts by name, and the parts that have them, as paths from here."""
-        return _homes(self, {})
+    def options(self, **exchanged: Any) -> dict[str, list[Path]]:
+        """All options of its parts by name, once these are exchanged, and the parts that have them, as paths."""
+        found: dict[str, list[Path]] = {}
+        for path in _options(self, exchanged):
+            found.setdefault(path[-1], []).append(path[:-1])
+        return found
 
     def set(self, **options: Any) -> Decoder:
         """The same with options of its parts exchanged, each by its name; of steps and tokens_per_step, the other goes.
 
-        Where a part is exchanged, too, the others are options of the new one.
-
-        Raises:
-            NapDecodeError: an option that no part has, or more than one; a value out of range.
+        A part that is exchanged takes its options with it (with a scheduler goes its ``tokens_per_step``); any given
+        along with the new one are the new one's.  Refused is an option that no part has, or more than one.
         """
-        found = _homes(self, options)
+        found = self.options(**options)
         for name in options:
             check_name("option of this decoder", name, found)
             if len(found[name]) > 1:
                 homes = " and ".join(".".join(path) for path in found[name])
                 raise NapDecodeError(f"{name} is an option of {homes}; exchange the part")
-        changed: Decoder = _changed(self, (), {(*found[name][0], name): value for name, value in options.items()})
+        changed: Decoder = _changed(self, {(*found[name][0], name): value for name, value in options.items()})
         return changed
 
 
-def _homes(part: Any, options: Mapping[str, Any]) -> dict[str, list[Path]]:
-    """The paths of the parts that have an option, by its name, once these ones are exchanged."""
-    found: dict[str, list[Path]] = {}
-    for field in fields(part):
-        if field.init:
-            name = field.name
-            found.setdefault(name, []).append(())
-            value = options.get(name, getattr(part, name))
-            if is_part(value):
-                # What is given is taken as it is, even if it has an option of its own name.
-                for inner, paths in _homes(value, {n: v for n, v in options.items() if n != name}).items():
-                    if inner != name or name not in options:
-                        found.setdefault(inner, []).extend((name, *path) for path in paths)
-    return found
+def _options(part: Any, exchanged: Mapping[str, Any]) -> Iterator[Path]:
+    """The paths of all options of a part and of the parts in it, once some are exchanged."""
+    for name in (field.name for field in fields(part) if field.init):
+        yield (name,)
+        value = exchanged.get(name, getattr(part, name))
+        if is_part(value):
+            # What is given is taken as it is, even if it has an option of its own name.
+            inner = _options(value, {other: v for other, v in exchanged.items() if other != name})
+            yield from ((name, *path) for path in inner if path[-1] != name or name not in exchanged)
 
 
-def _changed(part: Any, path: Path, changes: Mapping[Path, Any]) -> Any:
+def _changed(part: Any, changes: Mapping[Path, Any]) -> Any:
     """A part with changes inside it; all at once, as one option may depend on another."""
-    options = {at[-1]: value for at, value in changes.items() if at[:-1] == path}
+    options = {path[0]: value for path, value in changes.items() if len(path) == 1}
     either = getattr(part, "either", ())
     if any(options.get(name) is not None for name in either):
         options = dict.fromkeys(either) | options
-    for name in dict.fromkeys(at[len(path)] for at in changes if at[: len(path)] == path and len(at) > len(path) + 1):
-        options[name] = _changed(options.get(name, getattr(part, name)), (*path, name), changes)
-    return replace(part, **options) if options else part
+    for name in dict.fromkeys(path[0] for path in changes if len(path) > 1):
+        inside = {path[1:]: value for path, value in changes.items() if len(path) > 1 and path[0] == name}
+        options[name] = _changed(options.get(name, getattr(part, name)), inside)
+    return replace(part, **options)
 
 
 def is_part(value: Any) -> bool:

@@ -44,11 +44,11 @@ class Needs:
             raise NapDecodeError(
                 f'statistics of Needs must be a tuple, such as ("negative_entropy",), but are {self.statistics!r:.80}'
             )
-        object.__setattr__(self, "statistics", tuple(self.statistics))
+        object.__setattr__(self, "statistics", tuple(dict.fromkeys(self.statistics)))
 
     def __or__(self, other: Needs) -> Needs:
         """What either needs."""
         if not isinstance(other, Needs):
             raise NapDecodeError(f"the needs of a part must be Needs, such as Needs(adaptive=True), not {other!r:.80}")
-        both = {f.name: getattr(self, f.name) or getattr(other, f.name) for f in fields(self)}
-        return Needs(**both | {"statistics": tuple(dict.fromkeys(self.statistics + other.statistics))})
+        flags = {f.name: getattr(self, f.name) or getattr(other, f.name) for f in fields(self)}
+        return Needs(**flags | {"statistics": self.statistics + other.statistics})

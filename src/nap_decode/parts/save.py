@@ -6,7 +6,7 @@ to a file, compared, and read by people.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from importlib import import_module
 from numbers import Integral, Real
@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 from nap_decode.base.errors import NapDecodeError, check_name
 from nap_decode.parts.confidence import STATISTICS
+from nap_decode.parts.decoder import is_part
 
 Part: TypeAlias = "type[Any] | Callable[..., Any]"
 """A class or function of yours, which a file names."""
@@ -27,15 +28,12 @@ _HOMES = ("canvas", "parts", "decoders", "speed")
 def to_plain(value: Any) -> Any:
     """A part as JSON can hold it: dataclasses as their options (those that are not the default), and their name.
 
-    Raises:
-        NapDecodeError: something that is no part, number, text or list of these.
-
     Example:
         >>> from nap_decode import AnyOrderScheduler
         >>> to_plain(AnyOrderScheduler(steps=8))
         {'part': 'parts.scheduler.AnyOrderScheduler', 'steps': 8}
     """
-    if is_dataclass(value) and not isinstance(value, type):
+    if is_part(value):
         options = {name: to_plain(option) for name, option in _options(value).items()}
         for name in options.keys() & {"part", "function", "own"}:
             raise NapDecodeError(f"{type(value).__name__} cannot be saved with an option called {name!r}; rename it")
@@ -50,29 +48,43 @@ def to_plain(value: Any) -> Any:
         return float(value)
     if isinstance(value, FunctionType) and value.__name__ != "<lambda>":
         return _named("function", value)
-    if callable(value) and _is_bare(value):
-        return _named("part", type(value))
+    kind = type(value)
+    has_options = any("__init__" in vars(base) or "__new__" in vars(base) for base in kind.__mro__[:-1])
+    if callable(value) and not has_options and getattr(value, "__dict__", None) == {}:  # it is nothing but its class
+        return _named("part", kind)
     raise NapDecodeError(
         f"{value!r:.80} cannot be saved; make the part a function with a name, or a frozen dataclass of numbers, "
         "texts and other parts"
     )
 
 
-def from_plain(data: Any, parts: Iterable[Part] = ()) -> Any:
-    """The part that :func:`to_plain` wrote.
-
-    Args:
-        data: what it returned.
-        parts: classes and functions of yours that occur in it.
-
-    Raises:
-        NapDecodeError: the name of a part that is neither of this package nor among ``parts``.
+def from_plain(data: Any, parts: Sequence[Part] = ()) -> Any:
+    """The part that :func:`to_plain` wrote; ``parts`` are classes and functions of yours that occur in it.
 
     Example:
         >>> from_plain({"part": "parts.scheduler.AnyOrderScheduler", "steps": 8})
         AnyOrderScheduler(steps=8, tokens_per_step=None, schedule=EvenSchedule())
     """
-    return _restore(data, {part.__name__: part for part in parts})
+    if isinstance(data, list):
+        return tuple(from_plain(item, parts) for item in data)
+    if not isinstance(data, dict):
+        return data
+    name = data.get("part", data.get("function"))
+    if not isinstance(name, str):
+        raise NapDecodeError(f"{data!r:.80} is not a part: it has neither a 'part' nor a 'function'")
+    if data.get("own"):
+        own = {getattr(part, "__name__", repr(part)): part for part in parts}
+        check_name("part of yours (name them in parts=)", name, own)
+        part: Any = own[name]
+    else:
+        part = _of_package(name, FunctionType if "function" in data else type)
+    if "function" in data:
+        return part
+    options = {key: from_plain(value, parts) for key, value in data.items() if key not in ("part", "own")}
+    try:
+        return part(**options)
+    except TypeError as error:
+        raise NapDecodeError(f"{name} cannot be made from {options}: {error}") from error
 
 
 def describe(part: Any) -> str:
@@ -91,7 +103,8 @@ def describe(part: Any) -> str:
     for name in ("selection", "inner", "committer"):  # which are shown even if they are the default
         if hasattr(part, name):
             inner = {name: getattr(part, name)} | inner
-    shown = ", ".join(f"{name}={_short(option)}" for name, option in options.items() if name not in inner)
+    plain = {name: option for name, option in options.items() if name not in inner}
+    shown = ", ".join(f"{name}={getattr(option, '__name__', f'{option!r:.60}')}" for name, option in plain.items())
     lines = [f"{type(part).__name__}({shown})"]
     if (part.__doc__ or "").strip():
         lines.append("  " + part.__doc__.strip().splitlines()[0])
@@ -99,22 +112,11 @@ def describe(part: Any) -> str:
     return "\n".join(lines)
 
 
-def _is_bare(value: Any) -> bool:
-    """Whether an object has nothing but its class."""
-    kinds = (kind for kind in type(value).__mro__ if kind is not object)
-    takes_options = any("__init__" in vars(kind) or "__new__" in vars(kind) for kind in kinds)
-    return not takes_options and getattr(value, "__dict__", None) == {}
-
-
 def _named(kind: str, part: Part) -> dict[str, Any]:
     """The name of a part: where this package has it, or marked as somebody else's."""
     if part.__module__.startswith(_PACKAGE):
         return {kind: f"{part.__module__.removeprefix(_PACKAGE)}.{part.__qualname__}"}
     return {kind: part.__name__, "own": True}
-
-
-def _short(option: Any) -> str:
-    return getattr(option, "__name__", None) or f"{option!r:.60}"
 
 
 def _options(part: Any) -> dict[str, Any]:
@@ -128,28 +130,6 @@ def _equal(value: Any, default: Any) -> bool:
         return value is default or bool(value == default)
     except ValueError:  # of an array
         return False
-
-
-def _restore(data: Any, own: dict[str, Part]) -> Any:
-    if isinstance(data, list):
-        return tuple(_restore(item, own) for item in data)
-    if not isinstance(data, dict):
-        return data
-    name = data.get("part", data.get("function"))
-    if not isinstance(name, str):
-        raise NapDecodeError(f"{data!r:.80} is not a part: it has neither a 'part' nor a 'function'")
-    if data.get("own"):
-        check_name("part of yours (name them in parts=)", name, own)
-        part: Any = own[name]
-    else:
-        part = _of_package(name, FunctionType if "function" in data else type)
-    if "function" in data:
-        return part
-    options = {key: _restore(value, own) for key, value in data.items() if key not in ("part", "own")}
-    try:
-        return part(**options)
-    except TypeError as error:
-        raise NapDecodeError(f"{name} cannot be made from {options}: {error}") from error
 
 
 def _of_package(name: str, kind: type) -> Any:

@@ -54,12 +54,7 @@ class Schedule(ABC):
 
 @dataclass(frozen=True)
 class EvenSchedule(Schedule):
-    """Steps that differ by at most one token, the larger ones first (LLaDA's ``get_num_transfer_tokens``).
-
-    Example:
-        >>> EvenSchedule()(torch.tensor([8]), torch.tensor([3]), torch.empty(1, 0)).tolist()
-        [[3, 6, 8]]
-    """
+    """Steps that differ by at most one token, the larger ones first (LLaDA's ``get_num_transfer_tokens``)."""
 
     @override
     def __call__(self, tokens: Tensor, steps: Tensor, draws: Tensor) -> Tensor:

@@ -1,9 +1,8 @@
 """Which blocks a step may decode, and how many tokens each of them commits.
 
 A scheduler is a partition of the slots into blocks, and one function: which of the slots that are left are decoded
-now (:meth:`Scheduler.open`).  Everything else follows by playing it: the phases of a fixed schedule, between which its
-steps are divided; the shares of a step's budget, which goes to what is open; and the blocks that an adaptive decoder
-may commit in.
+now (:meth:`Scheduler.open`).  Everything else follows by playing it: the phases of a fixed schedule, the shares of a
+step's budget, and the blocks that an adaptive decoder may commit in.
 
 What three schedulers do with a canvas of two paths and a summary, two tokens per step (digits: the step that commits a
 slot; inside a block the committer decides which)::
@@ -13,8 +12,7 @@ slot; inside a block the committer decides which)::
     SemiAutoregressive       0 0 1 1  2 2 3 3  4 4     one block after the other
     AnyOrder                 ? ? ? ?  ? ? ? ?  ? ?     no blocks: the committer decides alone
 
-All of it is exact int64 arithmetic on tensors of shape (rows, blocks), on the host, where a fixed schedule is known in
-advance, so that the device is neither asked nor given work.
+All of it is exact int64 arithmetic on the host: the device is neither asked nor given work.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ from torch.nn.functional import pad
 from typing_extensions import override
 
 from nap_decode.base.batching import to_device
-from nap_decode.base.errors import NapDecodeError, check_between, check_flag, check_integer
+from nap_decode.base.errors import NapDecodeError, check_between, check_flag, check_integer, check_part
 from nap_decode.base.random import SCHEDULE_STREAM, uniform
 from nap_decode.canvas import Canvas, count_blocks
 from nap_decode.parts.needs import Needs
@@ -44,7 +42,7 @@ class Partition(NamedTuple):
     Args:
         block: ``(B, W)`` int64, block of every slot to decode, -1 elsewhere.
         lengths: ``(B, M)`` int64 on the host, slots of each block.
-        held: for each block whether it is held back until the others are done.
+        held: for each block whether the template marks it as held back.
     """
 
     block: Tensor
@@ -72,7 +70,7 @@ class Left:
 
     @classmethod
     def all(cls, lengths: Tensor) -> Left:
-        """Everything."""
+        """Everything, before the first step."""
         nothing = torch.zeros_like(lengths)
         return cls(lengths, nothing, nothing.sum(1), nothing, nothing)
 
@@ -108,10 +106,8 @@ class Plan:
 class Scheduler(ABC):
     """Decides which blocks are decoded now.  A subclass writes :meth:`open`.
 
-    This one decodes the blocks from the last to the first:
-
     Example:
-        >>> class Backwards(Scheduler):
+        >>> class Backwards(Scheduler):  # from the last block to the first
         ...     def open(self, left, lengths, held):
         ...         behind = left.flip(1).cumsum(1).flip(1) - left  # slots left in the blocks behind
         ...         return left * (behind == 0)
@@ -125,9 +121,6 @@ class Scheduler(ABC):
         tokens_per_step: instead of ``steps``: each row takes its tokens divided by this, rounded up, in steps; 1 if
             neither is given.  With an adaptive selection it is the least number of tokens per step.
         schedule: how the tokens of a phase are spread over its steps.
-
-    Raises:
-        NapDecodeError: both, or a number below 1.
     """
 
     steps: int | None = None
@@ -136,6 +129,8 @@ class Scheduler(ABC):
 
     either: ClassVar[tuple[str, ...]] = ("steps", "tokens_per_step")
     """Options of which one at most is given."""
+    more_steps: ClassVar[str] = "ask for more steps"
+    """How to mend it that there are fewer steps than phases."""
 
     def __post_init__(self) -> None:
         for name in self.either:
@@ -143,8 +138,7 @@ class Scheduler(ABC):
                 check_integer(name, getattr(self, name), 1)
         if self.steps is not None and self.tokens_per_step is not None:
             raise NapDecodeError(f"give steps ({self.steps}) or tokens_per_step ({self.tokens_per_step}), not both")
-        if not isinstance(self.schedule, Schedule):
-            raise NapDecodeError(f"schedule must be a Schedule, such as EvenSchedule(), but is {self.schedule!r}")
+        check_part("schedule", self.schedule, Schedule, "EvenSchedule()")
 
     @property
     def needs(self) -> Needs:
@@ -157,15 +151,12 @@ class Scheduler(ABC):
 
     @abstractmethod
     def open(self, left: Tensor, lengths: Tensor, held: Tensor) -> Tensor:
-        """Slots of each block that are decoded now; something, as long as anything is left.
+        """``(B, M)`` int64, slots of each block that are decoded now: at most ``left``, but some where any are left.
 
         Args:
             left: ``(B, M)`` int64, slots that are masked.
             lengths: ``(B, M)`` int64, all slots of each block.
             held: ``(B, M)`` bool, blocks that the template marks as held back.
-
-        Returns:
-            ``(B, M)`` int64, at most ``left``.
         """
 
     def shares_steps(self) -> bool:
@@ -173,6 +164,10 @@ class Scheduler(ABC):
         return False
 
     # ---------------------------------------------------------------------------------------- by playing it
+
+    @property
+    def _per_step(self) -> int:
+        return 1 if self.tokens_per_step is None else int(self.tokens_per_step)
 
     def plan(
         self,
@@ -182,23 +177,19 @@ class Scheduler(ABC):
         adaptive: bool = False,
         seeds: Tensor | None = None,
     ) -> Plan:
-        """Fix the steps of every row.
+        """Fix the steps of every row; refused are more steps than tokens, and fewer than phases.
 
         Args:
             lengths: ``(B, M)`` int64, slots of each block.
             held: for each block whether it is held back; none by default.
             adaptive: whether the number of steps depends on the model.
             seeds: ``(B,)`` int64, seeds of the rows; needed if the schedule is random.
-
-        Raises:
-            NapDecodeError: more steps than tokens, or fewer steps than phases.
         """
         is_held = torch.tensor(held or (False,) * lengths.shape[1], device=lengths.device).expand_as(lengths)
         total, phases = lengths.sum(1), self._phases(lengths, is_held)  # (B,), (B, P) tokens
         if adaptive:
             return Plan(lengths, is_held, total.new_zeros(len(total), 0), torch.zeros_like(total))
-        per_step = 1 if self.tokens_per_step is None else int(self.tokens_per_step)
-        steps = -(-total // per_step) if self.steps is None else torch.where(total > 0, int(self.steps), 0)
+        steps = -(-total // self._per_step) if self.steps is None else torch.where(total > 0, int(self.steps), 0)
         phases = total[:, None] if self.shares_steps() else phases
         self._check_steps(total, steps, (phases > 0).sum(1))
         return Plan(lengths, is_held, self._targets(phases, divide_steps(phases, steps), seeds), steps)
@@ -230,43 +221,41 @@ class Scheduler(ABC):
     def next(self, plan: Plan, left: Left) -> tuple[Tensor, Left]:
         """Tokens that each block commits at the next step of a fixed schedule at which its row has anything to do.
 
-        A step's budget is what the row is behind its plan; slots that were filled without being decoded do not count,
-        so that a row keeps its pace and comes to its end earlier.  It is shared by what is open: the ideal shares since
-        the last block opened or closed, rounded so that they make the budget exactly (:func:`fair_share`).
+        A step's budget is what the row is behind its plan, not counting slots that were filled without being decoded.
+        It is shared by what is open: the ideal shares since the last block opened or closed, rounded so that they make
+        the budget exactly (:func:`fair_share`).
 
         Returns:
-            ``(B, M)`` int64 quota; and what is left after it, but for what the canvas itself tells, with the step that
-            is taken now.
+            ``(B, M)`` int64 quota; and what is left after it, with the step that is taken now.
         """
         decoded = (plan.lengths - left.masked - left.closed).sum(1)
         step = left.step
         while bool((idle := (left.masked.sum(1) > 0) & (plan.due(step) <= decoded) & (step < plan.steps)).any()):
             step = step + idle
         budget = (plan.due(step) - decoded).clamp(min=0)
-        quota, masked = torch.zeros_like(left.masked), left.masked
+        quota = torch.zeros_like(left.masked)
         while True:
-            opened = self._opened(masked, plan.lengths, plan.held)
+            opened = self._opened(left.masked, plan.lengths, plan.held)
             is_new = (opened != left.weights - left.given).any(1, keepdim=True)
             weights, given = torch.where(is_new, opened, left.weights), left.given.masked_fill(is_new, 0)
             now = torch.minimum(budget - quota.sum(1), opened.sum(1))
             share = fair_share(weights, given, given.sum(1) + now) - given
-            quota, masked = quota + share, masked - share
-            left = replace(left, masked=masked, step=step, weights=weights, given=given + share)
+            quota = quota + share
+            left = replace(left, masked=left.masked - share, step=step, weights=weights, given=given + share)
             # A rest goes on to what opens next, unless a block that closed early left it.
             goes_on = self.shares_steps() | (left.closed.sum(1) == 0)
-            more = goes_on & (quota.sum(1) < budget) & (masked.sum(1) > 0)
+            more = goes_on & (quota.sum(1) < budget) & (left.masked.sum(1) > 0)
             if not bool(more.any()):
                 return quota, left
             budget = torch.where(more, budget, quota.sum(1))
 
     def least(self, plan: Plan, left: Tensor) -> Tensor:
-        """Tokens that each block commits at least at a step of an adaptive decoder, ``(B, M) -> (B, M)`` int64.
+        """``(B, M)`` int64: the fewest tokens that each block commits at a step of an adaptive decoder.
 
         ``tokens_per_step`` for each row, or what is open, shared by what each block still has.
         """
         opened = self._opened(left, plan.lengths, plan.held)
-        target = opened.sum(1).clamp(max=1 if self.tokens_per_step is None else int(self.tokens_per_step))
-        return fair_share(opened, torch.zeros_like(opened), target)
+        return fair_share(opened, torch.zeros_like(opened), opened.sum(1).clamp(max=self._per_step))
 
     def may_commit(self, plan: Plan, left: Tensor) -> Tensor:
         """``(B, M)`` bool: blocks in which an adaptive decoder may commit; one that has begun may go on."""
@@ -301,11 +290,8 @@ class Scheduler(ABC):
             raise NapDecodeError(
                 f"{asked} makes {int(steps[row])} steps for the {int(total[row])} tokens of row {row}, but "
                 f"{type(self).__name__} decodes them in {int(num_phases[row])} phases of at least one step each; "
-                f"{self._fewer_phases_hint()} (fewer tokens per step)"
+                f"{self.more_steps} (fewer tokens per step)"
             )
-
-    def _fewer_phases_hint(self) -> str:
-        return "ask for more steps"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,19 +299,15 @@ class MacroParallelScheduler(Scheduler):
     """NAP's rule: every step's budget is spread over all paths; the summary is held back.
 
     "The unmasking budget is distributed across all m reasoning blocks at every step" (arXiv 2602.23225, section 4.2);
-    what the paper leaves open is decided here:
-
-    * cumulative fair share: after every step each block has received its ideal share, rounded down or up, and the
-      shares of a step make its budget exactly (:func:`fair_share`).  With fewer tokens per step than blocks, the blocks
-      take turns;
-    * blocks marked ``held`` (the summary) open when ``hold_until`` of the other tokens are committed.  The steps are
-      divided between the two phases in proportion to their tokens, at least one each.
+    what the paper leaves open is decided here.  After every step each block has received its ideal share, rounded down
+    or up (:func:`fair_share`); with fewer tokens per step than blocks, the blocks take turns.  The steps are divided
+    between paths and summary in proportion to their tokens, at least one each.
 
     Args:
-        hold_until: share of the path tokens, 0 to 1, that are committed before the summary opens.  1 decodes it last,
-            0 along with the paths.
-        share_last_step: let the summary use what is left of the step that completes the first phase, instead of having
-            steps of its own.
+        hold_until: share of the other tokens, 0 to 1, that are committed before blocks that are held back open.  1
+            decodes them last, 0 along with the others.
+        share_last_step: let the summary use what is left of the step that completes the paths, instead of having steps
+            of its own.
 
     Example:
         >>> scheduler = MacroParallelScheduler(tokens_per_step=2)
@@ -340,6 +322,8 @@ class MacroParallelScheduler(Scheduler):
 
     hold_until: float = 1.0
     share_last_step: bool = False
+
+    more_steps = "set share_last_step=True or hold_until=0.0, or ask for more steps"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -360,14 +344,12 @@ class MacroParallelScheduler(Scheduler):
     def shares_steps(self) -> bool:
         return self.share_last_step
 
-    @override
-    def _fewer_phases_hint(self) -> str:
-        return "set share_last_step=True or hold_until=0.0, or ask for more steps"
-
 
 @dataclass(frozen=True, kw_only=True)
 class SemiAutoregressiveScheduler(Scheduler):
     """One block after the other, each with steps in proportion to its tokens (LLaDA, arXiv 2502.09992).
+
+    A block that the template marks as held back is one like the others.
 
     Args:
         block_length: cut each row's slots into blocks of this length, whatever the blocks of the canvas (the last one
@@ -377,14 +359,14 @@ class SemiAutoregressiveScheduler(Scheduler):
             attention do (LLaDA2, SDAR); the first block is then what the prompt left of it.
 
     Example:
-        >>> scheduler = SemiAutoregressiveScheduler(steps=3)
-        >>> plan = scheduler.plan(torch.tensor([[4, 2]]))
-        >>> scheduler.next(plan, Left.all(plan.lengths))[0].tolist()
-        [[2, 0]]
+        >>> SemiAutoregressiveScheduler().open(torch.tensor([[0, 3, 4]]), torch.tensor([[4, 4, 4]]), None).tolist()
+        [[0, 3, 0]]
     """
 
     block_length: int | None = None
     on_grid: bool = False
+
+    more_steps = "cut longer blocks, or ask for more steps"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -412,21 +394,14 @@ class SemiAutoregressiveScheduler(Scheduler):
     def open(self, left: Tensor, lengths: Tensor, held: Tensor) -> Tensor:
         return left * (left.cumsum(1) == left)  # nothing is left in the blocks in front
 
-    @override
-    def _fewer_phases_hint(self) -> str:
-        return "cut longer blocks, or ask for more steps"
-
 
 @dataclass(frozen=True, kw_only=True)
 class AnyOrderScheduler(Scheduler):
     """No blocks: the budget of a step goes to any slots of the canvas ("AO" in the paper).
 
     Example:
-        >>> scheduler = AnyOrderScheduler(tokens_per_step=4)
-        >>> plan = scheduler.plan(torch.tensor([[10]]))
-        >>> quota, left = scheduler.next(plan, Left.all(plan.lengths))
-        >>> quota.tolist(), left.masked.tolist()
-        ([[4]], [[6]])
+        >>> AnyOrderScheduler(tokens_per_step=4).plan(torch.tensor([[10]])).targets.tolist()
+        [[4, 7, 10]]
     """
 
     @override
@@ -466,17 +441,14 @@ def fair_share(weights: Tensor, committed: Tensor, target: Tensor) -> Tensor:
         ``(B, M)`` int64.
 
     Example:
-        >>> weights = committed = torch.tensor([[2, 2, 2]])
+        >>> weights = torch.tensor([[2, 2, 2]])
         >>> committed = torch.zeros_like(weights)
-        >>> for target in range(1, 7):
+        >>> for target in range(1, 4):
         ...     committed = fair_share(weights, committed, torch.tensor([target]))
         ...     print(committed.tolist()[0])
         [1, 0, 0]
         [1, 1, 0]
         [1, 1, 1]
-        [2, 1, 1]
-        [2, 2, 1]
-        [2, 2, 2]
     """
     total = weights.sum(1, keepdim=True).clamp(min=1)
     ideal = target[:, None] * weights  # times total

@@ -1,6 +1,7 @@
-"""How many of the scored slots are committed: the last of a committer's three questions.
+"""How many of the scored slots are committed, and what becomes of those that are already.
 
-A selection chooses inside each block.  Those of a single paper stand with their decoder, in :mod:`nap_decode.decoders`.
+A selection chooses inside each block; a reviser may replace committed tokens or mask them again.  Those of a single
+paper stand with their decoder, in :mod:`nap_decode.decoders`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing_extensions import override
 from nap_decode.base.errors import check_between, check_name, check_number
 from nap_decode.base.random import SELECTION_STREAM
 from nap_decode.parts.needs import Needs
-from nap_decode.parts.slots import Proposal
+from nap_decode.parts.slots import Decision, Proposal
 
 
 class Selection(ABC):
@@ -101,9 +102,6 @@ def _topk(proposal: Proposal, score: Tensor) -> Tensor:
 class ThresholdSelection(Selection):
     """Every slot that reaches a confidence (Fast-dLLM, arXiv 2505.22618, algorithm 1).
 
-    Args:
-        threshold: slots with at least this confidence are committed.
-
     Example:
         >>> from nap_decode.parts import Slots
         >>> slots = Slots.of(block=torch.tensor([[0, 0, 0, 1, 1]]), quota=torch.tensor([[0, 1]]))
@@ -119,3 +117,31 @@ class ThresholdSelection(Selection):
     @override
     def __call__(self, proposal: Proposal) -> Tensor:
         return proposal.fill_up(proposal.confidence >= self.threshold)
+
+
+class Reviser(ABC):
+    """Looks at the committed slots of the open blocks.  A subclass writes ``__call__``.
+
+    It must come to an end: mask fewer slots than are committed, and leave blocks settled some time.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> class SecondThoughts(Reviser):  # edits whatever the model would now say otherwise
+        ...     def __call__(self, proposal, decision):
+        ...         slots = proposal.slots
+        ...         edited = slots.committed & (proposal.tokens != slots.tokens)
+        ...         return replace(decision, chosen=decision.chosen | edited)
+    """
+
+    @property
+    def needs(self) -> Needs:
+        """See :class:`Needs`; committed slots in any case."""
+        return Needs(adaptive=True, memory=True, committed=True)
+
+    @abstractmethod
+    def __call__(self, proposal: Proposal, decision: Decision) -> Decision:
+        """Revise a decision, whose ``chosen`` so far are the masked slots that are committed at this step.
+
+        The proposal is for masked and committed slots of the open blocks; only ``proposal.slots.committed`` may be
+        revised.  What comes back has edited slots among the ``chosen``, ``remasked`` slots and ``unsettled`` blocks.
+        """

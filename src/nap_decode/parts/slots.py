@@ -35,11 +35,6 @@ class Slots:
         ahead: ``(B, 1 + M, M)`` int64, for a part that needs it: what each block commits at least, plus 1, or 0 if it
             is closed; first as things stand, then with one token more in each of the blocks.  The slots are then those
             of all blocks that any of this opens.
-
-    Example:
-        >>> slots = Slots.of(block=torch.tensor([[0, 0, 0, 1, 1]]), quota=torch.tensor([[2, 1]]))
-        >>> slots.index.tolist()
-        [[0, 1, 2, 3, 4]]
     """
 
     index: Tensor
@@ -72,11 +67,11 @@ class Slots:
         Args:
             wanted: ``(B, W)`` bool, the slots.
             block: ``(B, W)`` int64, block of every slot to decode, -1 elsewhere.
-            quota: ``(B, M)`` int64.
+            quota: as it is kept, like the other fields.
             width: K, the largest number of slots in a row, or more.
             total: T, the number of all slots, or more.
             committed: ``(B, W)`` bool, slots that are not masked; None if all wanted ones are.
-            fields: seeds, step, row_tokens, row_offsets, memory and ahead of :class:`Slots`.
+            fields: seeds, step, row_tokens, row_offsets, memory and ahead.
         """
         #   wanted  . x . x x .   ->   rank  -1 0 -1 1 2 -1   ->   index  1 3 4
         rank = torch.where(wanted, wanted.cumsum(1) - 1, -1)
@@ -100,19 +95,12 @@ class Slots:
 
     @classmethod
     def of(cls, block: Tensor, quota: Tensor, **fields: Any) -> Slots:
-        """Slots of rows that consist of nothing else, to try a part by hand.
-
-        Args:
-            block: ``(B, K)`` int64.
-            quota: ``(B, M)`` int64.
-            fields: any other field of :class:`Slots`.
-        """
-        index = torch.arange(block.shape[1], device=block.device).expand_as(block)
-        names = ("index", "rank", "row_offsets")
-        tokens, none = torch.zeros_like(block), torch.zeros(len(block), dtype=torch.int64, device=block.device)
-        others = {"committed": tokens.bool(), "seeds": none, "step": none, "row_tokens": tokens}
-        places = {"places": torch.arange(block.numel(), device=block.device)}
-        return cls(block=block, quota=quota, **(dict.fromkeys(names, index) | others | places | fields))
+        """Slots ``block (B, K)`` of rows that consist of nothing else, to try a part by hand; other fields as given."""
+        columns = torch.arange(block.shape[1], device=block.device).expand_as(block)
+        none, places = torch.zeros_like(block), torch.arange(block.numel(), device=block.device)
+        others = {"index": columns, "rank": columns, "row_offsets": columns, "places": places}
+        others |= {"committed": none.bool(), "seeds": none.sum(1), "step": none.sum(1), "row_tokens": none}
+        return cls(block=block, quota=quota, **(others | fields))
 
     @lazy
     def open(self) -> Tensor:
@@ -148,10 +136,14 @@ class Slots:
             return values.view(*self.block.shape, *values.shape[1:])
         return values[self._unpacked]
 
+    def total(self, values: Tensor) -> Tensor:
+        """Sums over the slots of each block, ``(B, K) -> (B, M)``."""
+        sums = values.new_zeros(len(self.block), self.quota.shape[1] + 1)
+        return sums.scatter_add_(1, self.block, values)[:, :-1]
+
     def count(self, where: Tensor) -> Tensor:
         """How many slots of each block are in ``where``, ``(B, K) bool -> (B, M)`` int64."""
-        counts = torch.zeros(len(self.block), self.quota.shape[1] + 1, dtype=torch.int64, device=self.block.device)
-        return counts.scatter_add_(1, self.block, where.long())[:, :-1]
+        return self.total(where.long())
 
     def per_slot(self, values: Tensor) -> Tensor:
         """What each slot's block has, ``(B, M) -> (B, K)``; 0 where a row has fewer than K slots."""
@@ -165,28 +157,16 @@ class Slots:
         return values.gather(1, self.rank.clamp(min=0))
 
     def kept(self, name: str, like: Tensor) -> Tensor:
-        """What a part put in ``memory[name]`` at an earlier step; zeros for rows that are new.
+        """What a part put in ``memory[name]`` at an earlier step, padded or cut to the shape of ``like``, or that.
 
         The batch changes while it is decoded: rows leave and others come, and their widths with them.  So what
         is kept is a tensor with the batch as its first dimension, in which zero stands for nothing.
-
-        Args:
-            name: the name.
-            like: what there is if nothing was kept; its shape, but for the first dimension, is what comes back,
-                padded or cut at the end.
         """
         return pad_to(self.memory[name], like.shape[1:]) if name in self.memory else like
 
-    def recall(self, rank: Tensor) -> tuple[Tensor, Tensor]:
-        """Where these slots stood among those of an earlier step.
-
-        Args:
-            rank: ``(B, W)``, that step's ``rank + 1``; 0 for nothing.
-
-        Returns:
-            ``(B, K)`` int64 places, and ``(B, K)`` bool: whether they were there at all.
-        """
-        place = rank.gather(1, self.index) - 1
+    def recall(self, name: str) -> tuple[Tensor, Tensor]:
+        """``(B, K)`` places at an earlier step, which kept its ``rank + 1`` by this name, and whether there was one."""
+        place = self.kept(name, torch.zeros_like(self.rank)).gather(1, self.index) - 1
         return place.clamp(min=0), place >= 0
 
     def uniform(self, stream: int) -> Tensor:
@@ -195,8 +175,8 @@ class Slots:
 
     def repeat(self, times: int) -> Slots:
         """The slots of the batch several times over, one batch after the other."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("places", "memory", "ahead")}
-        repeated = {name: t.repeat(times, *[1] * (t.ndim - 1)) for name, t in tensors.items()}
+        names = [f.name for f in fields(self) if f.name not in ("places", "memory", "ahead")]
+        repeated: dict[str, Any] = {name: torch.cat([getattr(self, name)] * times) for name in names}
         first = torch.arange(times, device=self.places.device)[:, None] * self.block.numel()
         return replace(self, places=(self.places + first).flatten(), **repeated)
 
@@ -219,11 +199,6 @@ class Decision:
         chosen: ``(B, K)`` bool, slots that get their token now: masked ones are committed, committed ones are edited.
         remasked: ``(B, K)`` bool, committed slots that are masked again.
         unsettled: ``(B, M)`` bool, blocks that stay open even if no slot of theirs is masked.
-
-    Example:
-        >>> scores = torch.tensor([[0.2, 0.9]])
-        >>> Decision(tokens=torch.tensor([[5, 7]]), confidence=scores, chosen=scores > 0.5).chosen.tolist()
-        [[False, True]]
     """
 
     tokens: Tensor
@@ -263,11 +238,7 @@ class Proposal:
         return cls(slots, torch.zeros_like(slots.block), confidence, statistics)
 
     def __getitem__(self, statistic: Any) -> Tensor:
-        """``(B, K)`` values of a statistic, by its name or function.
-
-        Raises:
-            NapDecodeError: the part does not say that it needs it.
-        """
+        """``(B, K)`` values of a statistic, by its name or function; an error if no part says that it needs it."""
         if statistic not in self.statistics:
             raise NapDecodeError(
                 f"nobody asked for {statistic!r}; a part that looks at it says so: needs = Needs(statistics=(...,))"
@@ -290,20 +261,12 @@ class Proposal:
     def mean(self, values: Tensor) -> Tensor:
         """``(B, K)``: for every slot the mean of the values ``(B, K)`` over the open slots of its block."""
         slots = self.slots
-        total = torch.zeros(len(values), slots.quota.shape[1] + 1, dtype=values.dtype, device=values.device)
-        total = total.scatter_add_(1, slots.block, values.where(slots.open, 0))[:, :-1]
-        return slots.per_slot(total / slots.count(slots.open).clamp(min=1))
+        number = slots.count(slots.open).clamp(min=1)
+        return slots.per_slot(slots.total(values.where(slots.open, 0)) / number)
 
 
 def rank_in_block(score: Tensor, block: Tensor) -> Tensor:
-    """Place of every slot in its block by falling score, from 0; ties go to the lower index.
-
-    Args:
-        score: ``(B, K)``.
-        block: ``(B, K)`` int64.
-
-    Returns:
-        ``(B, K)`` int64.
+    """``(B, K)`` int64: place of every slot in its block by falling score, from 0; ties go to the lower index.
 
     Example:
         >>> rank_in_block(torch.tensor([[.1, .9, .5, .2]]), torch.tensor([[0, 0, 0, 1]])).tolist()

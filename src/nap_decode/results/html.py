@@ -65,12 +65,7 @@ class Run(NamedTuple):
 
 
 def step_colour(step: int, num_steps: int) -> tuple[int, int, int]:
-    """Red, green and blue, 0 to 255, of a step of ``num_steps``.
-
-    Example:
-        >>> step_colour(0, 9), step_colour(8, 9)
-        ((0, 114, 178), (213, 94, 0))
-    """
+    """Red, green and blue, 0 to 255, of a step of ``num_steps``."""
     place = max(0, min(step, num_steps - 1)) / max(num_steps - 1, 1) * (len(_RAMP) - 1)
     left = min(int(place), len(_RAMP) - 2)
     share = place - left
@@ -99,7 +94,7 @@ def lay_out(
     max_slots: int = 1100,
     max_prompt: int = 200,
 ) -> list[Run]:
-    """What one row of a decode is made of, in order; arguments and errors are those of :func:`render`."""
+    """What one row of a decode is made of, in order; see :func:`render`."""
     check_row(trace, row)
     check_integer("max_slots", max_slots, 1)
     check_integer("max_prompt", max_prompt, 1)
@@ -172,11 +167,13 @@ def render(
     """
     total = len(trace.tokens)
     shown = range(min(total, 4)) if rows is None else rows
+    kind = "nap-block nap-hole" if canvas is not None and canvas.is_infill else "nap-block"
     parts = [f"<p>{escape(heading)}</p>"] * bool(heading)
     for row in shown:
         runs = lay_out(trace, row, canvas=canvas, tokenizer=tokenizer, **limits)
-        title = f"<b>row {row}</b>: " if total > 1 else ""
-        parts.append(_row(trace, row, runs, title, is_infill=canvas is not None and canvas.is_infill))
+        title, steps = f"<b>row {row}</b>: " if total > 1 else "", count_steps(trace, row)
+        parts.append(f"<p>{title}{_facts(trace, row)}. {_legend(steps)}</p>")
+        parts.append(f'<div class="nap-row">{"".join(_run(run, steps, kind) for run in runs)}</div>')
     if rows is None and total > len(shown):
         others = f"{total - len(shown)} more rows are left out; nap_decode.results.html.render(rows=...) shows them"
         parts.append(_note(others, "p"))
@@ -186,12 +183,7 @@ def render(
 
 
 def to_page(fragment: str, title: str) -> str:
-    """A whole page around a fragment, such as :func:`render` makes.
-
-    Example:
-        >>> to_page("<p>1 &lt; 2</p>", "a < b").count("<title>a &lt; b</title>")
-        1
-    """
+    """A whole page around a fragment, such as :func:`render` makes."""
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
         '<meta name="viewport" content="width=device-width">\n'
@@ -200,22 +192,21 @@ def to_page(fragment: str, title: str) -> str:
     )
 
 
-def _row(trace: DecodeTrace, row: int, runs: list[Run], title: str, *, is_infill: bool) -> str:
-    passes, steps = int(trace.forward_passes[row]), count_steps(trace, row)
+def _facts(trace: DecodeTrace, row: int) -> str:
+    passes, tokens = int(trace.forward_passes[row]), int(trace.before_end()[row].sum())
     slots, masked = int((trace.block[row] >= 0).sum()), int(trace.masked()[row].sum())
-    tokens = int(trace.before_end()[row].sum())
-    facts = (
-        f"{title}{passes:,} forward pass{'es' * (passes != 1)}, {tokens / max(passes, 1):.2f} tokens per forward pass, "
-    )
-    facts += f"{tokens} of " * bool(trace.end_token_ids) + f"{slots:,} slot{'s' * (slots != 1)}"
-    facts += " before an end token" * bool(trace.end_token_ids) + f", {masked} still masked" * bool(masked)
-    legend = ""
-    if steps:
-        some = sorted({round(place * (steps - 1) / 8) for place in range(9)})
-        cells = "".join(f'<span class="nap-key" style="{_background(step, steps)}">{step}</span>' for step in some)
-        legend = f'<span class="nap-legend">Committed at step {cells}</span>'
-    body = "".join(_run(run, steps, "nap-block nap-hole" if is_infill else "nap-block") for run in runs)
-    return f'<p>{facts}. {legend}</p><div class="nap-row">{body}</div>'
+    cost = f"{passes:,} forward pass{'es' * (passes != 1)}, {tokens / max(passes, 1):.2f} tokens per forward pass"
+    what = f"{slots:,} slot{'s' * (slots != 1)}"
+    what = f"{tokens} of {what} before an end token" if trace.end_token_ids else what
+    return f"{cost}, {what}" + f", {masked} still masked" * bool(masked)
+
+
+def _legend(steps: int) -> str:
+    if not steps:
+        return ""
+    some = sorted({round(place * (steps - 1) / 8) for place in range(9)})
+    cells = "".join(f'<span class="nap-key" style="{_background(step, steps)}">{step}</span>' for step in some)
+    return f'<span class="nap-legend">Committed at step {cells}</span>'
 
 
 def _background(step: int, steps: int) -> str:
@@ -234,10 +225,6 @@ def _run(run: Run, steps: int, kind: str) -> str:
     return f'<div class="{kind}"><span class="nap-name">{_safe(run.name)}</span>{cells}{note}</div>'
 
 
-def _note(text: str, tag: str = "span") -> str:
-    return f'<{tag} class="nap-note"> {text} </{tag}>'
-
-
 def _slot(slot: Slot, steps: int) -> str:
     kind = "nap-mask" if slot.step < 0 else "nap-behind" if slot.is_behind else ""
     attributes = f' class="{kind}"' if kind else ""
@@ -245,6 +232,10 @@ def _slot(slot: Slot, steps: int) -> str:
         attributes += f' style="{_background(slot.step, steps)}" data-step="{slot.step}"'
     text = slot.text.removesuffix("\n")  # the line breaks behind the cell, not in it
     return f'<span title="{slot.title}"{attributes}>{_safe(text)}</span>' + "<br>" * (text != slot.text)
+
+
+def _note(text: str, tag: str = "span") -> str:
+    return f'<{tag} class="nap-note"> {text} </{tag}>'
 
 
 def _safe(text: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -81,14 +80,11 @@ class SamplerOutput:
 
     @property
     def finish_reason(self) -> list[str]:
-        """For each row ``"end"`` if its last block holds an end token, else ``"length"``.
-
-        ``"interrupted"`` if slots of the row are still masked.
-        """
+        """For each row ``"end"`` (its last block holds one), ``"length"``, or ``"interrupted"`` (masks are left)."""
         block, masked = self.trace.block, self.trace.masked()
         cut = (block == block.amax(1, keepdim=True)) & (block >= 0) & ~self._before_end
-        reasons = zip(cut.any(1).tolist(), masked.any(1).tolist(), strict=True)
-        return ["interrupted" if broken_off else "end" if ended else "length" for ended, broken_off in reasons]
+        reasons = zip(masked.any(1).tolist(), cut.any(1).tolist(), strict=True)
+        return ["interrupted" if broken_off else "end" if ended else "length" for broken_off, ended in reasons]
 
     @property
     def is_complete(self) -> bool:
@@ -101,15 +97,14 @@ class SamplerOutput:
         passes = self.trace.forward_passes.clamp(min=1)
         return (self._before_end.sum(1) / passes).tolist()
 
-    @cached_property
+    @property
     def positions_exact(self) -> list[int]:
         """For each row the positions that its forward passes would have computed if none were reused.
 
         A pass counts once, also if it looks at alternatives (LoPA) or has shadows (WINO).
         """
         branches = 1 if self.cost is None else self.cost.branches
-        lengths = self.canvas.row_lengths
-        return (branches * lengths * self.trace.forward_passes).tolist()
+        return (branches * self.canvas.row_lengths * self.trace.forward_passes).tolist()
 
     @property
     def positions_forwarded(self) -> list[int]:
@@ -174,7 +169,12 @@ class SamplerOutput:
     @cached_property
     def _block_texts(self) -> list[list[str]]:
         """The text of each block of each row."""
-        return [self._texts_of_blocks(row) for row in range(len(self.sequences))]
+        trace, blocks = self.trace, range(len(self.trace.block_names))
+        rows = [
+            [self._read(row, (trace.block[row] == index) & self._shown[row]) for index in blocks]
+            for row in range(len(trace.tokens))
+        ]
+        return rows if self._is_plain else [[text.strip() for text in texts] for texts in rows]
 
     @cached_property
     def _is_plain(self) -> bool:
@@ -186,38 +186,27 @@ class SamplerOutput:
     def _shown(self) -> Tensor:
         """``(B, L)`` bool: the slots that texts are made of, headers aside."""
         block = self.trace.block
+        there = self.canvas.attention_mask.bool().cpu()
+        # Tokens that the tokenizer leaves out where it is to leave out special ones.
+        special = {
+            i
+            for i in {*self.trace.tokens[there & ~self._gaps].tolist()}
+            if not self._decode([i], skip_special_tokens=True) and self._decode([i])
+        }
+        ends = self._ids("eos", "sep", "pad")
         # Whatever was decoded is shown, but for what stands at the end of a block just to say that it is the end.
         shown = self._before_end | self._gaps
-        goes_on = shown & (self._gaps | ~self._is_special(but=("unk", "bos", "cls")))
+        goes_on = shown & (self._gaps | ~self._is_in(special - (self._ids("unk", "bos", "cls") - ends)))
         for index in range(len(self.trace.block_names)):
             until = (goes_on & (block == index)).flip(1).cumsum(1).flip(1) > 0
             shown &= (block != index) | until
-        given = self.canvas.attention_mask.bool().cpu() & (block < 0)
-        return shown | (given & ~self._is_special(but=("unk",)))
+        return shown | (there & (block < 0) & ~self._is_in(special - (self._ids("unk") - ends)))
 
-    def _is_special(self, *, but: Sequence[str]) -> Tensor:
-        """``(B, L)`` bool: special tokens, without those of some names (``unk``, ...) unless they also end texts."""
-        spared, ends = (
-            {getattr(self.tokenizer, f"{name}_token_id", None) for name in names}
-            for names in (but, ("eos", "sep", "pad"))
-        )
-        hidden = torch.tensor(sorted(self._special - (spared - ends)), dtype=torch.int64, device="cpu")
-        return torch.isin(self.trace.tokens, hidden)
+    def _ids(self, *names: str) -> set[int | None]:
+        return {getattr(self.tokenizer, f"{name}_token_id", None) for name in names}
 
-    @cached_property
-    def _special(self) -> set[int]:
-        """Those of the tokens that the tokenizer leaves out where it is to leave out special ones."""
-        there = self.canvas.attention_mask.bool().cpu() & ~self._gaps
-        return {
-            i
-            for i in {*self.trace.tokens[there].tolist()}
-            if not self._decode([i], skip_special_tokens=True) and self._decode([i])
-        }
-
-    def _texts_of_blocks(self, row: int) -> list[str]:
-        block = self.trace.block[row]
-        texts = [self._read(row, (block == index) & self._shown[row]) for index in range(len(self.trace.block_names))]
-        return texts if self._is_plain else [text.strip() for text in texts]
+    def _is_in(self, ids: set[int]) -> Tensor:
+        return torch.isin(self.trace.tokens, torch.tensor(sorted(ids), dtype=torch.int64, device="cpu"))
 
     def _row_text(self, row: int) -> str:
         if self.canvas.is_infill:

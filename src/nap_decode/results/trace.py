@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,22 +61,14 @@ class DecodeTrace:
     forwarded: Tensor | None = None
 
     def canvas_at(self, steps: int) -> Tensor:
-        """``(B, L)``: the canvas after this many steps.
-
-        A slot that was masked again or edited, by a callback or a reviser, shows as masked until it had its last
-        token.
-        """
+        """``(B, L)``: the canvas after this many steps; a slot that changed its token is masked until its last one."""
         return torch.where(self.step >= steps, self.mask_token_id, self.tokens)
 
     def before_end(self) -> Tensor:
         """``(B, L)`` bool: decoded slots before the first end token of their block; none that is still masked."""
         is_end = torch.isin(self.tokens, self.tokens.new_tensor(self.end_token_ids))
-        return (
-            (self.block >= 0)
-            & (self.step >= 0)
-            & ~is_end
-            & (ends_before(self.tokens, self.block, self.end_token_ids) == 0)
-        )
+        is_behind = is_end | (ends_before(self.tokens, self.block, self.end_token_ids) > 0)
+        return (self.block >= 0) & (self.step >= 0) & ~is_behind
 
     def masked(self) -> Tensor:
         """``(B, L)`` bool: slots that were not decoded, because the decode was interrupted."""
@@ -99,35 +92,22 @@ class DecodeTrace:
         try:
             with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
                 header = json.loads(str(arrays["header"]))
-                if header["format"] > _FORMAT:
-                    raise NapDecodeError(
-                        f"{path} has trace format {header['format']}, but this version reads {_FORMAT}; update it"
-                    )
-                facts = {name: header[name] for name in _FACTS}
-                names = [*_TENSORS, *(name for name in _OPTIONAL if name in arrays)]
-                tensors = {name: torch.from_numpy(arrays[name]) for name in names}
-        except NapDecodeError:
-            raise
+                found = header["format"]
+                values: dict[str, Any] = {}
+                if found <= _FORMAT:
+                    values = {name: header[name] for name in _FACTS}
+                    names = [*_TENSORS, *(name for name in _OPTIONAL if name in arrays)]
+                    values |= {name: torch.from_numpy(arrays[name]) for name in names}
         except (KeyError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise NapDecodeError(f"{path} is not a trace written by DecodeTrace.save ({error})") from error
-        return cls(
-            **tensors,
-            block_names=tuple(facts["block_names"]),
-            mask_token_id=facts["mask_token_id"],
-            end_token_ids=tuple(facts["end_token_ids"]),
-        )
+        if found > _FORMAT:
+            raise NapDecodeError(f"{path} has trace format {found}, but this version reads {_FORMAT}; update it")
+        lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        return cls(**values | lists)
 
 
 def ends_before(tokens: Tensor, block: Tensor, end_token_ids: Sequence[int]) -> Tensor:
-    """How many end tokens stand before each slot in its block.
-
-    Args:
-        tokens: ``(B, L)`` int64.
-        block: ``(B, L)`` int64, block of every decoded slot, -1 for the others.
-        end_token_ids: ids that end a block.
-
-    Returns:
-        ``(B, L)`` int64, 0 where there is no block.
+    """How many of the end tokens stand before each slot in its block, ``(B, L)`` int64; 0 where there is no block.
 
     Example:
         >>> ends_before(torch.tensor([[2, 5, 2, 7, 2, 9]]), torch.tensor([[-1, 0, 0, 0, 1, 1]]), [2]).tolist()

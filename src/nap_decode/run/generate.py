@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -36,11 +36,7 @@ _WHOLE_CANVAS = ("SuppressTokensLogitsProcessor", "InfNanRemoveLogitsProcessor",
 
 
 def for_generate(sampler: Any) -> Callable[..., Tensor | SamplerOutput]:
-    """:func:`custom_generate` with the sampler filled in.
-
-    Raises:
-        NapDecodeError: ``generate`` of this release of transformers calls no functions.
-    """
+    """:func:`custom_generate` with the sampler filled in; raises if ``generate`` of this release calls no functions."""
     import transformers
 
     parameter = inspect.signature(transformers.GenerationMixin.generate).parameters.get("custom_generate")
@@ -86,7 +82,7 @@ def custom_generate(
     ``docs/integrations.md`` says what of a generation config is honoured; everything else is refused by name.
 
     Args:
-        sampler: decodes; a :class:`~nap_decode.Sampler` of the model.
+        sampler: a :class:`~nap_decode.Sampler` of the model.
         model: the model whose ``generate`` was called.
         input_ids: ``(B, P)`` int64, expanded to ``num_return_sequences``.
         logits_processor: added to those of the sampler's Denoiser.
@@ -106,16 +102,17 @@ def custom_generate(
     """
     check_same_model(sampler, model)
     attention_mask = model_kwargs.pop("attention_mask", None)
-    given = _Given.under_way(model)
-    if given is None:  # somebody else calls, and means what is passed
-        given = _Given({"stopping_criteria": stopping_criteria, "logits_processor": logits_processor}, model_kwargs)
-    _check_made({name: value for name, value in model_kwargs.items() if name not in given.keywords})
-    _check_named(given.named)
-    _check_config(generation_config, sampler, getattr(model, "generation_config", None), given.keywords)
+    given, keywords = _given(model) or (
+        {"stopping_criteria": stopping_criteria, "logits_processor": logits_processor},
+        model_kwargs,  # somebody else calls, and means what is passed
+    )
+    _check_made({name: value for name, value in model_kwargs.items() if name not in keywords})
+    _check_named(given)
+    _check_config(generation_config, sampler, getattr(model, "generation_config", None), keywords)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    _check_inputs(mask, {n: v for n, v in given.keywords.items() if not hasattr(generation_config, n)})
+    _check_inputs(mask, {n: v for n, v in keywords.items() if not hasattr(generation_config, n)})
     ends, pad = generation_config.eos_token_id, generation_config.pad_token_id
-    processors = _processors(logits_processor, generation_config, given)
+    processors = _processors(logits_processor, generation_config, given.get("logits_processor") or ())
     denoiser = sampler.denoiser.replace(
         logits_processor=(*sampler.denoiser.logits_processor, *processors),
         end_token_ids=[ends] if isinstance(ends, int) else ends,
@@ -154,35 +151,26 @@ def custom_generate(
 # ---------------------------------------------------------------------------------------- what was given
 
 
-@dataclass(frozen=True)
-class _Given:
-    """Arguments of a call of ``generate``, as opposed to what it makes for its own loops."""
+def _given(model: Any) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
+    """What the call of the model's ``generate`` that is under way was given; None if there is no such call.
 
-    named: Mapping[str, Any]  # those in its signature that do not have their defaults
-    keywords: Mapping[str, Any]  # the others, for the generation config and the model
+    First the arguments in its signature that do not have their defaults, then those for the config and the model.
+    ``generate`` drops some of its arguments (a streamer, an assistant model), and passes others on among what it makes
+    for its own loops, whose names change from release to release.  Its frame has them all, as users write them.
+    """
+    from transformers import GenerationMixin
 
-    @staticmethod
-    def under_way(model: Any) -> _Given | None:
-        """Those of the call of the model's ``generate`` that is under way; None if there is none.
-
-        ``generate`` drops some of its arguments (a streamer, an assistant model), and passes others on among what it
-        makes, whose names change from release to release.  Its frame has them all, under the names that users write.
-        """
-        from transformers import GenerationMixin
-
-        function = inspect.unwrap(GenerationMixin.generate)
-        this, *parameters = inspect.signature(function).parameters.values()
-        frame = inspect.currentframe()
-        while frame is not None and (
-            frame.f_code is not function.__code__ or frame.f_locals.get(this.name) is not model
-        ):
-            frame = frame.f_back
-        if frame is None:
-            return None
-        values = {p.name: frame.f_locals.get(p.name, p.default) for p in parameters}
-        keywords = [values.pop(p.name) for p in parameters if p.kind is p.VAR_KEYWORD]
-        named = {p.name: values[p.name] for p in parameters if values.get(p.name, p.default) is not p.default}
-        return _Given(named, dict(*keywords))
+    function = inspect.unwrap(GenerationMixin.generate)
+    this, *parameters = inspect.signature(function).parameters.values()
+    frame = inspect.currentframe()
+    while frame is not None and (frame.f_code is not function.__code__ or frame.f_locals.get(this.name) is not model):
+        frame = frame.f_back
+    if frame is None:
+        return None
+    values = {p.name: frame.f_locals.get(p.name, p.default) for p in parameters}
+    keywords = [values.pop(p.name) for p in parameters if p.kind is p.VAR_KEYWORD]
+    named = {p.name: values[p.name] for p in parameters if values.get(p.name, p.default) is not p.default}
+    return named, dict(*keywords)
 
 
 def _check_named(arguments: Mapping[str, Any]) -> None:
@@ -210,20 +198,16 @@ def _check_config(config: Any, sampler: Any, checkpoint: Any, keywords: Mapping[
     asked = given | {n: v for n, v in options.items() if n in neutral and n not in _CACHES}
     asked = {n: v for n, v in asked.items() if v and n not in _DRAWS}  # False and 0 ask nothing
     refuse(asked, neutral, f"{type(sampler).__name__} does not implement it")
-    draws = {name: given[name] for name in _DRAWS if name in given}
-    why = "the sampler draws as it was made to; give these options to it"
-    if sampler.decoder.needs.random:
-        refuse(draws, {}, why)  # temperature=1.0, too, which need not be the sampler's
-        if keywords.get("do_sample") is False:
-            raise NapDecodeError(
-                "do_sample=False, but the sampler draws; make it without temperature=, or leave it out"
-            )
-    else:
-        refuse({n: v for n, v in draws.items() if v}, neutral, why)  # temperature=0 is what is done
-        if getattr(config, "do_sample", False):
-            raise NapDecodeError(
-                "do_sample=True, but the sampler draws nothing; make it with temperature=, or pass do_sample=False"
-            )
+    # temperature=1.0 need not be the sampler's, if it draws; temperature=0 is what is done, if it does not.
+    is_random, do_sample = sampler.decoder.needs.random, getattr(config, "do_sample", False)
+    draws = {name: given[name] for name in _DRAWS if name in given and (is_random or given[name])}
+    refuse(draws, {} if is_random else neutral, "the sampler draws as it was made to; give these options to it")
+    if is_random and keywords.get("do_sample") is False:
+        raise NapDecodeError("do_sample=False, but the sampler draws; make it without temperature=, or leave it out")
+    if do_sample and not is_random:
+        raise NapDecodeError(
+            "do_sample=True, but the sampler draws nothing; make it with temperature=, or pass do_sample=False"
+        )
 
 
 def _check_made(made: Mapping[str, Any]) -> None:
@@ -254,7 +238,7 @@ def _check_inputs(mask: Tensor, given: Mapping[str, Any]) -> None:
             raise NapDecodeError(f"{name} cannot be used: what is masked later changes what earlier positions say")
 
 
-def _processors(processors: Sequence[Any], config: Any, given: _Given) -> list[Any]:
+def _processors(processors: Sequence[Any], config: Any, given: Sequence[Any]) -> list[Any]:
     """Those that may be called with a whole canvas.  A class that is not transformers' is taken at its word."""
     kept = []
     for processor in processors:
@@ -262,7 +246,7 @@ def _processors(processors: Sequence[Any], config: Any, given: _Given) -> list[A
         if not kind.__module__.startswith("transformers."):
             kept.append(processor)
             continue
-        is_given = any(processor is other for other in given.named.get("logits_processor") or ())
+        is_given = any(processor is other for other in given)
         draws = {name: getattr(processor, name) for name in _DRAWS if hasattr(processor, name)}
         if draws and config.do_sample and not is_given and draws.items() <= vars(config).items():
             continue  # generate's or the checkpoint's default, see _check_config

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from nap_decode.base.batching import host_tensor, join, mapped, narrow, select, to_device
-from nap_decode.base.errors import NapDecodeError
+from nap_decode.base.errors import NapDecodeError, check_tensor
 from nap_decode.base.rows import Rows
 from nap_decode.canvas import Canvas, count_blocks
 from nap_decode.model.denoiser import Denoiser
@@ -86,17 +86,6 @@ class Agenda:
 
 
 @dataclass(frozen=True, eq=False)
-class Progress:
-    """What the host knows of each row; brought up to date where the model or a callback has a say."""
-
-    left: Left
-    reopened: Tensor  # (B, M) 1 for blocks that a reviser wants to see again
-    fewest: Tensor  # (B,) slots that were left at the best step so far
-    stalled: Tensor  # (B,) steps since then
-    spent: Tensor  # (B, 2) turns, and the forward passes of these
-
-
-@dataclass(frozen=True, eq=False)
 class Batch:
     """Rows on their way; every tensor has them as its first dimension."""
 
@@ -105,8 +94,12 @@ class Batch:
     state: State
     plan: Plan
     agenda: Agenda
-    progress: Progress
-    memory: dict[str, Tensor] = field(default_factory=dict)  # of the parts; they change it themselves
+    left: Left  # as the host knows it; brought up to date where the model or a callback has a say
+    reopened: Tensor  # (B, M) host: 1 for blocks that a reviser wants to see again
+    fewest: Tensor  # (B,) host: slots that were left at the best step so far
+    stalled: Tensor  # (B,) host: steps since then
+    spent: Tensor  # (B, 2) host: turns, and the forward passes of these
+    memory: dict[str, Tensor] = field(default_factory=dict)  # of the parts
     kept: dict[str, Any] = field(default_factory=dict)  # of the forward passes, if they reuse
     passes: tuple[int, ...] = ()  # of each turn taken since the agenda begins
 
@@ -123,10 +116,9 @@ class Batch:
         active = self.agenda.slots[:, :taken] > 0
         step = torch.where(active, self.agenda.index[:, :taken] + 1, 0).amax(1)
         passes = active.long() @ torch.tensor(self.passes, dtype=torch.int64, device="cpu")
-        left = replace(self.progress.left, step=torch.maximum(self.progress.left.step, step))
-        spent = self.progress.spent + torch.stack([active.sum(1), passes], dim=1)
-        progress = replace(self.progress, left=left, spent=spent)
-        return replace(self, agenda=self.agenda.rest(taken), progress=progress, passes=())
+        left = replace(self.left, step=torch.maximum(self.left.step, step))
+        spent = self.spent + torch.stack([active.sum(1), passes], dim=1)
+        return replace(self, agenda=self.agenda.rest(taken), left=left, spent=spent, passes=())
 
     def some(self, where: Tensor) -> Batch:
         """Some of the rows, ``(B,)`` bool on the host, in no more columns than they need."""
@@ -208,7 +200,7 @@ class Loop:
         self.is_fixed = not (self.needs.adaptive or watch or ends)
         self.turns = self.forward_passes = 0
         self.furthest = 0  # steps of the row that has taken most
-        self.vocab_size = denoiser.num_embeddings  # what the logits say is surer
+        self.vocab_size = denoiser.call.num_embeddings  # what the logits say is surer
 
     @torch.no_grad()
     def run(self, arrivals: Arrivals, stop: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
@@ -249,9 +241,8 @@ class Loop:
         partition, device = self.scheduler.partition(canvas), canvas.tokens.device
         lengths, count = partition.lengths, len(canvas.tokens)
         plan = self.scheduler.plan(lengths, partition.held, adaptive=self.needs.adaptive, seeds=seeds)
-        left, none = Left.all(lengths), torch.zeros(count, dtype=torch.int64, device="cpu")
-        progress = Progress(left, torch.zeros_like(lengths), lengths.sum(1), none, torch.stack([none, none], dim=1))
-        agenda, progress = self._agenda(plan, progress, device)
+        none, reopened = torch.zeros(count, dtype=torch.int64, device="cpu"), torch.zeros_like(lengths)
+        agenda, left = self._agenda(plan, Left.all(lengths), reopened, device)
         given = Given(
             block=partition.block,
             canvas_block=canvas.block,
@@ -262,39 +253,52 @@ class Loop:
             lengths=canvas.row_lengths,
         )
         number = torch.tensor(range(count) if numbers is None else list(numbers), device="cpu")
-        state = State.start(canvas.tokens, partition.block >= 0)
-        return Batch(number, given, state, plan, agenda, progress)
+        state, spent = State.start(canvas.tokens, partition.block >= 0), torch.stack([none, none], dim=1)
+        return Batch(number, given, state, plan, agenda, left, reopened, lengths.sum(1), none, spent)
 
     @torch.no_grad()
     def step(self, batch: Batch) -> Batch:
         """One turn of every row that has any left, and a look at what is left then, if that is not known.
+
+        The batch that is given stays as it is, so that one can go on from it again; only if keys and values are reused
+        (``reuse=``), they are overwritten in place.
 
         Raises:
             NapDecodeError: no row has a turn left.
         """
         if not batch.is_busy:
             raise NapDecodeError("no row has a turn left; ask batch.is_busy before every step")
-        state, unsettled, passes = self._advance(batch)
+        agenda, number = batch.agenda, len(batch.passes)
+        width, total, furthest = (values[number] for values in agenda.turns)
+        is_open, quota, index = (t[:, number] for t in (agenda.is_open, agenda.quota, agenda.step))
+        ahead = None if agenda.ahead is None else agenda.ahead[:, number]
+        turn = Turn(batch.state, batch.given, is_open, quota, index, ahead)
+        memory, kept, rows = {**batch.memory}, {**batch.kept}, batch.given.rows
+        take = partial(self._take, memory=memory, kept=kept)
+        if self.graphs is None:
+            state, unsettled, passes = take(turn, rows, width, total)
+        else:
+            state, unsettled, passes = self.graphs(take, int(batch.plan.lengths.sum(1).max()), turn, rows, width)
         self.turns += 1
         self.forward_passes += passes
         if self.watch is not None:
-            self.furthest = max(self.furthest, batch.agenda.turns[2][len(batch.passes)])
+            self.furthest = max(self.furthest, furthest)
             state = self.watch(state, self.furthest)
-        batch = replace(batch, state=state, passes=(*batch.passes, passes))
+        batch = replace(batch, state=state, memory=memory, kept=kept, passes=(*batch.passes, passes))
         return batch if self.is_fixed else self._look(batch, unsettled)
 
     # ---------------------------------------------------------------------------------------- on the host
 
-    def _agenda(self, plan: Plan, progress: Progress, device: torch.device) -> tuple[Agenda, Progress]:
+    def _agenda(self, plan: Plan, left: Left, reopened: Tensor, device: torch.device) -> tuple[Agenda, Left]:
         """The next turn, or all of them: computed on the host, and brought to the device together."""
-        left, scheduler, counts, steps, quotas = progress.left, self.scheduler, [], [], []
+        scheduler, counts, steps, quotas = self.scheduler, [], [], []
         ahead: Tensor | None = None
         while True:
             # A committer that revises looks at all slots of an open block, the others at masked ones.
             seen = plan.lengths - left.closed if self.needs.committed else left.masked
             if self.needs.adaptive:
                 # A block that is to be seen again stays open, as if one of its slots were masked; it is owed nothing.
-                is_open = scheduler.may_commit(plan, torch.maximum(left.masked, progress.reopened))
+                is_open = scheduler.may_commit(plan, torch.maximum(left.masked, reopened))
                 quota = scheduler.least(plan, left.masked)
                 if self.needs.ahead:
                     ahead = _ahead(scheduler, plan, left.masked)
@@ -316,82 +320,46 @@ class Loop:
         slots, index = torch.stack(counts, dim=1), torch.stack(steps, dim=1)  # (B, S, M), (B, S)
         step, may, quota = (to_device(tensor, device) for tensor in (index, slots > 0, torch.stack(quotas, dim=1)))
         ahead = None if ahead is None else to_device(ahead[:, None], device)
-        return Agenda(slots.sum(2), index, step, may, quota, ahead), replace(progress, left=left)
+        return Agenda(slots.sum(2), index, step, may, quota, ahead), left
 
     def _look(self, batch: Batch, unsettled: Tensor | None) -> Batch:
         """Find out what is left, and plan the next turn: the one place that waits for the device.
 
-        Args:
-            batch: the rows.
-            unsettled: ``(B, M)`` bool, blocks that shall stay open.
-
-        Raises:
-            NapDecodeError: nothing has changed for long; a callback masked slots when no step was left.
+        ``unsettled``, ``(B, M)`` bool, are the blocks that shall stay open.
         """
-        active = batch.agenda.slots[:, len(batch.passes) - 1] > 0
+        active = batch.agenda.slots[:, 0] > 0
         batch = batch.settled()
-        plan, progress, block = batch.plan, batch.progress, batch.given.block
-        wheres, number = (batch.state.masked, batch.state.closed), plan.lengths.shape[1]
-        counts = [count_blocks(block, number, where) for where in wheres]
+        plan, block, number = batch.plan, batch.given.block, batch.plan.lengths.shape[1]
+        counts = [count_blocks(block, number, where) for where in (batch.state.masked, batch.state.closed)]
         counts.append(torch.zeros_like(counts[0]) if unsettled is None else unsettled.long())
         masked, closed, reopened = torch.stack(counts).cpu()
         now = torch.maximum(masked, reopened).sum(1)
-        stalled = torch.where((now < progress.fewest) | ~active, 0, progress.stalled + 1)
+        stalled = torch.where((now < batch.fewest) | ~active, 0, batch.stalled + 1)
         if int(stalled.max()) > self.committer.patience:
             raise NapDecodeError(
                 f"{int(stalled.max())} steps in a row came no further; {type(self.committer).__name__}, its parts or "
                 "the callback must leave fewer slots masked, and blocks settled, some time"
             )
-        step = progress.left.step
+        step = batch.left.step
         is_over = (step >= plan.steps) & (closed.sum(1) == 0) & (masked.sum(1) > 0)
         if not self.needs.adaptive and bool(is_over.any()):
             raise NapDecodeError(
                 f"a callback masked slots after step {int(step.max())}, the last one; mask them earlier, or decode "
                 "with an adaptive selection, which has no last step"
             )
-        left = replace(progress.left, masked=masked, closed=closed)
-        progress = replace(
-            progress, left=left, reopened=reopened, fewest=torch.minimum(progress.fewest, now), stalled=stalled
-        )
-        agenda, progress = self._agenda(plan, progress, block.device)
-        return replace(batch, agenda=agenda, progress=progress)
+        left = replace(batch.left, masked=masked, closed=closed)
+        agenda, left = self._agenda(plan, left, reopened, block.device)
+        fewest = torch.minimum(batch.fewest, now)
+        return replace(batch, agenda=agenda, left=left, reopened=reopened, fewest=fewest, stalled=stalled)
 
     # ---------------------------------------------------------------------------------------- on the device
 
-    def _advance(self, batch: Batch) -> tuple[State, Tensor | None, int]:
-        """One turn: a function of tensors and of K and T alone, so that it can be captured."""
-        agenda, turn = batch.agenda, len(batch.passes)
-        ahead = None if agenda.ahead is None else agenda.ahead[:, turn]
-        now = agenda.is_open[:, turn], agenda.quota[:, turn], agenda.step[:, turn], ahead
-        inputs = Turn(batch.state, batch.given, *now)
-        width, total, _ = (values[turn] for values in agenda.turns)
-        take = partial(self._take, memory=batch.memory, kept=batch.kept)
-        if self.graphs is None:
-            return take(inputs, batch.given.rows, width, total)
-        return self.graphs(take, int(batch.plan.lengths.sum(1).max()), inputs, batch.given.rows, width)
-
     def _take(
-        self,
-        turn: Turn,
-        rows: Rows,
-        width: int,
-        total: int,
-        *,
-        memory: dict[str, Tensor],
-        kept: dict[str, Any],
+        self, turn: Turn, rows: Rows, width: int, total: int, *, memory: dict[str, Tensor], kept: dict[str, Any]
     ) -> tuple[State, Tensor | None, int]:
-        """Which slots, what the model says, what is committed, which blocks have ended; without waiting.
+        """The state after a turn, blocks that stay open ``(B, M)``, and the number of forward passes.
 
-        Args:
-            turn: what it starts from.
-            rows: the rows.
-            width: K, slots of open blocks in the row that has most, or more.
-            total: T, slots of open blocks, or more.
-            memory: of the parts.
-            kept: of the forward passes.
-
-        Returns:
-            The new state, blocks that stay open ``(B, M)``, and the number of forward passes.
+        It is a function of tensors and of K and T alone, and does not wait, so that it can be captured.
         """
         state, given, revises = turn.state, turn.given, self.needs.committed
         wanted = (given.block >= 0) & ~state.closed if revises else state.masked
@@ -409,7 +377,7 @@ class Loop:
             memory=memory,
             ahead=turn.ahead,
         )
-        predict = _Predict(self.denoiser, rows, state.tokens, slots, kept)
+        predict = _Predict(self.denoiser, rows, slots, kept)
         decision = self.committer(slots, predict)
         self._check_decision(decision, slots)
         if self.graphs is not None and (memory or decision.unsettled is not None):
@@ -425,24 +393,17 @@ class Loop:
 
     def _check_decision(self, decision: Decision, slots: Slots) -> None:
         """Raise unless a committer, and parts of it that may be somebody else's, returned what they must."""
-        name, slot_shape = type(self.committer).__name__, tuple(slots.index.shape)
+        name, shape = type(self.committer).__name__, slots.index.shape
         if not isinstance(decision, Decision):
             raise NapDecodeError(f"{name}, or its reviser, must return a Decision, not {decision!r:.80}")
-        for field_name, dtype, shape in (
-            ("tokens", torch.int64, slot_shape),
-            ("confidence", None, slot_shape),
-            ("chosen", torch.bool, slot_shape),
-            ("remasked", torch.bool, slot_shape),
-            ("unsettled", torch.bool, tuple(slots.quota.shape)),
-        ):
-            value = getattr(decision, field_name)
-            if value is None and field_name in ("remasked", "unsettled"):
-                continue
-            if not isinstance(value, Tensor) or value.shape != shape or dtype not in (None, value.dtype):
-                got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else f"{value!r:.80}"
-                raise NapDecodeError(
-                    f"{name} or a part of it decided with {field_name} that are {got}, not {dtype or 'numbers'} {shape}"
-                )
+        who = f"decided by {name} or a part of it,"
+        check_tensor(f"tokens, {who}", decision.tokens, shape, torch.int64)
+        check_tensor(f"confidence, {who}", decision.confidence, shape, None)
+        check_tensor(f"chosen, {who}", decision.chosen, shape, torch.bool)
+        if decision.remasked is not None:
+            check_tensor(f"remasked, {who}", decision.remasked, shape, torch.bool)
+        if decision.unsettled is not None:
+            check_tensor(f"unsettled, {who}", decision.unsettled, slots.quota.shape, torch.bool)
 
 
 def _ahead(scheduler: Scheduler, plan: Plan, masked: Tensor) -> Tensor:
@@ -467,23 +428,22 @@ def _offsets(block: Tensor) -> Tensor:
 class _Predict:
     """What a committer asks the model at one step; see :class:`~nap_decode.parts.Predict`."""
 
-    def __init__(self, denoiser: Denoiser, rows: Rows, tokens: Tensor, slots: Slots, kept: dict[str, Any]) -> None:
-        self.denoiser, self.rows, self.tokens, self.slots, self.kept = denoiser, rows, tokens, slots, kept
+    def __init__(self, denoiser: Denoiser, rows: Rows, slots: Slots, kept: dict[str, Any]) -> None:
+        self.denoiser, self.rows, self.slots, self.kept = denoiser, rows, slots, kept
         self.calls = 0
         self.vocab_size: int | None = None
 
     def __call__(self, tokens: Tensor | None = None, *, leave_one_out: bool = False) -> Prediction:
-        slots, whole, index = self.slots, self.tokens, self.slots.index
+        slots, whole, hidden = self.slots, self.slots.row_tokens, None
         if tokens is not None and leave_one_out:
             raise NapDecodeError("alternatives cannot be predicted with slots left out; ask for one of the two")
         if tokens is not None:
             spread = torch.stack([slots.spread(alternative) for alternative in tokens])  # (J, B, W)
             whole = torch.where(slots.rank >= 0, spread, whole).flatten(0, 1)
             slots = slots.repeat(len(tokens))
-            index = slots.index
-        hidden = slots.committed if leave_one_out else None
+        index = slots.index
         if leave_one_out:  # what only fills a row up has no part in it
-            index = index.where(slots.block < slots.quota.shape[1], -1)
+            hidden, index = slots.committed, index.where(slots.block < slots.quota.shape[1], -1)
         prediction = self.denoiser.predict(self.rows, whole, index, slots.places, hidden=hidden, kept=self.kept)
         self.calls += 1
         self.vocab_size = prediction.vocab_size

@@ -7,29 +7,28 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
-from functools import partial
-from functools import reduce as fold
-from itertools import islice
+from functools import partial, reduce
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from typing_extensions import TypedDict, Unpack
 
-from nap_decode.base.batching import append, copy_of, join, select, to_device
-from nap_decode.base.errors import NapDecodeError, check_integer, check_name, check_seed
+from nap_decode.base.batching import copy_of, join, select, to_device
+from nap_decode.base.errors import NapDecodeError, check_flag, check_integer, check_name, check_seed
 from nap_decode.base.random import row_seeds as seeds_of_rows
 from nap_decode.canvas import Canvas, CanvasTemplate
 from nap_decode.model.denoiser import Denoiser, Model
 from nap_decode.parts.decoder import Decoder
 from nap_decode.parts.save import Part, describe, from_plain, to_plain
-from nap_decode.prompts import Prompt, Prompts, encode_prompts, is_part
+from nap_decode.prompts import Prompt, Prompts, encode_prompts
 from nap_decode.results.output import SamplerOutput
 from nap_decode.results.trace import DecodeTrace
 from nap_decode.run.generate import for_generate
 from nap_decode.run.loop import Batch, Loop, Watch
+from nap_decode.run.queue import Queue, longest_first
 from nap_decode.run.state import Callback, DecodeState, State
 from nap_decode.run.watch import Streams, interrupts
 from nap_decode.speed.compile import prepare
@@ -52,11 +51,10 @@ class RunOptions(TypedDict, total=False):
             depend on its batch.
         streamer: shows rows while they are decoded: a ``transformers.TextStreamer``, ``TextIteratorStreamer`` or the
             like for a single row, or a list with one for each row (None for rows that nobody looks at).  It gets the
-            prompt, then what is decoded without a gap, and ``end()`` when its row is finished; one that has
-            ``put_draft`` also gets what is behind the gap, after every step.
+            prompt (of text with holes, what stands before the first), then what is decoded without a gap, and ``end()``
+            when its row is finished; one that has ``put_draft`` also gets what is behind the gap, after every step.
         interruptible: whether Ctrl-C ends the decode after the step it is at, and what was decoded so far is returned:
-            see :attr:`SamplerOutput.is_complete`.  Otherwise it raises ``KeyboardInterrupt`` as ever; so does a second
-            Ctrl-C.
+            see :attr:`SamplerOutput.is_complete`.  Otherwise, and the second time, it raises ``KeyboardInterrupt``.
         progress: show a bar on stderr; None shows it in terminals and notebooks only.
     """
 
@@ -66,6 +64,22 @@ class RunOptions(TypedDict, total=False):
     streamer: Any
     interruptible: bool
     progress: bool | None
+
+
+def _check_run(options: Mapping[str, Any]) -> None:
+    """Raise unless these are options of a run, and of the right kind; :class:`Streams` looks at streamers."""
+    for name, value in options.items():
+        check_name("option of a run", name, RunOptions.__annotations__)
+        if value is None and name != "interruptible":
+            continue
+        if name == "seed":
+            check_seed(value)
+        elif name in ("interruptible", "progress"):
+            check_flag(name, value)
+        elif name == "callback" and not callable(value):
+            raise NapDecodeError(f"callback must be a function of the DecodeState, but is {value!r:.80}")
+        elif name == "row_seeds" and (not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0):
+            raise NapDecodeError(f"row_seeds must be a list with a seed for every row, but is {value!r:.80}")
 
 
 class Sampler:
@@ -133,7 +147,7 @@ class Sampler:
 
         Args:
             prompts: text, chat messages, token ids, or a list of any of these (a ragged batch).
-            max_new_tokens: slots to decode, instead of the sampler's template.
+            max_new_tokens: slots to decode, instead of the template.
             options: see :class:`RunOptions`.
         """
         return self.decode(self.canvas(prompts, max_new_tokens=max_new_tokens), **options)
@@ -152,7 +166,7 @@ class Sampler:
         Args:
             input_ids: ``(B, P)`` int64, padded on either side.
             attention_mask: ``(B, P)``, 0 for padding; without it nothing is padding.
-            max_new_tokens: slots to decode, instead of the sampler's template.
+            max_new_tokens: slots to decode, instead of the template.
             return_dict_in_generate: return a :class:`SamplerOutput`, whose ``sequences`` are what is returned else.
             options: see :class:`RunOptions`.
 
@@ -195,16 +209,12 @@ class Sampler:
         Raises:
             NapDecodeError: see :meth:`Denoiser.check` and :meth:`Scheduler.plan`.
         """
-        for name in options:
-            check_name("option of a run", name, RunOptions.__annotations__)
+        _check_run(options)
         started = time.perf_counter()
         callback, streamer = options.get("callback"), options.get("streamer")
         self._check(canvas)
-        seeds = self._seeds(len(canvas.tokens), options.get("seed"), options.get("row_seeds"))
+        seeds = self._row_seeds(range(len(canvas.tokens)), options.get("seed"), options.get("row_seeds"))
         streams = None
-        if streamer is not None:
-            is_final = callback is None and not self.decoder.needs.committed
-            streams = Streams(streamer, canvas, ends=self.denoiser.end_token_ids, is_final=is_final)
 
         def watch(state: State, step: int) -> State:
             if callback is not None:
@@ -219,9 +229,12 @@ class Sampler:
                 streams(state)
             return state
 
-        loop = self.loop(watch=watch if callback is not None or streams is not None else None)
+        loop = self.loop(watch=None if callback is None and streamer is None else watch)
         first = [loop.start(canvas, None, seeds)]
         total_steps = None if self.decoder.needs.adaptive else int(first[0].plan.steps.max())
+        if streamer is not None:
+            is_final = callback is None and not self.decoder.needs.committed
+            streams = Streams(streamer, canvas, ends=self.denoiser.end_token_ids, is_final=is_final)
         shown = 0
 
         def arrivals(_: Batch | None) -> Batch | None:
@@ -235,8 +248,7 @@ class Sampler:
             interrupts(caught=options.get("interruptible", False)) as interrupted,
         ):
             done = [*loop.run(arrivals, interrupted)]
-            passes, stopped = loop.forward_passes, interrupted()
-            output = self._output(canvas, done, passes, started, seeds, is_fixed=loop.is_fixed, is_interrupted=stopped)
+            output = self._output(canvas, done, loop, started, seeds, is_interrupted=interrupted())
         if streams is not None:
             streams.end(output.trace.tokens, ~output.trace.masked())
         return output
@@ -262,12 +274,12 @@ class Sampler:
                 to the shortest, so that rows of a batch have similar lengths.
             max_batch: rows of a batch, at most.
             max_tokens: rows of a batch by tokens of the longest (prompt and canvas), at most: what bounds memory.
-            max_new_tokens: slots to decode, instead of the sampler's template.
+            max_new_tokens: slots to decode, instead of the template.
             in_order: whether outputs come in the order of the prompts, or as they are finished.  Outputs that wait for
                 an earlier one are kept.
             seed: see :class:`RunOptions`.
             row_seeds: a seed for every prompt instead, read along with them.
-            progress: show a bar on stderr, counting prompts; None shows it in terminals and notebooks only.
+            progress: see :class:`RunOptions`; it counts prompts.
 
         Yields:
             An output of one row for each prompt, with its ``index``.
@@ -283,59 +295,49 @@ class Sampler:
             >>> [out.summary for out in sampler.stream(problems, max_batch=2)]
             ['6', '4', '0']
         """
+        _check_run({"seed": seed, "row_seeds": row_seeds, "progress": progress})
+        check_flag("in_order", in_order)
         check_integer("max_batch", max_batch, 1)
         if max_tokens is not None:
             check_integer("max_tokens", max_tokens, 1)
-        if isinstance(prompts, str | Mapping | Tensor):
+        if isinstance(prompts, str | Mapping | Tensor) or not isinstance(prompts, Iterable):
             raise NapDecodeError(f"stream takes a list or an iterator of prompts, not {type(prompts).__name__}")
         append_to = partial(self._append, max_new_tokens=max_new_tokens)
-        layout = append_to([[]]).tokens.shape[1]  # raises, if it cannot be made
-        if row_seeds is not None and seed is not None:
-            raise NapDecodeError("row_seeds are seeds of their own for every prompt; leave out seed")
-        base = None if row_seeds is not None else self._base_seed(seed)
+        length = append_to([[]]).tokens.shape[1]  # raises, if it cannot be made
+        seed = self._base_seed(seed, row_seeds)
+        waiting = longest_first(prompts, row_seeds, self.tokenizer, window=16 * max_batch)
+        queue = Queue(waiting, length, max_batch, max_tokens)
         total = len(prompts) if isinstance(prompts, Sized) else None
-        seeded = ((prompt, None) for prompt in prompts) if row_seeds is None else _with_seeds(prompts, row_seeds)
-        queue = _Queue(_longest_first(seeded, self.tokenizer, window=16 * max_batch), layout, max_batch, max_tokens)
-        outputs = self._stream(queue, append_to, base, total, progress)
+        outputs = self._stream(queue, append_to, seed, partial(_progress_bar, total, progress, "row"))
         return _in_order(outputs) if in_order else outputs
 
     def _stream(
-        self,
-        queue: _Queue,
-        append_to: Callable[..., Canvas],
-        base: int | None,
-        total: int | None,
-        progress: bool | None,
+        self, queue: Queue, append_to: Callable[..., Canvas], seed: int | None, open_bar: Callable[[], Any]
     ) -> Iterator[SamplerOutput]:
-        loop, draws = self.loop(), self.decoder.needs.random
+        loop = self.loop()
         admitted: dict[int, tuple[float, list[int], Tensor | None]] = {}
 
         def arrivals(batch: Batch | None) -> Batch | None:
-            coming = queue.take(batch)
+            size, width = (0, 0) if batch is None else batch.given.block.shape
+            coming = queue.take(size, width)
             if not coming:
                 return None
-            numbers, rows, own = (list(values) for values in zip(*coming, strict=True))
+            numbers, rows, own = zip(*coming, strict=True)
             canvas = append_to(rows, numbers=numbers)
             self._check(canvas)
-            seeds = None
-            if draws:
-                given = [check_seed(seed) for seed in own if seed is not None]
-                seeds = torch.tensor(given, device="cpu") if base is None else seeds_of_rows(base, numbers)
+            seeds = self._row_seeds(numbers, seed, None if own[0] is None else own)
             started = time.perf_counter()
-            for i, (number, ids, _) in enumerate(coming):
-                admitted[number] = started, ids, None if seeds is None else seeds[i : i + 1]
+            for i, number in enumerate(numbers):
+                admitted[number] = started, rows[i], None if seeds is None else seeds[i : i + 1]
             return loop.start(canvas, numbers, seeds)
 
-        with _progress_bar(total, progress, "row") as bar:
+        with open_bar() as bar:
             for done in loop.run(arrivals):
-                for row in range(len(done.number)):
-                    one = done.some(torch.arange(len(done.number), device="cpu") == row)
-                    number = int(one.number)
+                for number in done.number.tolist():
                     started, ids, seeds = admitted.pop(number)
-                    canvas = append_to([ids], is_single=True)
                     bar.update(1)
-                    passes = int(one.progress.spent[0, 1])
-                    yield self._output(canvas, [one], passes, started, seeds, number, is_fixed=loop.is_fixed)
+                    canvas, one = append_to([ids], is_single=True), done.some(done.number == number)
+                    yield self._output(canvas, [one], loop, started, seeds, number)
 
     # ---------------------------------------------------------------------------------------- by hand
 
@@ -354,9 +356,6 @@ class Sampler:
         """For ``model.generate(**inputs, custom_generate=sampler.custom_generate)`` of transformers 4.57 or later.
 
         See :func:`~nap_decode.run.generate.custom_generate`.
-
-        Raises:
-            NapDecodeError: this release of transformers would not call it.
         """
         return for_generate(self)
 
@@ -416,9 +415,9 @@ class Sampler:
                 "logits processors cannot be saved; save the sampler without them, and give them to the Denoiser that "
                 "it is loaded with"
             )
-        parts = {"decoder": self.decoder, "template": self.template, "reuse": self.denoiser.reuse}
-        plain = {name: to_plain(part) for name, part in parts.items()}
-        content = {"format": _FORMAT, "cfg_scale": float(self.denoiser.cfg_scale)} | plain
+        own = {"cfg_scale": float(self.denoiser.cfg_scale), "reuse": self.denoiser.reuse}
+        parts = {"decoder": self.decoder, "template": self.template} | own
+        content = {"format": _FORMAT} | {name: to_plain(part) for name, part in parts.items()}
         Path(path).write_text(json.dumps(content, indent=2) + "\n")
 
     @staticmethod
@@ -458,20 +457,19 @@ class Sampler:
         Raises:
             NapDecodeError: not such a file, or a part that is not known.
         """
+        names = ("cfg_scale", "decoder", "template", "reuse")
         try:
             content = json.loads(Path(path).read_text())
-            found, cfg_scale = content["format"], content["cfg_scale"]
-            if found != _FORMAT:
-                raise NapDecodeError(
-                    f"{path} has format {found}, but this version reads {_FORMAT}; use the version that wrote it, or "
-                    "save the sampler anew"
-                )
-            plain = {name: content[name] for name in ("decoder", "template", "reuse")}
-        except NapDecodeError:
-            raise
+            found = content["format"]
+            plain = {name: content[name] for name in names if found == _FORMAT}
         except (ValueError, KeyError, TypeError) as error:
             raise NapDecodeError(f"{path} is not a file written by Sampler.save ({error})") from error
-        return {name: from_plain(data, tuple(parts)) for name, data in plain.items()} | {"cfg_scale": cfg_scale}
+        if found != _FORMAT:
+            raise NapDecodeError(
+                f"{path} has format {found}, but this version reads {_FORMAT}; use the version that wrote it, or save "
+                "the sampler anew"
+            )
+        return {name: from_plain(data, tuple(parts)) for name, data in plain.items()}
 
     # ---------------------------------------------------------------------------------------- behind the doors
 
@@ -509,7 +507,7 @@ class Sampler:
                     f'close_on="{ends}" needs a model that says which ids end a text, but it says none; give the ids'
                 )
             return self.denoiser.end_token_ids
-        size, mask = self.denoiser.num_embeddings, self.denoiser.mask_token_id
+        size, mask = self.denoiser.call.num_embeddings, self.denoiser.mask_token_id
         for token in ends:
             if token >= (size or token + 1) or token == mask:
                 known = f"ids from 0 to {size - 1}" if size else "ids"
@@ -519,6 +517,8 @@ class Sampler:
         return tuple(ends)
 
     def _check(self, canvas: Canvas) -> None:
+        if not isinstance(canvas, Canvas):
+            raise NapDecodeError(f"decode takes a Canvas, such as sampler.canvas(prompts) makes, not {canvas!r:.80}")
         self.denoiser.check(canvas)
         if self._compiled[0] is not self.denoiser:
             self._compiled[0].refresh()
@@ -531,83 +531,47 @@ class Sampler:
         if self.decoder.needs.left_out:
             self.denoiser.check_leave_one_out()
 
-    def _seeds(self, num_rows: int, seed: int | None, row_seeds: Sequence[int] | None) -> Tensor | None:
-        """``(B,)`` int64 on the host; None if nothing is drawn."""
-        if row_seeds is not None and (seed is not None or len(row_seeds) != num_rows):
-            given = "seed too" if seed is not None else f"{len(row_seeds)} for {num_rows} rows"
-            raise NapDecodeError(f"row_seeds must be one seed for every row, and no seed besides; given: {given}")
-        if row_seeds is not None:
-            own = [check_seed(s) for s in row_seeds]
-            return torch.tensor(own, dtype=torch.int64, device="cpu") if self.decoder.needs.random else None
-        base = self._base_seed(seed)
-        return None if base is None else seeds_of_rows(base, range(num_rows))
-
-    def _base_seed(self, seed: int | None) -> int | None:
-        """The seed that those of rows derive from; None if nothing is drawn."""
-        seed = None if seed is None else check_seed(seed)
-        if not self.decoder.needs.random:
+    def _base_seed(self, seed: int | None, row_seeds: Any) -> int | None:
+        """The seed that those of rows derive from; None if these are given, or nothing is drawn."""
+        if row_seeds is not None and seed is not None:
+            raise NapDecodeError("row_seeds are seeds of their own for every row; leave out seed")
+        if row_seeds is not None or not self.decoder.needs.random:
             return None
-        return int(torch.randint(2**62, (), device="cpu")) if seed is None else seed
+        return int(torch.randint(2**62, (), device="cpu")) if seed is None else check_seed(seed)
+
+    def _row_seeds(self, numbers: Sequence[int], seed: int | None, row_seeds: Iterable[int] | None) -> Tensor | None:
+        """``(B,)`` int64 on the host; None if nothing is drawn."""
+        base = self._base_seed(seed, row_seeds)
+        if row_seeds is None:
+            return None if base is None else seeds_of_rows(base, numbers)
+        own = [check_seed(seed) for seed in row_seeds]
+        if len(own) != len(numbers):
+            raise NapDecodeError(f"row_seeds must be one for every row; given: {len(own)} for {len(numbers)} rows")
+        return torch.tensor(own, dtype=torch.int64, device="cpu") if self.decoder.needs.random else None
 
     def _output(
         self,
         canvas: Canvas,
         done: Sequence[Batch],
-        forward_passes: int,
+        loop: Loop,
         started: float,
         seeds: Tensor | None,
         index: int | None = None,
         *,
-        is_fixed: bool = False,
         is_interrupted: bool = False,
     ) -> SamplerOutput:
         """That of rows which left one after the other."""
-        fills = {"tokens": self.denoiser.pad_token_id, "commit_step": -1, "confidence": torch.nan}
-        state = fold(partial(join, fills=fills), (batch.state for batch in done))
-        spent, saved, turns = (fold(append, values) for values in zip(*map(self._cost_of, done), strict=True))
-        if len(done) > 1:
-            order = torch.cat([batch.number for batch in done]).argsort()
-            state = select(state, order, to_device(order, state.tokens.device))
-            spent, saved, turns = spent[order], saved[order], turns[order]
-        passes = spent[:, 0]
-        # All at once, as each copy waits for the device.
-        whole = [state.tokens, state.commit_step, state.masked, state.edited, state.closed]
-        tokens, step, masked, edited, closed = torch.stack([tensor.long() for tensor in whole]).cpu()
-        is_masked = masked.bool()  # after an interruption
-        trace = DecodeTrace(
-            tokens=tokens.clone(),
-            block=canvas.host[1].clone(),
-            step=step.clone(),
-            confidence=state.confidence.cpu(),
-            forward_passes=passes,
-            block_names=canvas.block_names,
-            mask_token_id=self.denoiser.mask_token_id,
-            end_token_ids=self.denoiser.end_token_ids,
-            closed=closed.bool() if self._ends else None,
-            forwarded=None if self.denoiser.reuse is None else spent[:, 1:],
-        )
-        expected = (trace.block >= 0) & ~edited.bool() & ~is_masked
-        if trace.closed is not None:
-            expected &= ~trace.closed
-        self._check_result(canvas, trace, expected, is_masked)
-        if not is_interrupted and bool(is_masked.any()):
-            raise NapDecodeError(
-                f"{int(is_masked.sum())} slots are masked though all steps are done, because "
-                f"{type(self.decoder.committer).__name__}, or a part of it, committed less than the quota, or masked "
-                "slots again; it must commit the quota, or say needs = Needs(adaptive=True)"
-            )
-        taken = torch.zeros(len(step), int(step.max()) + 2, dtype=torch.int64, device="cpu").scatter_(1, step + 1, 1)
-        if is_fixed and not is_interrupted and bool((taken[:, 1:].sum(1) < turns).any()):
-            raise NapDecodeError(
-                f"steps had nothing left to commit, because {type(self.decoder.committer).__name__}, or a part of it, "
-                "committed more than the quota before; it must commit the quota, or say needs = Needs(adaptive=True)"
-            )
-        saves = self._ends and not self.decoder.needs.adaptive and not bool(is_masked.any())
+        fills = {"tokens": self.denoiser.pad_token_id, "block": -1, "step": -1, "confidence": torch.nan}
+        traces = [self._trace(canvas, batch, loop, is_interrupted=is_interrupted) for batch in done]
+        order = torch.cat([batch.number for batch in done]).argsort()
+        trace = select(reduce(partial(join, fills=fills), traces), order, order)
+        saved = torch.cat([batch.plan.busy_steps - batch.spent[:, 0] for batch in done])[order]
+        saves = self._ends and not self.decoder.needs.adaptive and not bool(trace.masked().any())
         return SamplerOutput(
-            sequences=state.tokens,
+            sequences=to_device(trace.tokens.clone(), canvas.tokens.device),
             canvas=canvas,
             trace=trace,
-            forward_passes=forward_passes,
+            forward_passes=loop.forward_passes if index is None else int(trace.forward_passes),
             wall_time=time.perf_counter() - started,
             row_seeds=None if seeds is None else seeds.tolist(),
             tokenizer=self.tokenizer,
@@ -616,115 +580,64 @@ class Sampler:
             cost=self.denoiser.cost,
         )
 
-    def _cost_of(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """``(B, 1 + S)`` forward passes, and positions that each computed if any reuse; ``(B,)`` steps saved, taken."""
-        turns, passes = batch.progress.spent.unbind(1)
-        spent = passes[:, None]
-        if self.denoiser.reuse is not None:
-            spent = torch.cat([spent, self.denoiser.reuse.computed(batch.kept, passes)], dim=1)
-        return spent, batch.plan.busy_steps - turns, turns
-
-    def _check_result(self, canvas: Canvas, trace: DecodeTrace, expected: Tensor, is_masked: Tensor) -> None:
-        """Raise where a model or a part of somebody else's made nonsense.
-
-        Args:
-            canvas: what was decoded.
-            trace: what happened.
-            expected: ``(B, L)`` bool, slots that have a confidence.
-            is_masked: ``(B, L)`` bool, slots that are masked still.
-        """
-        if bool((trace.confidence.isnan() & expected).any()):
-            given = (trace.block < 0) & (canvas.host[2] > 0)
-            empty = ((trace.confidence.isnan() & expected).any(1) & ~given.any(1)).nonzero()[:, 0].tolist()
-            remedy = "Try another precision (bfloat16 instead of float16) or attention implementation, and look at the "
-            remedy += "logits processors"
-            if empty:
+    def _trace(self, canvas: Canvas, done: Batch, loop: Loop, *, is_interrupted: bool) -> DecodeTrace:
+        """What happened to rows that are done; raises where a model or a part of somebody else's made nonsense."""
+        state, reuse, (turns, passes) = done.state, self.denoiser.reuse, done.spent.unbind(1)
+        # All at once, as each copy waits for the device.
+        whole = [state.tokens, done.given.canvas_block, state.commit_step, state.masked, state.edited, state.closed]
+        tokens, block, step, *flags = torch.stack([tensor.long() for tensor in whole]).cpu()
+        masked, edited, closed = (flag.bool() for flag in flags)
+        trace = DecodeTrace(
+            tokens=tokens,
+            block=block,
+            step=step,
+            confidence=state.confidence.cpu(),
+            forward_passes=passes,
+            block_names=canvas.block_names,
+            mask_token_id=self.denoiser.mask_token_id,
+            end_token_ids=self.denoiser.end_token_ids,
+            closed=closed if self._ends else None,
+            forwarded=None if reuse is None else reuse.computed(done.kept, passes),
+        )
+        lost = (block >= 0) & ~masked & ~edited & ~closed & trace.confidence.isnan()
+        if bool(lost.any()):
+            remedy = (
+                "Try another precision (bfloat16 instead of float16) or attention implementation, and look at the "
+                "logits processors"
+            )
+            empty = lost.any(1) & ((block >= 0).sum(1) == done.given.lengths)
+            if bool(empty.any()):
                 remedy = (
-                    f"Row {empty[0]} held nothing but masks at the start, and some models divide by the number of the "
-                    "other tokens (ESM, whose token dropout does); give it a prompt, or the tokenizer's special tokens"
+                    f"Row {int(done.number[empty][0])} held nothing but masks at the start, and some models divide by "
+                    "the number of the other tokens (ESM, whose token dropout does); give it a prompt, or the "
+                    "tokenizer's special tokens"
                 )
             raise NapDecodeError(
                 "the model's logits, or the confidences made of them, were nan in places, or left no id to emit; the "
                 f"tokens committed there mean nothing. {remedy}"
             )
-        decoded, size = (trace.block >= 0) & ~is_masked, self.denoiser.num_embeddings
-        wrong = decoded & ((trace.tokens < 0) | (trace.tokens >= (size or 2**62)))
-        if bool(wrong.any()):
+        committer, size = type(self.decoder.committer).__name__, self.denoiser.call.num_embeddings
+        decoded = tokens[(block >= 0) & ~masked]
+        wrong = decoded[(decoded < 0) | (decoded >= (size or 2**62))].tolist()
+        if wrong:
+            ids = f"{sorted(set(wrong))!r:.80}"
+            raise NapDecodeError(f"{committer} committed token ids that the model does not have: {ids}")
+        if bool((decoded == self.denoiser.mask_token_id).any()):
             raise NapDecodeError(
-                f"{type(self.decoder.committer).__name__} committed token ids that the model does not have: "
-                f"{sorted(set(trace.tokens[wrong].tolist()))!r:.80}"
+                f"{committer} committed the mask token; it must not propose the banned ids of the prediction"
             )
-        if bool(((trace.tokens == self.denoiser.mask_token_id) & decoded).any()):
+        who, rule = f"{committer}, or a part of it,", "it must commit the quota, or say needs = Needs(adaptive=True)"
+        if bool(masked.any()) and not is_interrupted:
             raise NapDecodeError(
-                f"{type(self.decoder.committer).__name__} committed the mask token; it must not propose the banned ids "
-                "of the prediction"
+                f"{int(masked.sum())} slots are masked though all steps are done, because {who} committed less than "
+                f"the quota, or masked slots again; {rule}"
             )
-
-
-_Waiting: TypeAlias = "tuple[int, list[int], int | None]"
-"""Number, ids and, if it has one of its own, seed of a prompt."""
-
-
-class _Queue:
-    """Prompts that wait until there is room for them.
-
-    Args:
-        waiting: the prompts.
-        layout: tokens behind each.
-        max_batch: rows, at most.
-        max_tokens: rows by tokens of the longest, at most.
-    """
-
-    def __init__(self, waiting: Iterator[_Waiting], layout: int, max_batch: int, max_tokens: int | None) -> None:
-        self.waiting, self.layout, self.max_batch, self.max_tokens = waiting, layout, max_batch, max_tokens
-        self.next = next(waiting, None)
-
-    def take(self, batch: Batch | None) -> list[_Waiting]:
-        """Those that there is room for beside a batch."""
-        size, width = (0, 0) if batch is None else batch.given.block.shape
-        coming: list[_Waiting] = []
-        while self.next is not None and size + len(coming) < self.max_batch:
-            longest = len(self.next[1]) + self.layout
-            if self.max_tokens is not None and longest > self.max_tokens:
-                raise NapDecodeError(
-                    f"prompt {self.next[0]} and its canvas take {longest} tokens, more than max_tokens="
-                    f"{self.max_tokens}; raise it, or shorten the prompt"
-                )
-            width = max(width, longest)
-            if self.max_tokens is not None and (size + len(coming) + 1) * width > self.max_tokens:
-                break
-            coming.append(self.next)
-            self.next = next(self.waiting, None)
-        return coming
-
-
-def _with_seeds(prompts: Iterable[Prompt], row_seeds: Iterable[int]) -> Iterator[tuple[Prompt, int]]:
-    seeds, number = iter(row_seeds), 0
-    for prompt in prompts:
-        seed = next(seeds, None)
-        if seed is None:
-            raise NapDecodeError(f"row_seeds must be one for every prompt, but there are {number}, and more prompts")
-        yield prompt, seed
-        number += 1
-    if next(seeds, None) is not None:
-        raise NapDecodeError(f"row_seeds must be one for every prompt, but there are more than {number} prompts")
-
-
-def _longest_first(
-    prompts: Iterable[tuple[Prompt, int | None]], tokenizer: PreTrainedTokenizerBase | None, *, window: int
-) -> Iterator[_Waiting]:
-    """Prompts with their numbers and seeds, from the longest to the shortest of each window."""
-    numbered = enumerate(prompts)
-    while some := list(islice(numbered, window)):
-        rows: list[_Waiting] = []
-        for number, (prompt, seed) in some:
-            if is_part(prompt):
-                raise NapDecodeError(
-                    f"a stream takes many prompts, but number {number} of them is {prompt!r:.80}; put a single one "
-                    "into a list of its own"
-                )
-            rows.append((number, encode_prompts([prompt], tokenizer)[0][0], seed))
-        yield from sorted(rows, key=lambda row: -len(row[1]))
+        busy = torch.zeros(len(step), int(step.max()) + 2, dtype=torch.bool, device="cpu").scatter_(1, step + 1, True)
+        if loop.is_fixed and not is_interrupted and bool((busy[:, 1:].sum(1) < turns).any()):
+            raise NapDecodeError(
+                f"steps had nothing left to commit, because {who} committed more than the quota before; {rule}"
+            )
+        return trace
 
 
 def _in_order(outputs: Iterable[SamplerOutput]) -> Iterator[SamplerOutput]:

@@ -17,16 +17,7 @@ from nap_decode.parts.slots import Decision, Slots
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """What decoding changes, ``(B, W)`` each.
-
-    Args:
-        tokens: int64, the rows as they stand.
-        masked: bool, slots still to decode.
-        commit_step: int64, index of the step that committed a slot, -1 for none.
-        confidence: float32, confidence when it was committed, nan for none.
-        edited: bool, slots whose token a callback put in.
-        closed: bool, slots behind the end of their block, which were filled without being decoded.
-    """
+    """What decoding changes, ``(B, W)`` each; see :class:`DecodeState`."""
 
     tokens: Tensor
     masked: Tensor
@@ -67,16 +58,9 @@ class State:
         )
 
     def close(self, ends: Tensor, fill: int, order: Tensor, block: Tensor, step: Tensor) -> State:
-        """The state after blocks that have come to their end are filled up.
+        """The state after blocks are filled up in which an end token and everything before it is committed.
 
-        A block has come to its end when an end token and everything before it is committed.
-
-        Args:
-            ends: ``(N,)`` int64, ids that end a block.
-            fill: id that fills the rest of the block.
-            order: ``(B, W)`` int64, columns sorted by block, stably.
-            block: ``(B, W)`` int64, the sorted blocks, -1 for what is not decoded.
-            step: ``(B,)`` int64, index of the step.
+        ``order`` are the columns sorted by block, stably, and ``block`` their blocks, ``(B, W)``; ``step`` is ``(B,)``.
         """
         masked = self.masked.gather(1, order)
         ended = torch.isin(self.tokens, ends).gather(1, order) & (block >= 0) & ~masked
@@ -130,9 +114,8 @@ class DecodeState(State):
         """
         if not isinstance(tokens, Tensor) or tokens.shape != self.tokens.shape or tokens.is_floating_point():
             got = f"{tokens.dtype} of {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else repr(tokens)
-            raise NapDecodeError(
-                f"a callback must return None or whole-number tokens {tuple(self.tokens.shape)}, not {got}"
-            )
+            expected = f"None or whole-number tokens {tuple(self.tokens.shape)}"
+            raise NapDecodeError(f"a callback must return {expected}, not {got}")
         tokens = tokens.to(self.tokens)
         changed = tokens != self.tokens
         if bool((changed & ~self.canvas.decodable).any()):
@@ -140,9 +123,8 @@ class DecodeState(State):
         masked = self.canvas.decodable & (tokens == mask_token_id)
         wrong = changed & ~masked & ((tokens < 0) | (tokens >= vocab_size) | torch.isin(tokens, banned))
         if bool(wrong.any()):
-            raise NapDecodeError(
-                f"a callback put in token ids that the tokenizer does not have: {tokens[wrong].tolist()}"
-            )
+            ids = tokens[wrong].tolist()
+            raise NapDecodeError(f"a callback put in token ids that the tokenizer does not have: {ids}")
         edited = (self.edited | changed) & ~masked
         return State(
             tokens=tokens,

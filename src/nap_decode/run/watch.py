@@ -18,11 +18,7 @@ from nap_decode.run.state import State
 
 
 class Streams:
-    """Shows rows to streamers of transformers while they are decoded.
-
-    A streamer gets the row's prompt (of text with holes, what stands before the first), then its tokens as far as they
-    are decoded without a gap, and ``end()`` as soon as the row is finished.  One that has ``put_draft`` gets after
-    every step what is decoded behind the gap, masks between.
+    """Shows rows to streamers while they are decoded, see ``streamer`` of :class:`RunOptions`.
 
     Args:
         streamers: one for a single row, or one for every row; None for rows that nobody looks at.
@@ -35,25 +31,22 @@ class Streams:
     """
 
     def __init__(self, streamers: Any, canvas: Canvas, *, ends: Sequence[int], is_final: bool) -> None:
-        self.streamers = list(streamers) if isinstance(streamers, Sequence) else [streamers]
-        number = len(canvas.tokens)
-        if len(self.streamers) != number:
-            raise NapDecodeError(
-                f"there must be one streamer for every row, None for rows that nobody looks at, but there are "
-                f"{len(self.streamers)} for {number} row{'s' * (number != 1)}"
-            )
+        self.streamers = list(streamers) if isinstance(streamers, list | tuple) else [streamers]
         for streamer in self.streamers:
             if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
                 raise NapDecodeError(
-                    f"a streamer has put(ids) and end(), such as transformers.TextStreamer(tokenizer); "
-                    f"{type(streamer).__name__} has not"
+                    "a streamer must have put(ids) and end(), such as transformers.TextStreamer(tokenizer), but is "
+                    f"{streamer!r:.80}"
                 )
             if getattr(streamer, "_takes_logits", False):
                 raise NapDecodeError(f"{type(streamer).__name__} wants logits, which samplers do not keep; use another")
+        if len(self.streamers) != len(canvas.tokens):
+            given = f"{len(self.streamers)} for {len(canvas.tokens)} rows"
+            raise NapDecodeError(f"there must be one streamer for every row, or None, but there are {given}")
         self.ends, self.is_final = tuple(ends), is_final
         tokens, self.block, _ = canvas.host
         self.lengths, prompt = canvas.row_lengths.tolist(), canvas.prompt.cpu()
-        self.shown: dict[int, int] = {}  # of each row that somebody looks at, the columns that were shown
+        self.shown: dict[int, int] = {}  # columns that were shown of each row that somebody looks at
         for row, streamer in enumerate(self.streamers):
             if streamer is not None:
                 self.shown[row] = int(prompt[row].long().cumprod(0).sum())
@@ -64,50 +57,37 @@ class Streams:
         tokens, masked = state.tokens.cpu(), state.masked.cpu()
         kept = ends_before(tokens, self.block, self.ends) == 0
         for row, start in list(self.shown.items()):
-            length = self.lengths[row]
-            gap = int(masked[row, :length].long().argmax()) if bool(masked[row].any()) else length
+            length, streamer = self.lengths[row], self.streamers[row]
             if self.is_final:
-                self._put(row, tokens[row], kept[row], gap)
-                if gap == length:
-                    self._end(row)
-                    continue
-                start = gap
-            draft = tokens[row, start:length][kept[row, start:length]]
-            if hasattr(self.streamers[row], "put_draft") and len(draft):
-                self.streamers[row].put_draft(draft)
+                gap = masked[row, :length].nonzero()
+                start = int(gap[0]) if len(gap) else length
+                self._put(row, tokens[row], kept[row], start)
+            if hasattr(streamer, "put_draft") and len(draft := tokens[row, start:length][kept[row, start:length]]):
+                streamer.put_draft(draft)
 
     def end(self, tokens: Tensor, decoded: Tensor) -> None:
-        """Show the rest.
-
-        Args:
-            tokens: ``(B, L)`` int64 on the host, the canvas at the end.
-            decoded: ``(B, L)`` bool, what may be shown.
-        """
+        """Show the rest of the canvas ``(B, L)`` on the host, where it is decoded."""
         kept = (ends_before(tokens, self.block, self.ends) == 0) & decoded
         for row in list(self.shown):
             self._put(row, tokens[row], kept[row], self.lengths[row])
-            self._end(row)
 
     def _put(self, row: int, tokens: Tensor, kept: Tensor, stop: int) -> None:
+        """Show a row up to a column, and say so if that is its end."""
         start = self.shown[row]
         new = tokens[start:stop][kept[start:stop]]
         if len(new):
             self.streamers[row].put(new)
         self.shown[row] = stop
-
-    def _end(self, row: int) -> None:
-        self.streamers[row].end()
-        del self.shown[row]
+        if stop == self.lengths[row]:
+            self.streamers[row].end()
+            del self.shown[row]
 
 
 @contextmanager
 def interrupts(*, caught: bool) -> Iterator[Callable[[], bool]]:
-    """While open, Ctrl-C is noted down instead of raising ``KeyboardInterrupt``; a second one raises as ever.
+    """While open, Ctrl-C is noted down, if it is to be caught; a second one raises ``KeyboardInterrupt`` as ever.
 
     So a step is never cut in the middle.  Outside the main thread, where Ctrl-C does not arrive, nothing happens.
-
-    Args:
-        caught: whether to do that at all.
 
     Yields:
         A function that says whether Ctrl-C was pressed.

@@ -22,15 +22,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def compiled(function: Function, **options: Any) -> Function:
-    """A function through ``torch.compile``, whose failures are told as ours.
-
-    Args:
-        function: the function.
-        options: those of ``torch.compile``.
-
-    Raises:
-        NapDecodeError: when it is called: the installed torch does not compile it.
-    """
+    """A function through ``torch.compile``, whose failures are told as ours when it is called."""
     fast = torch.compile(function, **options)
 
     @functools.wraps(function)
@@ -53,7 +45,7 @@ def compiled_model(denoiser: Denoiser, **options: Any) -> Denoiser:
     It is compiled when it is called: for the first shape ``(N, W)`` that it is called with, and at the first other one
     once for all.  Rows with padding and without are compiled apart, and so is a single row.  The result is that of the
     model as it is: weights that are trained are seen, and if modules are exchanged, such as for adapters, the next
-    :meth:`Denoiser.check` compiles anew.
+    :meth:`Denoiser.refresh` compiles anew.
 
     Args:
         denoiser: the model.
@@ -61,22 +53,18 @@ def compiled_model(denoiser: Denoiser, **options: Any) -> Denoiser:
 
     Raises:
         NapDecodeError: the output layer cannot be told from the rest of the model.
-
-    Example:
-        >>> from nap_decode import demo
-        >>> denoiser = compiled_model(Denoiser(*demo.load()), fullgraph=True)
     """
-    return denoiser.through(functools.partial(_compiled_call, compiler_options=options))
+    return denoiser.replace(through=partial(_compiled_call, compiler_options=options))
 
 
 @torch.no_grad()
 def _compiled_call(call: ModelCall, tokens: Tensor | None, compiler_options: dict[str, Any]) -> ModelCall:
-    """See :meth:`Denoiser.through`."""
+    """See :meth:`Denoiser.replace`."""
     if tokens is None:
         raise NapDecodeError(f"{call.name} cannot be compiled here; compile it before, with torch.compile")
     if call.head.is_late and isinstance(call.head.layer, nn.Linear):
-        body = CompiledBody(call.module, call.head.layer, **compiler_options)
-        options, wanted = call.whole(tokens.shape, None, tokens.device), torch.zeros_like(tokens[:, :1])
+        body = _CompiledBody(call.module, call.head.layer, **compiler_options)
+        options, wanted = call.whole(tokens), torch.zeros_like(tokens[:, :1])
         if torch.equal(take(body.plain(tokens, options), wanted), call(tokens, options, wanted).rows):
             other = copy.copy(call)
             other.body = body
@@ -88,17 +76,12 @@ def _compiled_call(call: ModelCall, tokens: Tensor | None, compiler_options: dic
     )
 
 
-class CompiledBody:
+class _CompiledBody:
     """Everything before a model's output layer, compiled: for the first shape of its input, and for all others.
 
     It is a copy of the modules on the way to the output layer, with something in the place of that layer that lets
     hidden states through; all others, and all parameters, are the model's own.  A hook would not do: compiled code
     may leave out hooks that are registered later, and keep those that are removed.
-
-    Args:
-        module: the model.
-        head: its output layer.
-        options: those of ``torch.compile``.
     """
 
     def __init__(self, module: nn.Module, head: nn.Linear, **options: Any) -> None:
@@ -115,7 +98,6 @@ class CompiledBody:
         return hidden
 
     def __call__(self, tokens: Tensor, options: Options) -> Tensor:
-        """The same, compiled."""
         if self._first_shape is None:
             self._first_shape = tokens.shape
         return (self._first if tokens.shape == self._first_shape else self._other)(tokens, options)
@@ -143,40 +125,30 @@ def _without(module: nn.Module, head: nn.Linear) -> nn.Module:
 
 
 def prepare(denoiser: Denoiser, decoder: Decoder, mode: bool | str) -> tuple[Denoiser, Decoder, Graphs | None]:
-    """A model and a decoder with their kernels compiled, and what captures their steps, as a mode says.
-
-    Raises:
-        NapDecodeError: an unknown mode, or one that they do not go with.
-    """
-    device = denoiser.device
-    modes: dict[bool | str, tuple[bool, bool]] = {
-        False: (False, False),
-        "kernels": (True, False),
-        "graphs": (False, True),
-        True: (True, device.type == "cuda"),
-    }
-    if not isinstance(mode, bool | str) or mode not in modes:
+    """A model and a decoder with their kernels compiled, and what captures their steps, as a mode says."""
+    if mode not in (False, True, "kernels", "graphs") or not isinstance(mode, bool | str):
         raise NapDecodeError(f'compile must be False, True, "kernels" or "graphs", but is {mode!r}')
-    kernels, graphs = modes[mode]
-    if graphs:
+    graphs = None
+    if mode == "graphs" or (mode is True and denoiser.device.type == "cuda"):
         _check_captured(denoiser, decoder)
-    if kernels:
+        graphs = Graphs(CudaRecorder(denoiser.device))
+    if mode in (True, "kernels"):
         committer = decoder.committer.compiled(partial(compiled, dynamic=True))
         denoiser, decoder = compiled_model(denoiser), Decoder(decoder.scheduler, committer, decoder.close_on)
-    return denoiser, decoder, Graphs(CudaRecorder(device)) if graphs else None
+    return denoiser, decoder, graphs
 
 
 def _check_captured(denoiser: Denoiser, decoder: Decoder) -> None:
-    instead = 'which captured steps cannot; use compile="kernels"'
+    reason = None
     if decoder.needs.memory or decoder.needs.committed:
-        raise NapDecodeError(f"{type(decoder.committer).__name__} keeps things from step to step, {instead}")
-    if denoiser.reuse is not None:
-        raise NapDecodeError(f"{type(denoiser.reuse).__name__} chooses positions at each pass, {instead}")
-    if denoiser.device.type != "cuda":
-        raise NapDecodeError(
-            f'compile="graphs" needs a model on a CUDA device, but it is on {denoiser.device}; use compile="kernels", '
-            "or leave it out"
-        )
-    if denoiser.is_split or not denoiser.hides_padding:
-        reason = "is split over devices" if denoiser.is_split else "does not hide padding"
-        raise NapDecodeError(f'compile="graphs" is not for a model that {reason}; use compile="kernels"')
+        reason = f"{type(decoder.committer).__name__} keeps things from step to step, which captured steps cannot"
+    elif denoiser.reuse is not None:
+        reason = f"{type(denoiser.reuse).__name__} chooses positions at each pass, which captured steps cannot"
+    elif denoiser.device.type != "cuda":
+        reason = f'compile="graphs" needs a model on a CUDA device, but it is on {denoiser.device}'
+    elif denoiser.call.is_split:
+        reason = 'compile="graphs" is not for a model that is split over devices'
+    elif not denoiser.hides_padding:
+        reason = 'compile="graphs" is not for a model that does not hide padding'
+    if reason is not None:
+        raise NapDecodeError(f'{reason}; use compile="kernels"')

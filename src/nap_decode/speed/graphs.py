@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
@@ -24,13 +24,6 @@ _SHAPES = 16
 """Shapes of batches that are remembered."""
 
 
-@dataclass(frozen=True, eq=False)
-class _Graph:
-    replay: Callable[[], None]
-    passes: int
-    take: Take  # which owns tensors that the graph reads
-
-
 class Graphs:
     """Takes turns by replaying graphs, one for each shape of batch and each of a few numbers of slots.
 
@@ -43,14 +36,9 @@ class Graphs:
 
     def __init__(self, record: Record) -> None:
         self.record = record
-        self._turns: dict[object, Any] = {}
-        self._graphs: dict[object, _Graph] = {}
+        self._turns: dict[object, Any] = {}  # by shape
+        self._graphs: dict[object, tuple[Callable[[], None], int, Take]] = {}  # by shape and number of slots
         self._lock = threading.Lock()  # threads that share these graphs work in the same tensors
-
-    @property
-    def count(self) -> int:
-        """Graphs captured so far."""
-        return len(self._graphs)
 
     def __call__(self, take: Take, most: int, turn: Any, rows: Rows, width: int) -> tuple[Any, Tensor | None, int]:
         """Take a turn.
@@ -61,13 +49,10 @@ class Graphs:
             turn: what it reads: ``state``, ``given``, ``is_open``, ``quota`` and ``step``.
             rows: the rows.
             width: K.
-
-        Returns:
-            See :data:`Take`.
         """
         number = len(rows.lengths)
-        more = (1 << (number - 1).bit_length()) - number
-        shape = (number + more, rows.width, turn.quota.shape[1], rows.is_padded)
+        idle = (1 << (number - 1).bit_length()) - number
+        shape = (number + idle, rows.width, turn.quota.shape[1], rows.is_padded)
         unit = -(-most // _BUCKETS)
         width = -(-width // unit) * unit
         with self._lock:
@@ -76,18 +61,21 @@ class Graphs:
                 if len(self._turns) == _SHAPES:
                     self._turns.clear()
                     self._graphs.clear()
-                own = self._turns[shape] = copy_of(_repeated(turn, more))
+                filled = mapped(turn, lambda tensor: torch.cat([tensor, *[tensor[-1:]] * idle]))
+                own = self._turns[shape] = copy_of(filled)
             _copy(turn, own)
-            own.is_open[number:] = False  # idle rows
-            graph = self._graphs.get((shape, width))
-            if graph is None:
-                lengths = (*rows.lengths, *[rows.width] * more)
-                graph = self._graphs[shape, width] = self._capture(take, own, lengths, width)
-            graph.replay()
+            own.is_open[number:] = False
+            if (shape, width) not in self._graphs:
+                self._graphs[shape, width] = self._capture(take, own, (*rows.lengths, *[rows.width] * idle), width)
+            replay, passes, _ = self._graphs[shape, width]
+            replay()
             # A copy, because somebody else may decode with these graphs before the caller goes on.
-            return copy_of(_first(own.state, number)), None, graph.passes
+            return copy_of(mapped(own.state, lambda tensor: tensor[:number])), None, passes
 
-    def _capture(self, take: Take, own: Any, lengths: tuple[int, ...], width: int) -> _Graph:
+    def _capture(
+        self, take: Take, own: Any, lengths: tuple[int, ...], width: int
+    ) -> tuple[Callable[[], None], int, Take]:
+        """What replays a turn, its forward passes, and what takes it, which owns tensors that the graph reads."""
         before, passes = copy_of(own.state), 0
 
         def step() -> None:
@@ -99,16 +87,7 @@ class Graphs:
 
         replay = self.record(step)
         _copy(before, own.state)
-        return _Graph(replay, passes, take)
-
-
-def _repeated(turn: Any, more: int) -> Any:
-    """The same with the last row that many times more."""
-    return mapped(turn, lambda tensor: torch.cat([tensor, tensor[-1:].expand(more, *tensor.shape[1:])]))
-
-
-def _first(state: Any, number: int) -> Any:
-    return mapped(state, lambda tensor: tensor[:number])
+        return replay, passes, take
 
 
 def _copy(given: Any, own: Any) -> None:
@@ -119,11 +98,7 @@ def _copy(given: Any, own: Any) -> None:
 
 
 class CudaRecorder:
-    """Captures functions as CUDA graphs that share one pool of memory, since they run one after the other.
-
-    Args:
-        device: where they run.
-    """
+    """Captures functions as CUDA graphs that share one pool of memory, since they run one after the other."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

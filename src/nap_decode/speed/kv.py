@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
@@ -20,21 +20,12 @@ from nap_decode.model.head import Output
 
 @dataclass(frozen=True, eq=False)
 class Store:
-    """What a model made of the rows of a batch, and which positions of them a call of it brings.
+    """What a model made of the rows of a batch, and which positions of them a call of it brings."""
 
-    Args:
-        states: ``(B, heads, W, D)`` each; made by the first call, overwritten in place by the others.
-        number: B, rows of the batch.
-        width: W, columns.
-        rows: ``(n,)`` int64, the rows that are called; None if all are.
-        positions: ``(n, P)`` int64, the positions that are called; None if all are.
-    """
-
-    states: dict[str, Tensor]
-    number: int
-    width: int
-    rows: Tensor | None = None
-    positions: Tensor | None = None
+    states: dict[str, Tensor]  # (B, heads, W, D) each; made by the first call, overwritten in place by the others
+    shape: Size  # B, W
+    rows: Tensor | None = None  # (n,) int64, the rows that are called; None if all are
+    positions: Tensor | None = None  # (n, P) int64, the positions that are called; None if all are
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer; see :meth:`put`."""
@@ -46,14 +37,13 @@ class Store:
             self.states[name] = new.contiguous()
             return new  # as it came, so that the pass is what it is without a store
         if name not in self.states:
-            self.states[name] = new.new_zeros(self.number, new.shape[1], self.width, new.shape[3])
+            self.states[name] = new.new_zeros(self.shape[0], new.shape[1], self.shape[1], new.shape[3])
         kept = self.states[name]
         some = kept if self.rows is None else kept.index_select(0, self.rows)
         if self.positions is None:
             some = new
         else:
-            index = self.positions[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
-            some = some.scatter_(2, index, new)
+            some.scatter_(2, self.positions[:, None, :, None].expand_as(new), new)
         if self.rows is not None:
             kept.index_copy_(0, self.rows, some)
         return some
@@ -108,19 +98,16 @@ def _cache_class() -> type[Any]:
             return 0
 
         def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-            return self.store.width, 0
+            return self.store.shape[1], 0
 
     return StoringCache
 
 
 class ThroughAttention(TorchFunctionMode):
-    """While open, torch's attention, in this thread alone, attends to what a store makes of its keys and values.
+    """While open, torch's attention, in this thread alone, attends to what ``store.update`` makes of keys and values.
 
     That is for models without a cache, such as encoders.  Nothing of the model is exchanged; attention that is written
     out by hand does not pass here, and the store stays empty.
-
-    Args:
-        store: whatever has ``update``.
     """
 
     def __init__(self, store: Any) -> None:

@@ -34,8 +34,6 @@ __all__ = ["BlockReuse", "CommittedReuse", "DriftReuse", "Glance", "Kept", "Prom
 
 _BRANCHES = ("given", "free")
 """What is kept apart: the rows, and under guidance those without their prompt."""
-Memory: TypeAlias = "dict[str, Kept]"
-"""What earlier passes found out, by branch; empty at first."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,34 +47,35 @@ class Kept:
     wanted: Tensor  # (B, W) bool, where predictions were wanted when the whole row was last computed
     opened: Tensor  # (B, W) bool, where predictions were wanted in any pass
     passes: Tensor  # (B,) int64, passes since the whole row was last computed
-    start: Tensor  # (B,) int64, passes of the batch before the row came
-    counts: Tensor  # (B, S) int64, positions that each pass of the batch computed
+    counts: Tensor  # (B, S) int64, positions that each pass of the batch computed; 0 before the row came
     states: dict[str, Tensor] = field(default_factory=dict)
     """``(B, heads, W, D)`` each: keys and values of the model's layers; and of one head, what it put out, for policies
     that leave out wanted positions."""
 
     @classmethod
-    def nothing(cls, rows: Rows) -> Kept:
-        """Of rows that no pass has seen."""
-        zeros = torch.zeros_like(rows.prompt, dtype=torch.int64)
-        no = torch.zeros_like(rows.prompt)
-        return cls(zeros - 1, zeros, zeros, zeros.float(), no, no, zeros[:, 0], zeros[:, 0], zeros[:, :0])
+    def nothing(cls, like: Tensor) -> Kept:
+        """Of rows ``(B, W)`` that no pass has seen."""
+        zeros, no = torch.zeros_like(like, dtype=torch.int64), torch.zeros_like(like, dtype=torch.bool)
+        return cls(zeros - 1, zeros, zeros, zeros.float(), no, no, zeros[:, 0], zeros[:, :0])
 
     def with_rows(self, number: int, width: int) -> Kept:
         """These rows, and others that no pass has seen; all with at least ``width`` columns."""
-        others = Kept.nothing(Rows((), torch.zeros(number, width, dtype=torch.bool, device=self.tokens.device)))
-        both = join(self, replace(others, start=others.start + self.counts.shape[1]), {"tokens": -1})
+        both = join(self, Kept.nothing(self.tokens.new_zeros(number, width)), {"tokens": -1})
         more = (0, 0, 0, max(0, width - self.tokens.shape[1]), 0, 0, 0, number)  # columns and rows
         return replace(both, states={name: pad(kept, more) for name, kept in self.states.items()})
 
     def narrowed(self, width: int) -> Kept:
         """The first columns."""
         states = {name: kept[:, :, :width] for name, kept in self.states.items()}
-        return replace(narrow(replace(self, counts=self.start, states={}), width), counts=self.counts, states=states)
+        return replace(narrow(self, width), counts=self.counts, states=states)
 
     def counted(self, computed: Tensor) -> Kept:
         """With one pass more, of ``(B,)`` positions."""
         return replace(self, counts=torch.cat([self.counts, computed[:, None]], dim=1))
+
+
+Memory: TypeAlias = dict[str, Kept]
+"""By branch; empty at first."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,13 +137,7 @@ class Reuse(abc.ABC):
         return changed.float()
 
     def plan(self, kept: Kept, rows: Rows, tokens: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Kept]:
-        """What the next pass computes.
-
-        Args:
-            kept: of earlier passes.
-            rows: B rows.
-            tokens: ``(B, W)`` int64, the rows as they stand.
-            wanted: ``(B, W)`` bool, where predictions are wanted.
+        """What the next pass computes of rows whose tokens and wanted predictions are ``(B, W)``.
 
         Returns:
             ``(B, W)`` bool, positions to compute; ``(B,)`` bool, rows that are computed as a whole; and what is
@@ -175,12 +168,7 @@ class Reuse(abc.ABC):
     # ---------------------------------------------------------------------------------------- what a Denoiser asks
 
     def check(self, denoiser: Denoiser) -> None:
-        """Raise unless the model can be called for some of the positions; a few small forward passes, made once.
-
-        Raises:
-            NapDecodeError: a model that takes no positions, hides no padding, attends to a window, keeps its keys and
-                values to itself, or needs its output layer at once where the policy needs it later.
-        """
+        """Raise unless the model can be called for some of the positions; a few small forward passes, made once."""
         name, probing = denoiser.call.name, denoiser.probing
         if self.leaves_out_wanted and not denoiser.call.head.is_late:
             raise NapDecodeError(
@@ -202,27 +190,23 @@ class Reuse(abc.ABC):
         """
         # Added up, as a position may stand there twice: as a slot, and to fill up.
         where = torch.zeros_like(branches[0]).scatter_add_(1, wanted, is_slot.long()) > 0
-        outputs = []
-        for name, tokens in zip(_BRANCHES, branches, strict=False):
-            before = kept.get(name) or Kept.nothing(rows)
-            computed, is_whole, kept[name] = self.plan(before, rows, tokens, where)
+        parts, number = [], len(branches[0])
+        for branch, tokens in enumerate(branches):
+            before = kept.get(_BRANCHES[branch]) or Kept.nothing(tokens)
+            computed, is_whole, known = self.plan(before, rows, tokens, where)
+            kept[_BRANCHES[branch]] = known
             counts, flags = torch.stack([computed.sum(1), is_whole.long()]).tolist()  # the one place that waits
-            parts, number = [], len(tokens)
             for flag in (1, 0):
                 some = [row for row in range(number) if flags[row] == flag]
                 if some:
                     index, is_all = host_tensor(some, tokens.device), len(some) == number
                     own, most = computed if is_all else computed[index], max(1, *(counts[row] for row in some))
-                    positions = None if flag else _packed(own, most)
                     # Where all is called, all is made anew: compiled code would look at what was there before.
-                    states = {} if flag and is_all else kept[name].states
-                    store = Store(states, number, rows.width, None if is_all else index, positions)
-                    parts.append((index, self._call(call, rows, tokens, wanted, store)))
-                    kept[name].states.update(states)
-            outputs.append(parts[0][1] if len(parts) == 1 else Output.joined(parts))
-        if len(outputs) == 1:
-            return outputs[0]
-        return Output(torch.cat([output.rows for output in outputs]), outputs[0].is_hidden)
+                    states = {} if flag and is_all else known.states
+                    store = Store(states, tokens.shape, None if is_all else index, None if flag else _packed(own, most))
+                    parts.append((index + branch * number, self._call(call, rows, tokens, wanted, store)))
+                    known.states.update(states)
+        return parts[0][1] if len(parts) == 1 else Output.joined(parts)
 
     def _call(self, call: ModelCall, rows: Rows, tokens: Tensor, wanted: Tensor, store: Store) -> Output:
         """One call of the model for the rows and positions that a store is to get."""
@@ -230,19 +214,16 @@ class Reuse(abc.ABC):
         if store.rows is not None:
             tokens, wanted, present = (values[store.rows] for values in (tokens, wanted, present))
         places = wanted
-        if positions is not None:
-            columns = torch.arange(rows.width, device=tokens.device).expand_as(present)
-            seen = visibility(columns, present, queries=positions, block_size=call.block_size)
-            options, tokens = call.some(positions, seen), tokens.gather(1, positions)
-            # Where each position stands among those that are called, 0 if it does not.
-            each = columns[:, : positions.shape[1]]
-            places = (
-                torch.zeros_like(tokens[:, :1]).repeat(1, rows.width).scatter_(1, positions, each).gather(1, wanted)
-            )
-        elif store.rows is None:
-            options = call.options(rows)
+        if positions is None:
+            whole = store.rows is None
+            options = call.options(rows, tokens) if whole else call.whole(tokens, present if rows.is_padded else None)
         else:
-            options = call.whole(tokens.shape, present if rows.is_padded else None, tokens.device)
+            columns = torch.arange(rows.width, device=tokens.device).expand_as(tokens)
+            seen = visibility(columns, present, queries=positions, block_size=call.block_size)
+            options = call.some(positions, seen)
+            # Where each position stands among those that are called, 0 if it does not.
+            places = torch.zeros_like(tokens).scatter_(1, positions, columns[:, : positions.shape[1]]).gather(1, wanted)
+            tokens = tokens.gather(1, positions)
         if not self.leaves_out_wanted:
             return call_storing(call, tokens, options, places, store)
         every = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
@@ -251,9 +232,9 @@ class Reuse(abc.ABC):
 
     def count(self, rows: Rows, branches: int, kept: Memory) -> None:
         """Note down a pass that computed everything."""
+        lengths = host_tensor(rows.lengths, rows.prompt.device)
         for name in _BRANCHES[:branches]:
-            lengths = host_tensor(rows.lengths, rows.prompt.device)
-            kept[name] = (kept.get(name) or Kept.nothing(rows)).counted(lengths)
+            kept[name] = (kept.get(name) or Kept.nothing(rows.prompt)).counted(lengths)
 
     @staticmethod
     def computed(kept: Memory, passes: Tensor) -> Tensor:
@@ -262,8 +243,8 @@ class Reuse(abc.ABC):
             return torch.zeros(len(passes), 0, dtype=torch.int64, device="cpu")
         counts = torch.stack([known.counts for known in kept.values()]).sum(0).cpu()
         number = torch.arange(int(passes.max()), device="cpu")
-        index = next(iter(kept.values())).start.cpu()[:, None] + number
-        own = counts.gather(1, index.clamp(max=counts.shape[1] - 1))
+        first = (counts > 0).int().argmax(1, keepdim=True)  # which computes all of the row
+        own = counts.gather(1, (first + number).clamp(max=counts.shape[1] - 1))
         return torch.where(number < passes[:, None], own, 0)
 
 
@@ -294,10 +275,9 @@ class CommittedReuse(Reuse):
     Args:
         delay: passes that compute a token after its commit; then its keys and values are kept.  They change most
             when the mask becomes a token, so 1 is right for most models.
-        refresh_every: see :class:`Reuse`.
 
     Example:
-        >>> from nap_decode import CommittedReuse, Denoiser, ParallelForcedSampler, demo
+        >>> from nap_decode import Denoiser, ParallelForcedSampler, demo
         >>> denoiser = Denoiser(*demo.load(), reuse=CommittedReuse())
         >>> sampler = ParallelForcedSampler(denoiser, path_length=11, summary_length=2, tokens_per_step=4)
         >>> out = sampler("6 0 6 4 6 2 1 2 4 7 0 6 =")
@@ -326,7 +306,6 @@ class BlockReuse(Reuse):
     Args:
         with_suffix: compute what stands behind the block, too: Fast-dLLM's prefix cache.  Without, it is its dual
             cache.
-        refresh_every: see :class:`Reuse`.
 
     Example:
         >>> BlockReuse(with_suffix=True)
@@ -361,10 +340,9 @@ class DriftReuse(Reuse):
         share: of the wanted positions, rounded up.
         reach: positions.
         max_age: passes after which a wanted position is computed in any case.
-        refresh_every: see :class:`Reuse`.
 
     Example:
-        >>> from nap_decode import Denoiser, DriftReuse, ParallelForcedSampler, demo
+        >>> from nap_decode import Denoiser, ParallelForcedSampler, demo
         >>> denoiser = Denoiser(*demo.load(), reuse=DriftReuse())
         >>> sampler = ParallelForcedSampler(denoiser, path_length=11, summary_length=2, tokens_per_step=4)
         >>> out = sampler("6 0 6 4 6 2 1 2 4 7 0 6 =")
@@ -417,9 +395,13 @@ def _why_not(probing: Probing) -> str | None:
     before, after = (head.logits(call.with_rows(rows, one, wanted)) for one in (other, tokens))
     kept: Memory = {}
     # The whole of other rows; then all positions of these, called for as some; then one, though nothing is new.
-    steps = [(PromptReuse(refresh_every=1), other, before), (CommittedReuse(delay=9), tokens, after)]
+    steps = (
+        (PromptReuse(refresh_every=1), other, before),
+        (CommittedReuse(delay=9), tokens, after),
+        (CommittedReuse(), tokens, after),
+    )
     try:
-        for policy, one, expected in (*steps, (CommittedReuse(), tokens, after)):
+        for policy, one, expected in steps:
             found = head.logits(policy.forward(call, rows, [one], wanted, wanted >= 0, kept))
             if not kept[_BRANCHES[0]].states:
                 return (

@@ -105,9 +105,6 @@ class CanvasAnimation:
         Args:
             path: ends in ``.gif`` or ``.html``.
             dpi: pixels per inch of a GIF.
-
-        Raises:
-            NapDecodeError: another ending; matplotlib is not installed.
         """
         ending = Path(path).suffix.lower()
         if ending == ".html":
@@ -159,37 +156,51 @@ def animate(
 
 
 class _Drawing:
-    """A figure with a cell for every slot, to be coloured frame by frame."""
+    """A figure with a cell for every slot, to be coloured frame by frame; places are in letters and lines."""
 
     def __init__(self, runs: list[Run]) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.collections import PolyCollection
         from matplotlib.figure import Figure
 
-        self.slots = [slot for run in runs for slot in run.slots]
-        has_texts = len(self.slots) <= _MAX_TEXTS
-        corners, labels, height = _arrange(runs, has_texts)
-        width = max([right for _, _, right, _ in corners] + [len(text) for _, text in labels] + [24])
-        margin, letter, line = 0.15, 0.602 * _FONT_SIZE / 72, 1.9 * _FONT_SIZE / 72  # inches
-        across, down = width * letter + 2 * margin, height * line + 2 * margin
-        self.figure = Figure(figsize=(across, down), facecolor="white")
+        self.figure = Figure(facecolor="white")
         FigureCanvasAgg(self.figure)
-        ax = self.figure.add_axes((margin / across, margin / down, 1 - 2 * margin / across, 1 - 2 * margin / down))
-        ax.set(xlim=(0, width), ylim=(height, 0))
+        ax = self.figure.add_axes((0, 0, 1, 1))
         ax.set_axis_off()
         font: dict[str, Any] = {"family": _FONT, "fontsize": _FONT_SIZE, "va": "center_baseline", "parse_math": False}
+        prompt = " ".join(" ".join(run.text for run in runs if run.is_prompt).split())
+        prompt = prompt if len(prompt) <= _LINE_WIDTH else "… " + prompt[2 - _LINE_WIDTH :]
         self.title = ax.text(0, 0.5, "", weight="bold", **font)
-        for y, text in labels:
-            ax.text(0, y, text, color="#444444", **font)
-        self.cells = PolyCollection([[(a, b), (c, b), (c, d), (a, d)] for a, b, c, d in corners], closed=True)
+        ax.text(0, 1.5, prompt, color="#444444", **font)
+
+        self.slots = [slot for run in runs for slot in run.slots]
+        has_texts = len(self.slots) <= _MAX_TEXTS
+        self.texts, corners, width, y = [], [], float(max(24, len(prompt))), 3.0
+        for run in runs:
+            if not run.slots:
+                continue
+            name = run.name + f" ({run.left_out} more slots are not shown)" * bool(run.left_out)
+            ax.text(0, y, name, color="#444444", **font)
+            x, y = 0.0, y + 1
+            for slot in run.slots:
+                text = _short(slot.text)
+                wide = len(text) + 0.8 if has_texts else 1.0
+                if x + wide > _LINE_WIDTH:
+                    x, y = 0.0, y + 1
+                corners.append([(x, y - 0.43), (x + wide, y - 0.43), (x + wide, y + 0.43), (x, y + 0.43)])
+                if has_texts:
+                    alpha = 0.45 if slot.is_behind else 1
+                    self.texts.append(ax.text(x + wide / 2, y, text, ha="center", alpha=alpha, **font))
+                width = max(width, x + wide, len(name))
+                x += wide + 0.3
+            y += 1.3
+        self.cells = PolyCollection(corners, closed=True)
         ax.add_collection(self.cells)
-        self.texts = [
-            ax.text(
-                (a + c) / 2, (b + d) / 2, _short(slot.text), ha="center", alpha=0.45 if slot.is_behind else 1, **font
-            )
-            for slot, (a, b, c, d) in zip(self.slots, corners, strict=True)
-            if has_texts
-        ]
+
+        height, margin, letter, line = y - 0.6, 0.15, 0.602 * _FONT_SIZE / 72, 1.9 * _FONT_SIZE / 72  # inches
+        self.figure.set_size_inches(width * letter + 2 * margin, height * line + 2 * margin)
+        ax.set_xlim(-margin / letter, width + margin / letter)
+        ax.set_ylim(height + margin / line, -margin / line)
 
     def show(self, before: int, done: int, steps: int) -> None:
         """Colour the cells as they were after ``done`` steps, and frame those that are new after ``before`` steps."""
@@ -203,32 +214,6 @@ class _Drawing:
         for slot, text in zip(self.slots, self.texts, strict=False):
             text.set_visible(0 <= slot.step < done)
         self.title.set_text(f"step {done} of {steps}")
-
-
-def _arrange(
-    runs: list[Run], has_texts: bool
-) -> tuple[list[tuple[float, float, float, float]], list[tuple[float, str]], float]:
-    """Where everything goes, in letters and lines from the top left.
-
-    Returns:
-        Left, top, right and bottom of each slot's cell; how far down lines of text are, and these; lines in all.
-    """
-    prompt = " ".join(" ".join(run.text for run in runs if run.is_prompt).split())
-    prompt = prompt if len(prompt) <= _LINE_WIDTH else "… " + prompt[2 - _LINE_WIDTH :]
-    corners, labels, y = [], [(1.5, prompt)], 3.0
-    for run in runs:
-        if not run.slots:
-            continue
-        labels.append((y, run.name + f" ({run.left_out} more slots are not shown)" * bool(run.left_out)))
-        x, y = 0.0, y + 1
-        for slot in run.slots:
-            width = len(_short(slot.text)) + 0.8 if has_texts else 1.0
-            if x + width > _LINE_WIDTH:
-                x, y = 0.0, y + 1
-            corners.append((x, y - 0.43, x + width, y + 0.43))
-            x += width + 0.3
-        y += 1.3
-    return corners, labels, y - 0.6
 
 
 def _short(text: str) -> str:

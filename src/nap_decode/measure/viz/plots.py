@@ -106,12 +106,9 @@ def _name_blocks(ax: Axes, names: list[tuple[str, float]]) -> None:
 class RunningARness:
     """AR-ness of what was committed so far, averaged over rows."""
 
-    steps: NDArray[np.int64]
-    """``(S,)``, steps done: 1 to S."""
-    global_at: dict[int, _Floats]
-    """Global@k after each of them, ``(S,)``, by k; nan before the first commit."""
-    local_at: dict[int, _Floats]
-    """Local@k after each of them, ``(S,)``, by k; nan before the k-th commit."""
+    steps: NDArray[np.int64]  # (S,), steps done: 1 to S
+    global_at: dict[int, _Floats]  # by k, (S,), after each of them; nan before the first commit
+    local_at: dict[int, _Floats]  # by k, (S,); nan before the k-th commit
 
 
 def running_arness(
@@ -139,20 +136,22 @@ def running_arness(
     if not len(rows):
         raise NapDecodeError("nothing was decoded there, so there is no AR-ness")
     num_steps = int(trace.step.numpy()[counted].max()) + 1
-    shares: dict[tuple[str, int], list[_Floats]] = {}
+    steps = np.arange(num_steps)
+    global_at: dict[int, list[_Floats]] = {k: [] for k in ks}
+    local_at: dict[int, list[_Floats]] = {k: [] for k in ks}
     for row in rows:
         step, confidence = (x[row].numpy()[counted[row]] for x in (trace.step, trace.confidence))
         order = commit_order(step, confidence)
         skipped = masked_below(order)
-        done = np.searchsorted(step[order], np.arange(num_steps), side="right")  # (S,) commits so far
+        done = np.searchsorted(step[order], steps, side="right")  # (S,) commits so far
         for k in ks:
-            shares.setdefault(("global", k), []).append(_share(skipped < k, done))
-            shares.setdefault(("local", k), []).append(_share(ascends(order, k), done - k))
-
-    def average(name: str) -> dict[int, _Floats]:
-        return {k: np.ma.masked_invalid(shares[name, k]).mean(0).filled(np.nan) for k in ks}
-
-    return RunningARness(np.arange(1, num_steps + 1), average("global"), average("local"))
+            global_at[k].append(_share(skipped < k, done))
+            local_at[k].append(_share(ascends(order, k), done - k))
+    means = [
+        {k: np.ma.masked_invalid(shares).mean(0).filled(np.nan) for k, shares in by_k.items()}
+        for by_k in (global_at, local_at)
+    ]
+    return RunningARness(steps + 1, *means)
 
 
 def _share(hit: NDArray[np.bool_], done: NDArray[np.int64]) -> _Floats:
@@ -247,9 +246,8 @@ def need_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise NapDecodeError(
-            "drawing needs matplotlib, which is not installed; run pip install 'nap_decode[viz]'"
-        ) from error
+        missing = "drawing needs matplotlib, which is not installed; run pip install 'nap_decode[viz]'"
+        raise NapDecodeError(missing) from error
 
 
 def _new_axes() -> Axes:

@@ -6,7 +6,7 @@ import pytest
 from models import Words
 
 from nap_decode import NapDecodeError
-from nap_decode.base.errors import check_tokenizer
+from nap_decode.model.denoiser import _check_tokenizer
 
 
 class Tokenizer:
@@ -41,19 +41,19 @@ class Tokenizer:
 def test_tokenizers_that_fit(tokenizer, rows):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_tokenizer(tokenizer, rows)
+        _check_tokenizer(tokenizer, rows)
 
 
 def test_a_tokenizer_with_ids_that_the_model_lacks():
     with pytest.raises(NapDecodeError, match="the tokenizer has ids up to 100, but the model has 100, from 0 to 99"):
-        check_tokenizer(Tokenizer(101), 100)
+        _check_tokenizer(Tokenizer(101), 100)
     with pytest.raises(NapDecodeError, match="ids up to 100"):
-        check_tokenizer(Tokenizer(105, added=4), 100)
+        _check_tokenizer(Tokenizer(105, added=4), 100)
     with pytest.raises(NapDecodeError, match="ids up to 19"):
-        check_tokenizer(Words(), 10)
+        _check_tokenizer(Words(), 10)
 
 
 @pytest.mark.parametrize(("size", "rows"), [(5, 591), (30522, 126464), (33, 50257)])
 def test_a_far_smaller_tokenizer(size, rows):
     with pytest.warns(UserWarning, match=f"the tokenizer has {size} ids, but the model {rows}; only those of the"):
-        check_tokenizer(Tokenizer(size), rows)
+        _check_tokenizer(Tokenizer(size), rows)
