@@ -58,11 +58,12 @@ def test_a_block_opens_when_the_one_before_is_done_enough(denoiser, adaptive, sh
     assert adaptive or out.trace.forward_passes.tolist() == [6, 6]
 
 
-def test_agrees_with_the_reference(denoiser):
-    """What is sure enough in every open block, and the best where nothing is, in a plain loop over one row."""
+@pytest.mark.parametrize("share", [0.3, 0.95])
+def test_agrees_with_the_reference(denoiser, share):
+    """What is sure enough in every open block, and the best where a token is owed, in a plain loop over one row."""
     threshold, length, size = 0.4, 12, 3
     logits_of = logits_by(denoiser.model)
-    sampler = make(denoiser, "d2f", threshold=threshold, block_length=size)
+    sampler = make(denoiser, "d2f", threshold=threshold, block_length=size, done_before_owed=share)
     together = 0
     for prompt in PAPER_PROMPTS:
         out = sampler(prompt, max_new_tokens=length)
@@ -75,12 +76,12 @@ def test_agrees_with_the_reference(denoiser):
                 if i and sum(tokens[p] != MASK for p in blocks[i - 1]) < size / 2:
                     break
                 open_blocks.append([p for p in block if tokens[p] == MASK])
-            # One token at least, which the block with most masks owes.
-            most = max(open_blocks, key=len)
-            for block in open_blocks:
+            for i, block in enumerate(open_blocks):
                 proposals = {p: propose(logits[p], BANNED) for p in block}
                 sure = {p for p in block if proposals[p][1][proposals[p][0]] >= threshold}
-                chosen |= sure or (threshold_rule(threshold)(proposals, {}) if block is most else set())
+                # A token at least, in the first block and behind one that is done enough.
+                owed = not i or sum(tokens[p] != MASK for p in blocks[i - 1]) >= size * share
+                chosen |= threshold_rule(threshold)(proposals, {}) if owed and block else sure
             together += len({(p - len(prompt)) // size for p in chosen}) > 1
             for p in chosen:
                 tokens[p] = propose(logits[p], BANNED)[0]
@@ -97,10 +98,18 @@ def test_blocks_one_after_the_other_are_fast_dllms(denoiser):
     assert torch.equal(outs[0].trace.step, outs[1].trace.step)
 
 
+def test_a_row_that_is_owed_tokens_may_get_them_in_any_open_block():
+    left, lengths = torch.tensor([[1, 4, 4]]), torch.tensor([[4, 4, 4]])
+    for tokens_per_step, expected in ((None, [[1, 0, 0]]), (1, [[0, 1, 0]]), (5, [[1, 4, 0]])):
+        scheduler = PipelineScheduler(tokens_per_step=tokens_per_step)
+        assert scheduler.least(scheduler.plan(lengths, adaptive=True), left).tolist() == expected
+
+
 @pytest.mark.parametrize("share", [-0.1, 1.1, "half", None])
-def test_bad_options(share):
-    with pytest.raises(NapDecodeError, match="done_before_next must be a number from 0 to 1"):
-        PipelineScheduler(done_before_next=share)
+@pytest.mark.parametrize("name", ["done_before_next", "done_before_owed"])
+def test_bad_options(name, share):
+    with pytest.raises(NapDecodeError, match=f"{name} must be a number from 0 to 1"):
+        PipelineScheduler(**{name: share})
 
 
 @pytest.mark.parametrize("percent", range(1, 100))

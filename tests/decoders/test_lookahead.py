@@ -22,6 +22,7 @@ from nap_decode import (
     ThresholdSelection,
     decoders,
 )
+from nap_decode.decoders.discrete_forcing import PipelineScheduler
 from nap_decode.decoders.llada_2 import EditReviser
 from nap_decode.decoders.lookahead import LookaheadCommitter, _Branches
 from nap_decode.parts.slots import Slots
@@ -65,6 +66,60 @@ def test_lookahead_agrees_with_the_reference(tiny, denoiser):
         assert out.sequences[0].tolist() == tokens
         assert out.forward_passes == passes
     assert won > 3
+
+
+def open_now(tokens, start, size, share):
+    """Slots of the blocks that are open, in a pipeline."""
+    blocks = [range(first, first + size) for first in range(start, len(tokens), size)]
+    count = 1
+    while count < len(blocks) and sum(tokens[p] != MASK for p in blocks[count - 1]) >= size * share:
+        count += 1
+    return [[p for p in block if tokens[p] == MASK] for block in blocks[:count]]
+
+
+@pytest.mark.parametrize("share", [0.4, 1.0])
+def test_branches_open_blocks_for_themselves(tiny, denoiser, share):
+    threshold, branches, weight, length, size = 0.5, 2, 0.1, 12, 3
+    decoder = decoders.lopa(threshold=threshold, branches=branches, weight=weight).set(opens_blocks=True)
+    scheduler = PipelineScheduler(block_length=size, done_before_next=share, done_before_owed=0.6)
+    sampler = Sampler(denoiser, decoder=decoder.set(scheduler=scheduler))
+    opened = 0
+    for prompt in ([5, 6, 7], [8], [9, 9, 5, 6], [7, 6, 5, 8, 9], [6, 6], [9]):
+        out = sampler(prompt, max_new_tokens=length)
+        tokens, passes, offers = [*prompt, *[MASK] * length], 0, []
+        while MASK in tokens:
+            passes += 1
+            best = None
+            for position, token, creation in [(None, None, 1.0), *offers]:
+                branch = list(tokens)
+                if position is not None:
+                    branch[position] = token
+                with torch.no_grad():
+                    logits = tiny(torch.tensor([branch])).logits[0].tolist()
+                blocks = open_now(branch, len(prompt), size, share)
+                proposals = {p: reference.propose(logits[p], BANNED) for block in blocks for p in block}
+                c = sorted(reference.confidences(proposals).values())
+                counted = c[: max(1, len(c) // 2)]
+                worth = weight * creation + (1 - weight) * (sum(counted) / len(counted) if counted else 1.0)
+                if best is None or worth > best[0] + 1e-12:
+                    best = worth, branch, proposals, blocks
+            _, branch, proposals, blocks = best
+            opened += len(blocks) > len(open_now(tokens, len(prompt), size, share))
+            chosen = set()
+            for i, block in enumerate(blocks):
+                here = {p: proposals[p] for p in block}
+                rule = reference.threshold_rule(threshold)(here, {}) if here else set()
+                before = len(prompt) + (i - 1) * size
+                owed = not i or sum(t != MASK for t in branch[before : before + size]) >= size * 0.6
+                chosen |= rule if owed else {p for p in rule if reference.confidences(here)[p] >= threshold}
+            tokens = branch
+            for p in chosen:
+                tokens[p] = proposals[p][0]
+            c = reference.confidences({p: proposals[p] for p in proposals if p not in chosen})
+            offers = [(p, proposals[p][0], c[p]) for p in sorted(c, key=lambda p: (-c[p], p))[:branches]]
+        assert out.sequences[0].tolist() == tokens
+        assert out.forward_passes == passes
+    assert opened > 1
 
 
 class Recorder(Committer):
@@ -134,11 +189,12 @@ def test_branches_of_a_closed_block_are_forgotten():
         assert sum(row[0] != recorder.asked[second][0][0] for row in recorder.asked[second]) == 0
 
 
-def test_rows_look_ahead_for_themselves():
+@pytest.mark.parametrize("scheduler", [AnyOrderScheduler(), PipelineScheduler(block_length=2)])
+def test_rows_look_ahead_for_themselves(scheduler):
     """Each with as many open slots as it has, and branches of its own, whatever stands beside it."""
-    committer = lookahead(threshold=0.6, branches=2, weight=0.3)
+    committer = lookahead(threshold=0.6, branches=2, weight=0.3, opens_blocks=True)
     for seed in range(6):
-        sampler = sampler_of(AnyOrderScheduler(), committer, length=5, seed=seed)
+        sampler = sampler_of(scheduler, committer, length=5, seed=seed)
         together = sampler([[0], [2], [0]], max_new_tokens=4)
         assert len({tuple(row) for row in together.trace.step.tolist()}) > 1
         for row, prompt in enumerate(([0], [2], [0])):

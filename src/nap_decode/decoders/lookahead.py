@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from typing_extensions import override
 
-from nap_decode.base.errors import NapDecodeError, check_between, check_integer, check_part
+from nap_decode.base.errors import NapDecodeError, check_between, check_flag, check_integer, check_part
 from nap_decode.parts import Committer, Decoder, MicroConfidenceCommitter, Needs, Predict, ThresholdSelection, in_blocks
 from nap_decode.parts.slots import Decision, Proposal, Slots
 
@@ -33,17 +34,21 @@ class LookaheadCommitter(Committer):
         branches: branches besides the anchor; what LoPA's code makes of ``branching_factor``.
         weight: of the extra token's confidence.
         weakest: share of the open slots, the least certain ones, whose confidence is averaged.
+        opens_blocks: whether the extra token may open blocks, each branch for itself, as in LoPA's code, so that the
+            branch is judged by them and goes on in them; otherwise they open between the steps.
     """
 
     inner: MicroConfidenceCommitter = MicroConfidenceCommitter(selection=ThresholdSelection(0.9))
     branches: int = 2
     weight: float = 0.5
     weakest: float = 0.5
+    opens_blocks: bool = False
 
     def __post_init__(self) -> None:
         check_integer("branches", self.branches, 1)
         check_between("weight", self.weight, 0.0, 1.0)
         check_between("weakest", self.weakest, 0.0, 1.0)
+        check_flag("opens_blocks", self.opens_blocks)
         check_part("inner", self.inner, MicroConfidenceCommitter, "MicroConfidenceCommitter()")
         if self.inner.needs.memory:
             raise NapDecodeError(
@@ -54,7 +59,7 @@ class LookaheadCommitter(Committer):
     @property
     @override
     def needs(self) -> Needs:
-        return self.inner.needs | Needs(adaptive=True, memory=True)
+        return self.inner.needs | Needs(adaptive=True, memory=True, ahead=self.opens_blocks)
 
     @override
     def compiled(self, compile: Callable[[Any], Any]) -> LookaheadCommitter:
@@ -66,13 +71,15 @@ class LookaheadCommitter(Committer):
         number, rows, _ = branches.adds.shape  # J, the anchor included, and B
         prediction = predict(torch.where(branches.adds, branches.tokens, slots.tokens))  # (J * B, K)
         proposal = self.inner.propose(prediction, slots.repeat(number))
-        future = self._certainty(proposal.confidence.view_as(branches.adds), slots.open & ~branches.adds)
+        block, quota = _opened(slots, branches.adds)
+        is_open = slots.open & (block < quota.shape[2]) & ~branches.adds
+        future = self._certainty(proposal.confidence.view_as(branches.adds), is_open)
         worth = self.weight * branches.confidence + (1 - self.weight) * future
         # Of equals the first wins, and the anchor is the first.
         winner = worth.where(branches.exists, -torch.inf).argmax(0)  # (B,)
         won = winner * rows + torch.arange(rows, device=winner.device)  # the same among J * B
-        added, token, sure = (values.flatten(0, 1)[won] for values in branches[:3])
-        slots = replace(slots, committed=slots.committed | added)
+        added, token, sure, block, quota = (values.flatten(0, 1)[won] for values in (*branches[:3], block, quota))
+        slots = replace(slots, block=block, quota=quota, committed=slots.committed | added)
         statistics = {name: values[won] for name, values in proposal.statistics.items()}
         commit = self.inner.decide(Proposal(slots, proposal.tokens[won], proposal.confidence[won], statistics))
         left = commit.confidence.where(slots.open & ~commit.chosen, -torch.inf)
@@ -122,6 +129,17 @@ class _Branches(NamedTuple):
             confidence=torch.cat([anchor.to(confidence), confidence]),
             exists=torch.cat([anchor.bool(), adds.any(2)]),
         )
+
+
+def _opened(slots: Slots, adds: Tensor) -> tuple[Tensor, Tensor]:
+    """Each branch's blocks ``(J, B, K)``, M for a slot that is closed in it, and its quotas ``(J, B, M)``."""
+    block, quota = slots.block.expand_as(adds), slots.quota.expand(len(adds), -1, -1)
+    if slots.ahead is None:
+        return block, quota
+    added = torch.where(adds, block + 1, 0).amax(2)  # (J, B)
+    ahead = slots.ahead[torch.arange(len(slots.block), device=added.device), added]  # (J, B, M)
+    closed = pad(ahead, (0, 1)).gather(2, block) == 0
+    return block.masked_fill(closed, quota.shape[2]), (ahead - 1).clamp(min=0)
 
 
 def lopa(

@@ -20,6 +20,8 @@ class Needs:
         committed: committed slots of the open blocks are looked at, too.
         left_out: predictions at committed slots leave out what stands in the slot itself, which not every model can.
         previous: the logits of the step before are kept in memory.
+        ahead: it is told what would be open with one token more, see :attr:`~nap_decode.parts.Slots.ahead`; only of an
+            adaptive part.
         statistics: what is asked of each prediction besides the confidence: functions of
             :class:`~nap_decode.parts.confidence.Candidates`, or their names.
 
@@ -34,6 +36,7 @@ class Needs:
     committed: bool = False
     left_out: bool = False
     previous: bool = False
+    ahead: bool = False
     statistics: tuple[str | Callable[..., Any], ...] = ()
 
     def __post_init__(self) -> None:

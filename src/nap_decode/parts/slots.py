@@ -32,6 +32,9 @@ class Slots:
         row_tokens: ``(B, W)`` int64, the rows as they stand.
         row_offsets: ``(B, W)`` int64, columns from the first slot of a slot's block.
         memory: what parts keep from step to step, each under a name of its own; see :meth:`kept`.
+        ahead: ``(B, 1 + M, M)`` int64, for a part that needs it: what each block commits at least, plus 1, or 0 if it
+            is closed; first as things stand, then with one token more in each of the blocks.  The slots are then those
+            of all blocks that any of this opens.
     """
 
     index: Tensor
@@ -45,6 +48,7 @@ class Slots:
     row_tokens: Tensor
     row_offsets: Tensor
     memory: dict[str, Tensor] = field(default_factory=dict)
+    ahead: Tensor | None = None
 
     @classmethod
     def pack(
@@ -67,7 +71,7 @@ class Slots:
             width: K, the largest number of slots in a row, or more.
             total: T, the number of all slots, or more.
             committed: ``(B, W)`` bool, slots that are not masked; None if all wanted ones are.
-            fields: seeds, step, row_tokens, row_offsets and memory.
+            fields: seeds, step, row_tokens, row_offsets, memory and ahead.
         """
         #   wanted  . x . x x .   ->   rank  -1 0 -1 1 2 -1   ->   index  1 3 4
         rank = torch.where(wanted, wanted.cumsum(1) - 1, -1)
@@ -171,7 +175,7 @@ class Slots:
 
     def repeat(self, times: int) -> Slots:
         """The slots of the batch several times over, one batch after the other."""
-        names = [f.name for f in fields(self) if f.name not in ("places", "memory")]
+        names = [f.name for f in fields(self) if f.name not in ("places", "memory", "ahead")]
         repeated: dict[str, Any] = {name: torch.cat([getattr(self, name)] * times) for name in names}
         first = torch.arange(times, device=self.places.device)[:, None] * self.block.numel()
         return replace(self, places=(self.places + first).flatten(), **repeated)

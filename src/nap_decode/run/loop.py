@@ -12,21 +12,22 @@ Its index spaces, from the outside in::
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from nap_decode.base.batching import host_tensor, join, narrow, select, to_device
+from nap_decode.base.batching import host_tensor, join, mapped, narrow, select, to_device
 from nap_decode.base.errors import NapDecodeError, check_tensor
 from nap_decode.base.rows import Rows
 from nap_decode.canvas import Canvas, count_blocks
 from nap_decode.model.denoiser import Denoiser
 from nap_decode.model.prediction import Prediction
 from nap_decode.parts.decoder import Decoder
-from nap_decode.parts.scheduler import Left, Plan
+from nap_decode.parts.scheduler import Left, Plan, Scheduler
 from nap_decode.parts.slots import Decision, Slots
 from nap_decode.run.state import State
 
@@ -64,6 +65,7 @@ class Agenda:
     step: Tensor  # (B, S) device: the same
     is_open: Tensor  # (B, S, M) device: blocks that may commit
     quota: Tensor  # (B, S, M) device: tokens that each block commits
+    ahead: Tensor | None = None  # (B, S, 1 + M, M) device: see Slots
 
     @cached_property
     def turns(self) -> tuple[list[int], list[int], list[int]]:
@@ -79,7 +81,8 @@ class Agenda:
 
     def rest(self, taken: int) -> Agenda:
         """What is left after some turns."""
-        return replace(self, **{f.name: getattr(self, f.name)[:, taken:] for f in fields(self)})
+        rest: Agenda = mapped(self, lambda tensor: tensor[:, taken:])
+        return rest
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,6 +148,7 @@ class Turn:
     is_open: Tensor  # (B, M) bool, blocks that may commit
     quota: Tensor  # (B, M) tokens that each block shall commit
     step: Tensor  # (B,) index of the step in each row's schedule
+    ahead: Tensor | None  # (B, 1 + M, M), see Slots
 
 
 Arrivals: TypeAlias = "Callable[[Batch | None], Batch | None]"
@@ -266,7 +270,9 @@ class Loop:
             raise NapDecodeError("no row has a turn left; ask batch.is_busy before every step")
         agenda, number = batch.agenda, len(batch.passes)
         width, total, furthest = (values[number] for values in agenda.turns)
-        turn = Turn(batch.state, batch.given, *(t[:, number] for t in (agenda.is_open, agenda.quota, agenda.step)))
+        is_open, quota, index = (t[:, number] for t in (agenda.is_open, agenda.quota, agenda.step))
+        ahead = None if agenda.ahead is None else agenda.ahead[:, number]
+        turn = Turn(batch.state, batch.given, is_open, quota, index, ahead)
         memory, kept, rows = {**batch.memory}, {**batch.kept}, batch.given.rows
         take = partial(self._take, memory=memory, kept=kept)
         if self.graphs is None:
@@ -286,6 +292,7 @@ class Loop:
     def _agenda(self, plan: Plan, left: Left, reopened: Tensor, device: torch.device) -> tuple[Agenda, Left]:
         """The next turn, or all of them: computed on the host, and brought to the device together."""
         scheduler, counts, steps, quotas = self.scheduler, [], [], []
+        ahead: Tensor | None = None
         while True:
             # A committer that revises looks at all slots of an open block, the others at masked ones.
             seen = plan.lengths - left.closed if self.needs.committed else left.masked
@@ -293,6 +300,9 @@ class Loop:
                 # A block that is to be seen again stays open, as if one of its slots were masked; it is owed nothing.
                 is_open = scheduler.may_commit(plan, torch.maximum(left.masked, reopened))
                 quota = scheduler.least(plan, left.masked)
+                if self.needs.ahead:
+                    ahead = _ahead(scheduler, plan, left.masked)
+                    is_open = (ahead > 0).any(1)
             else:
                 quota, left = scheduler.next(plan, left)
                 is_open = quota > 0
@@ -308,8 +318,9 @@ class Loop:
                 )
             left = replace(left, step=left.step + 1)
         slots, index = torch.stack(counts, dim=1), torch.stack(steps, dim=1)  # (B, S, M), (B, S)
-        on_device = (to_device(tensor, device) for tensor in (index, slots > 0, torch.stack(quotas, dim=1)))
-        return Agenda(slots.sum(2), index, *on_device), left
+        step, may, quota = (to_device(tensor, device) for tensor in (index, slots > 0, torch.stack(quotas, dim=1)))
+        ahead = None if ahead is None else to_device(ahead[:, None], device)
+        return Agenda(slots.sum(2), index, step, may, quota, ahead), left
 
     def _look(self, batch: Batch, unsettled: Tensor | None) -> Batch:
         """Find out what is left, and plan the next turn: the one place that waits for the device.
@@ -364,6 +375,7 @@ class Loop:
             row_tokens=state.tokens,
             row_offsets=given.offsets,
             memory=memory,
+            ahead=turn.ahead,
         )
         predict = _Predict(self.denoiser, rows, slots, kept)
         decision = self.committer(slots, predict)
@@ -392,6 +404,16 @@ class Loop:
             check_tensor(f"remasked, {who}", decision.remasked, shape, torch.bool)
         if decision.unsettled is not None:
             check_tensor(f"unsettled, {who}", decision.unsettled, slots.quota.shape, torch.bool)
+
+
+def _ahead(scheduler: Scheduler, plan: Plan, masked: Tensor) -> Tensor:
+    """``(B, 1 + M, M)`` of :class:`~nap_decode.parts.Slots`, for slots ``(B, M)`` that are masked."""
+    number = masked.shape[1]
+    one_more = pad(torch.eye(number, dtype=torch.int64, device="cpu"), (0, 0, 1, 0))  # (1 + M, M)
+    left = (masked[:, None] - one_more).clamp(min=0).flatten(0, 1)
+    plan = select(plan, rows := torch.arange(len(masked), device="cpu").repeat_interleave(1 + number), rows)
+    least = scheduler.least(plan, left) + 1
+    return least.where(scheduler.may_commit(plan, left), 0).view(-1, 1 + number, number)
 
 
 def _offsets(block: Tensor) -> Tensor:
