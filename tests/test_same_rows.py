@@ -92,7 +92,7 @@ def sampler_of(case, denoiser):
     if case.get("close_on"):
         sampler = sampler.set(close_on=range(10, 16))
     if case.get("graphs"):
-        sampler._compiled = (*sampler._compiled[:2], Graphs(record))
+        sampler._prepared = (*sampler._prepared[:2], Graphs(record))
     return sampler
 
 

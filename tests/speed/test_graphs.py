@@ -45,7 +45,7 @@ class Recorder:
 
 def captured(sampler: Sampler) -> Sampler:
     sampler = sampler.set()
-    sampler._compiled = (*sampler._compiled[:2], Graphs(Recorder()))
+    sampler._prepared = (*sampler._prepared[:2], Graphs(Recorder()))
     return sampler
 
 
@@ -64,7 +64,7 @@ def test_presets_decode_the_same(denoiser, name):
     sampler = captured(plain)
     for prompts in (PROMPTS, PROMPTS[:1], PROMPTS, [[9, 9, 9, 9, 9], [8], [7, 7, 7]]):
         assert_same(sampler(prompts, seed=3), plain(prompts, seed=3))
-    assert len(sampler._compiled[2]._graphs) <= 16  # at most eight for each of two shapes
+    assert len(sampler._prepared[2]._graphs) <= 16  # at most eight for each of two shapes
     prompts = [*PROMPTS, [9, 5, 9, 5, 9, 5, 9], [10], PROMPTS[0], [6] * 4]
     for out, expected in zip(
         sampler.stream(prompts, max_batch=2, seed=5), plain.stream(prompts, max_batch=2, seed=5), strict=True
@@ -75,11 +75,11 @@ def test_presets_decode_the_same(denoiser, name):
 def test_a_second_call_captures_nothing(denoiser):
     sampler = captured(make(denoiser, "parallel_forced", tokens_per_step=1))
     sampler(PROMPTS)
-    count, replays = len(sampler._compiled[2]._graphs), sampler._compiled[2].record.replays
+    count, replays = len(sampler._prepared[2]._graphs), sampler._prepared[2].record.replays
     assert 1 < count <= 8
     sampler([prompt[::-1] for prompt in PROMPTS])
-    assert len(sampler._compiled[2]._graphs) == count
-    assert sampler._compiled[2].record.replays == 2 * replays == 24
+    assert len(sampler._prepared[2]._graphs) == count
+    assert sampler._prepared[2].record.replays == 2 * replays == 24
 
 
 def test_rows_stay_until_half_of_them_are_finished(denoiser):
@@ -91,7 +91,7 @@ def test_rows_stay_until_half_of_them_are_finished(denoiser):
     assert len(set(expected.trace.forward_passes.tolist())) > 2  # rows finish at different steps
     sampler = captured(plain)
     assert_same(sampler(prompts), expected)
-    assert {shape[0] for shape in sampler._compiled[2]._turns} <= {8, 4, 2, 1}
+    assert {shape[0] for shape in sampler._prepared[2]._turns} <= {8, 4, 2, 1}
 
 
 def test_rows_that_come_take_the_places_of_those_that_went(denoiser):
@@ -99,7 +99,7 @@ def test_rows_that_come_take_the_places_of_those_that_went(denoiser):
     scheduler, template = MacroParallelScheduler(), CanvasTemplate.plain(12)
     sampler = captured(Sampler(denoiser, decoder=Decoder(scheduler, committer), template=template))
     list(sampler.stream([[5 + i % 9, 6 + i % 3, 7] for i in range(24)], max_batch=4))
-    assert {shape[0] for shape in sampler._compiled[2]._turns} <= {4, 2, 1}
+    assert {shape[0] for shape in sampler._prepared[2]._turns} <= {4, 2, 1}
 
 
 def test_closed_blocks(denoiser):

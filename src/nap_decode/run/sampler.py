@@ -32,6 +32,8 @@ from nap_decode.run.queue import Queue, longest_first
 from nap_decode.run.state import Callback, DecodeState, State
 from nap_decode.run.watch import Streams, interrupts
 from nap_decode.speed.compile import prepare
+from nap_decode.speed.graphs import Graphs
+from nap_decode.speed.reuse import exact
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -136,7 +138,7 @@ class Sampler:
         self.denoiser, self.tokenizer = model, model.tokenizer
         self.decoder, self.template, self.compile = decoder, template, compile
         self._ends = self._find_ends()
-        self._compiled = prepare(model, decoder, compile)
+        self._prepared = self._prepare()
 
     # ---------------------------------------------------------------------------------------- ways to decode
 
@@ -348,7 +350,7 @@ class Sampler:
 
     def loop(self, watch: Watch | None = None) -> Loop:
         """The loop that decodes, to step it by hand; see :class:`~nap_decode.run.loop.Loop`."""
-        denoiser, decoder, graphs = self._compiled
+        denoiser, decoder, graphs = self._prepared
         return Loop(denoiser, decoder, ends=self._ends, graphs=graphs, watch=watch)
 
     @property
@@ -516,12 +518,17 @@ class Sampler:
                 )
         return tuple(ends)
 
+    def _prepare(self) -> tuple[Denoiser, Decoder, Graphs | None]:
+        """What runs in place of model and decoder, and what captures their steps."""
+        denoiser, decoder, graphs = prepare(self.denoiser, self.decoder, self.compile)
+        return exact(denoiser) if graphs is None else denoiser, decoder, graphs
+
     def _check(self, canvas: Canvas) -> None:
         if not isinstance(canvas, Canvas):
             raise NapDecodeError(f"decode takes a Canvas, such as sampler.canvas(prompts) makes, not {canvas!r:.80}")
         self.denoiser.check(canvas)
-        if self._compiled[0].is_stale:
-            self._compiled = prepare(self.denoiser, self.decoder, self.compile)
+        if self._prepared[0].is_stale:
+            self._prepared = self._prepare()
         tokens, block, mask = canvas.host
         if bool(((tokens == self.denoiser.mask_token_id) & (mask > 0) & (block < 0)).any()):
             raise NapDecodeError(

@@ -17,7 +17,6 @@ from nap_decode.model.denoiser import Denoiser
 from nap_decode.model.head import take
 from nap_decode.parts.decoder import Decoder
 from nap_decode.speed.graphs import CudaRecorder, Graphs
-from nap_decode.speed.reuse import exact
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -136,7 +135,7 @@ def prepare(denoiser: Denoiser, decoder: Decoder, mode: bool | str) -> tuple[Den
     if mode in (True, "kernels"):
         committer = decoder.committer.compiled(partial(compiled, dynamic=True))
         denoiser, decoder = compiled_model(denoiser), Decoder(decoder.scheduler, committer, decoder.close_on)
-    return denoiser if graphs else exact(denoiser), decoder, graphs
+    return denoiser, decoder, graphs
 
 
 def _check_captured(denoiser: Denoiser, decoder: Decoder) -> None:
