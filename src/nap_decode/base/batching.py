@@ -23,6 +23,13 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
+def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors of any shapes in one copy, as each would wait for the device."""
+    whole = torch.cat([tensor.flatten() for tensor in tensors]).cpu()
+    parts = torch.split(whole, [tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
 def in_runs(where: Tensor, block: Tensor) -> Tensor:
     """How many in front of each column, in its run of equal blocks, are true: ``(B, W) bool -> (B, W)`` int64."""
     counts = where.long()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from typing_extensions import TypedDict, Unpack
 
-from nap_decode.base.batching import copy_of, join, select, to_device
+from nap_decode.base.batching import copy_of, join, select, to_device, to_host
 from nap_decode.base.errors import NapDecodeError, check_flag, check_integer, check_name, check_seed
 from nap_decode.base.random import row_seeds as seeds_of_rows
 from nap_decode.canvas import Canvas, CanvasTemplate
@@ -569,7 +569,12 @@ class Sampler:
     ) -> SamplerOutput:
         """That of rows which left one after the other."""
         fills = {"tokens": self.denoiser.pad_token_id, "block": -1, "step": -1, "confidence": torch.nan}
-        traces = [self._trace(canvas, batch, loop, is_interrupted=is_interrupted) for batch in done]
+        states = to_host([torch.stack(_facts_of(batch)) for batch in done])
+        confidences = to_host([batch.state.confidence for batch in done])
+        traces = [
+            self._trace(canvas, batch, loop, state, confidence, is_interrupted=is_interrupted)
+            for batch, state, confidence in zip(done, states, confidences, strict=True)
+        ]
         order = torch.cat([batch.number for batch in done]).argsort()
         trace = select(reduce(partial(join, fills=fills), traces), order, order)
         saved = torch.cat([batch.plan.busy_steps - batch.spent[:, 0] for batch in done])[order]
@@ -587,18 +592,18 @@ class Sampler:
             cost=self.denoiser.cost,
         )
 
-    def _trace(self, canvas: Canvas, done: Batch, loop: Loop, *, is_interrupted: bool) -> DecodeTrace:
+    def _trace(
+        self, canvas: Canvas, done: Batch, loop: Loop, facts: Tensor, confidence: Tensor, *, is_interrupted: bool
+    ) -> DecodeTrace:
         """What happened to rows that are done; raises where a model or a part of somebody else's made nonsense."""
-        state, reuse, (turns, passes) = done.state, loop.denoiser.reuse, done.spent.unbind(1)
-        # All at once, as each copy waits for the device.
-        whole = [state.tokens, done.given.canvas_block, state.commit_step, state.masked, state.edited, state.closed]
-        tokens, block, step, *flags = torch.stack([tensor.long() for tensor in whole]).cpu()
+        reuse, (turns, passes) = loop.denoiser.reuse, done.spent.unbind(1)
+        tokens, block, step, *flags = facts
         masked, edited, closed = (flag.bool() for flag in flags)
         trace = DecodeTrace(
             tokens=tokens,
             block=block,
             step=step,
-            confidence=state.confidence.cpu(),
+            confidence=confidence,
             forward_passes=passes,
             block_names=canvas.block_names,
             mask_token_id=self.denoiser.mask_token_id,
@@ -645,6 +650,13 @@ class Sampler:
                 f"steps had nothing left to commit, because {who} committed more than the quota before; {rule}"
             )
         return trace
+
+
+def _facts_of(done: Batch) -> list[Tensor]:
+    """``(B, W)`` int64 each."""
+    state = done.state
+    facts = state.tokens, done.given.canvas_block, state.commit_step, state.masked, state.edited, state.closed
+    return [tensor.long() for tensor in facts]
 
 
 def _in_order(outputs: Iterable[SamplerOutput]) -> Iterator[SamplerOutput]:
