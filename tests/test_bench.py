@@ -30,6 +30,7 @@ from nap_decode.bench.loops import add_gumbel_noise, make_loops
 from nap_decode.bench.observation import count_syncs, extra_memory, syncs_per_step
 
 CPU = torch.device("cpu")
+IN_TURN = "semi-autoregressive"
 SMALL = "hidden=32,layers=2,heads=2,intermediate=48,vocab=300"
 
 
@@ -65,6 +66,33 @@ def test_textbook_and_ours_decode_the_same(options):
     assert torch.equal(theirs[~canvas.decodable], canvas.tokens[~canvas.decodable])
     if options.get("ragged"):
         assert canvas.is_padded
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_size": 3}, {"steps": 24}])
+def test_the_textbook_with_a_cache_decodes_the_same_and_forwards_what_ours_does(options):
+    shape = Shape.parse(SMALL + ",block_size=8")
+    workload = Workload(**{"prompt_length": 16, "new_tokens": 24, "blocks": 3, "steps": 7} | options, scheduler=IN_TURN)
+    denoiser = Denoiser(shape.build(dtype=torch.float64), family=shape.family)
+    loops = make_loops(denoiser, workload.canvas(denoiser), workload, False)
+    assert list(loops) == ["bare", "full", "textbook", "ours", "cached"]
+    ours, called = loops["ours"](), []
+    mlp = denoiser.model.model.layers[0].mlp
+    handle = mlp.register_forward_hook(lambda _, given, __: called.append(given[0].shape[:2].numel()))
+    theirs = loops["cached"]()
+    handle.remove()
+    assert torch.equal(theirs, ours.sequences)
+    # Theirs forwards the prompt and closed blocks by themselves, ours with the next block: the same positions.
+    assert sum(called) == sum(ours.positions_forwarded)
+
+
+@pytest.mark.parametrize("options", [{"prompt_length": 15}, {"blocks": 4}, {"scheduler": "macro-parallel"}])
+def test_no_textbook_with_a_cache_for_other_blocks(options):
+    shape = Shape.parse(SMALL + ",block_size=8")
+    workload = Workload(
+        **{"prompt_length": 16, "new_tokens": 24, "blocks": 3, "steps": 7, "scheduler": IN_TURN} | options
+    )
+    denoiser = Denoiser(shape.build(), family=shape.family)
+    assert "cached" not in make_loops(denoiser, workload.canvas(denoiser), workload, False)
 
 
 def test_textbook_draws():
@@ -204,7 +232,7 @@ def result_of(bare, full, textbook, ours):
     extra = {"textbook": 100, "ours": 10}
     loops = {name: Loop(seconds, None, extra.get(name, 0), None) for name, seconds in times.items()}
     model = {"name": "M", "parameters": 5e7, "vocabulary": 9, "dtype": "float32", "device": "cpu", "compile": False}
-    return BenchmarkResult(Workload(), model, loops, 1.0, environment("cpu"))
+    return BenchmarkResult(Workload(), model, loops, (30, 60), (1.0, 4.0), 1.0, environment("cpu"))
 
 
 def test_ratios_are_taken_in_each_repetition():
@@ -215,6 +243,7 @@ def test_ratios_are_taken_in_each_repetition():
     assert result.least == {"overhead": 0.25, "speedup": 2.4, "attainable": 3.0}
     assert result.memory_ratio == 0.1
     assert re.search(r"overhead over the bare forward +12.5% \(0 to 25\); 25%", str(result))
+    assert re.search(r"positions forwarded +30 of 60\n.*FLOPs.* 0.25\n", str(result))
     assert result.to_dict()["median_ratios"]["speedup"] == pytest.approx(2.7)
 
 
@@ -269,6 +298,16 @@ def test_ladder():
     assert len(plain["seconds"]["blocks"]["4"]["ours"]) == 2
     assert re.search(r"^blocks +bare +ours +overhead$", str(result), re.MULTILINE)
     assert re.search(r"^ours: .* x blocks \(R² .*\); exponent ", str(result), re.MULTILINE)
+
+
+def test_ladder_of_a_block_causal_shape():
+    shape = Shape.parse(SMALL + ",block_size=16")
+    result = ladder(shape, {"canvas": (96, 128), "batch": (1, 2)}, repeats=1)
+    assert list(result.seconds["canvas"]) == [96, 128]
+    with pytest.raises(NapDecodeError, match=r"block_size=16 must divide .* takes the place of the dimension blocks"):
+        ladder(shape, {"blocks": (1, 2)})
+    with pytest.raises(NapDecodeError, match="block_size=48 must divide the ladder's prompt of 64"):
+        ladder(Shape.parse(SMALL + ",block_size=48"), {"canvas": (96,)})
 
 
 def test_ladder_skips_what_takes_too_long():

@@ -78,14 +78,15 @@ def run(args: argparse.Namespace) -> None:
     common: dict[str, Any] = {"repeats": args.repeats, "compile": args.compile, "progress": say}
     result: BenchmarkResult | LadderResult
     if args.ladder is not None:
-        sizes = {dimension: LADDER[dimension] for dimension in args.ladder or LADDER}
+        sizes = {dimension: LADDER[dimension] for dimension in args.ladder} or None
         options = {"temperature": args.temperature, "limit": args.ladder_limit, "seed": args.seed}
         result = ladder(shape, sizes, dtype=dtype, device=args.device, **options, **common)
     else:
         say(f"loading {args.model}" if args.model else f"making {shape}")
         made = load_named(args) if args.model else (shape.build(dtype=dtype, device=args.device, seed=args.seed), None)
         model, tokenizer = made
-        result = benchmark(model, workload, tokenizer, mask_token_id=args.mask_token_id, **common)
+        family = None if args.model else shape.family
+        result = benchmark(model, workload, tokenizer, mask_token_id=args.mask_token_id, family=family, **common)
     print(result)
     if args.json:
         chosen = {name: value for name, value in vars(args).items() if name != "run"}

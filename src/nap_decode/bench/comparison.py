@@ -15,6 +15,7 @@ from nap_decode.bench.loops import make_loops
 from nap_decode.bench.observation import Say, environment, extra_memory, interleave, syncs_per_step, table
 from nap_decode.bench.workload import Workload
 from nap_decode.model.denoiser import Denoiser
+from nap_decode.model.families import ModelFamily
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,7 +47,9 @@ class BenchmarkResult:
         workload: what was decoded.
         model: facts about the model.
         loops: by name: ``"bare"`` (missing if the model cannot be called in two parts), ``"full"``,
-            ``"textbook"``, ``"ours"``.
+            ``"textbook"``, ``"ours"``, and of block-causal models ``"cached"``, the textbook loop that keeps blocks.
+        positions: that ours forwards, and that it would if nothing were kept; of all rows.
+        flops: of the model's body, likewise; None if that is not known.
         identical: share of the slots where textbook and ours have the same token; None if tokens were drawn.
         environment: machine, versions and date.
     """
@@ -54,6 +57,8 @@ class BenchmarkResult:
     workload: Workload
     model: dict[str, Any]
     loops: dict[str, Loop]
+    positions: tuple[int, int]
+    flops: tuple[float, float] | None
     identical: float | None
     environment: dict[str, Any]
 
@@ -62,7 +67,7 @@ class BenchmarkResult:
         """For each repetition; without ``"bare"``, ``"full"`` stands for it.
 
         ``overhead``: ours / bare - 1.  ``speedup``: textbook / ours.  ``attainable``: textbook / bare, the speedup
-        of a loop that costs nothing but its forward passes.
+        of a loop that costs nothing but its forward passes.  ``cached``: ours / the textbook loop with a cache.
         """
         return {name: values.tolist() for name, values in self._ratios(np.array).items()}
 
@@ -74,7 +79,8 @@ class BenchmarkResult:
     def _ratios(self, of: Callable[[list[float]], Any]) -> dict[str, Any]:
         seconds = {name: of(loop.seconds) for name, loop in self.loops.items()}
         textbook, ours, bare = seconds["textbook"], seconds["ours"], seconds.get("bare", seconds["full"])
-        return {"overhead": ours / bare - 1, "speedup": textbook / ours, "attainable": textbook / bare}
+        ratios = {"overhead": ours / bare - 1, "speedup": textbook / ours, "attainable": textbook / bare}
+        return ratios | ({"cached": ours / seconds["cached"]} if "cached" in seconds else {})
 
     @property
     def memory_ratio(self) -> float | None:
@@ -97,6 +103,7 @@ class BenchmarkResult:
             "bare": "bare forward x steps",
             "full": "full forward x steps",
             "textbook": "textbook loop",
+            "cached": "textbook loop, blocks kept",
             "ours": f"nap_decode{', ' + str(m['compile']) if m['compile'] else ''}",
         }
         rows = [["", "seconds", "ms/step", "tokens/s", "extra MiB", "syncs/step"]]
@@ -119,6 +126,12 @@ class BenchmarkResult:
             ["faster than the textbook loop", said("speedup", "x")],
             ["attainable: forward passes alone", said("attainable", "x")],
         ]
+        if "cached" in self.loops:
+            facts.append(["time, by the cached textbook's", said("cached", "x")])
+        some, every = self.positions
+        facts.append(["positions forwarded", f"{some} of {every}"])
+        if self.flops is not None:
+            facts.append(["FLOPs of the body, by those of all", f"{self.flops[0] / self.flops[1]:.3g}"])
         if self.memory_ratio is not None:
             facts.append(["extra memory, by the textbook's", f"{self.memory_ratio:.3g}"])
         if self.identical is not None:
@@ -144,6 +157,7 @@ def benchmark(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     mask_token_id: int | None = None,
+    family: ModelFamily | None = None,
     repeats: int = 5,
     compile: str | bool = False,
     progress: Say | None = None,
@@ -155,6 +169,7 @@ def benchmark(
         workload: what to decode.
         tokenizer: see :class:`Denoiser`.
         mask_token_id: see :class:`Denoiser`.
+        family: see :class:`Denoiser`.
         repeats: repetitions of all loops, after a warm-up.
         compile: see :class:`Sampler`.
         progress: called with a line of text now and then.
@@ -170,7 +185,7 @@ def benchmark(
     """
     check_integer("repeats", repeats, 1)
     workload, say = workload or Workload(), progress or (lambda _: None)
-    denoiser = Denoiser(model, tokenizer, mask_token_id=mask_token_id)
+    denoiser = Denoiser(model, tokenizer, mask_token_id=mask_token_id, family=family)
     if denoiser.call.config is None:
         raise NapDecodeError("the benchmark calls the model itself, and needs a transformers model for that")
     canvas, device = workload.canvas(denoiser), denoiser.device
@@ -187,6 +202,8 @@ def benchmark(
     if output.forward_passes != workload.steps:
         raise NapDecodeError(f"{workload.steps} steps were asked for, but {output.forward_passes} were made")
     traces = {"ours": output.trace, "textbook": dataclasses.replace(output.trace, tokens=theirs.cpu())}
+    if "cached" in loops:
+        traces["cached"] = dataclasses.replace(output.trace, tokens=loops["cached"]().cpu())
     tokens = {name: int(trace.before_end().sum()) for name, trace in traces.items()}
     seconds = interleave(loops, repeats, device, say)
     is_same = (theirs == output.sequences)[canvas.decodable]
@@ -201,6 +218,8 @@ def benchmark(
             "compile": compile,
         },
         loops={name: Loop(seconds[name], tokens.get(name), extra[name], syncs[name]) for name in loops},
+        positions=(sum(output.positions_forwarded), sum(output.positions_exact)),
+        flops=None if output.cost is None else (sum(output.flops()), sum(output.flops(exact=True))),
         identical=None if workload.temperature else float(is_same.float().mean()),
         environment=environment(device),
     )

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from nap_decode.base.errors import check_between, check_integer, check_name
+from nap_decode.base.errors import NapDecodeError, check_between, check_integer, check_name
 from nap_decode.bench.loops import make_loops
 from nap_decode.bench.observation import Say, environment, interleave, seconds_of, table
 from nap_decode.bench.workload import SHAPES, Shape, Workload
@@ -24,7 +24,8 @@ LADDER: dict[str, tuple[int, ...]] = {
     "vocabulary": (1024, 4096, 16384, 32768, 65536, 126464, 152064),
 }
 """Sizes of each dimension; the canvas is counted with its prompt of 64.  The others stay at a canvas of 320 (256 new
-tokens in 8 steps, so that each of 32 blocks commits at every step), one row, one block and the shape's vocabulary."""
+tokens in 8 steps, so that each of 32 blocks commits at every step), one row, one block and the shape's vocabulary.
+Of a block-causal shape the model's blocks are decoded in turn, 4 tokens per step, whatever the canvas."""
 
 
 class Fit(NamedTuple):
@@ -118,7 +119,7 @@ def ladder(
 
     Args:
         shape: of the model; a small one by default, beside which the loop's own cost shows.
-        sizes: of each dimension; see :data:`LADDER`.
+        sizes: of each dimension; all of :data:`LADDER` by default, but for blocks if those are the model's.
         dtype: the model's precision.
         device: where to run.
         temperature: see :class:`Workload`.
@@ -136,20 +137,29 @@ def ladder(
     """
     check_integer("repeats", repeats, 1)
     check_between("limit", limit, 0.0, float("inf"))
-    shape, sizes, say = shape or SHAPES["tiny"], LADDER if sizes is None else sizes, progress or (lambda _: None)
+    shape, say = shape or SHAPES["tiny"], progress or (lambda _: None)
+    if sizes is None:
+        sizes = {name: rungs for name, rungs in LADDER.items() if name != "blocks" or shape.block_size is None}
     for dimension in sizes:
         check_name("dimension of the ladder", dimension, LADDER)
     base = dataclasses.replace(_BASE, temperature=temperature, seed=seed)
+    size = shape.block_size or 1
+    if base.prompt_length % size or base.new_tokens % size or (shape.block_size is not None and "blocks" in sizes):
+        raise NapDecodeError(
+            f"block_size={size} must divide the ladder's prompt of {base.prompt_length}, and takes the place of the "
+            f"dimension blocks; the dimensions are {', '.join(sizes)}"
+        )
     seconds: dict[str, dict[int, dict[str, list[float]]]] = {}
     skipped: dict[str, list[int]] = {}
     for dimension, rungs in sizes.items():
         functions: dict[tuple[int, str], Callable[[], Any]] = {}
+        steps: dict[int, int] = {}
         skipped[dimension], denoiser = [], None
         for size in sorted(rungs):
             say(f"warming up: {dimension} {size}")
             if denoiser is None or dimension == "vocabulary":
                 own = dataclasses.replace(shape, vocab=size) if dimension == "vocabulary" else shape
-                denoiser = Denoiser(own.build(dtype=dtype, device=device, seed=seed))
+                denoiser = Denoiser(own.build(dtype=dtype, device=device, seed=seed), family=own.family)
             changed: dict[str, dict[str, Any]] = {
                 "canvas": {"new_tokens": size - base.prompt_length},
                 "batch": {"batch_size": size},
@@ -157,6 +167,11 @@ def ladder(
                 "vocabulary": {},
             }
             workload = dataclasses.replace(base, **changed[dimension])
+            if shape.block_size is not None:
+                new = workload.new_tokens
+                in_turn: dict[str, Any] = {"scheduler": "semi-autoregressive", "blocks": new // shape.block_size}
+                workload = dataclasses.replace(workload, steps=new // 4, **in_turn)
+            steps[size] = workload.steps
             loops = make_loops(denoiser, workload.canvas(denoiser), workload, compile)
             mine = {(size, name): loops[name] for name in ("bare", "ours")}
             for loop in mine.values():
@@ -168,6 +183,6 @@ def ladder(
         times = interleave(functions, repeats, torch.device(device), say)
         seconds[dimension] = {}
         for (size, name), values in times.items():
-            seconds[dimension].setdefault(size, {})[name] = [value / base.steps for value in values]
+            seconds[dimension].setdefault(size, {})[name] = [value / steps[size] for value in values]
     about = {"dtype": str(dtype).removeprefix("torch."), "temperature": temperature, "seed": seed, "compile": compile}
     return LadderResult(shape, seconds, skipped, environment(device) | about)

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from nap_decode.bench.workload import Workload
 from nap_decode.canvas import Canvas
+from nap_decode.model.call import additive
 from nap_decode.model.denoiser import Denoiser
+from nap_decode.model.foreign import parameters_of
 from nap_decode.run.sampler import Sampler
+from nap_decode.speed.kv import cache_argument
 
 
 @torch.no_grad()
@@ -22,6 +25,7 @@ def make_loops(
     """The loops by name, each to be called without arguments.
 
     There is no ``"bare"`` if body and output layer do not make the model: something stands between or behind them.
+    Of block-causal models whose blocks are those of the canvas it keeps closed blocks, and so does ``"cached"``.
     """
     model, head = cast(Any, denoiser.model), denoiser.call.head.layer
     tokens, options = canvas.tokens, denoiser.call.options(canvas.rows, canvas.tokens)
@@ -63,8 +67,68 @@ def make_loops(
         hidden = body(tokens)
         rounding = 64 * torch.finfo(logits.dtype).eps * logits.abs().max()
         if hidden.shape[-1] == head.in_features and (head(hidden) - logits).abs().max() <= rounding:
+            if _is_by_blocks(denoiser, canvas, workload):
+                cached = partial(_cached_loop, model.base_model, head, canvas, workload, denoiser.mask_token_id)
+                banned = denoiser.banned(logits.shape[-1], tokens.device)
+                return {"bare": partial(cached, None), **loops, "cached": partial(cached, banned)}
             return {"bare": bare} | loops
     return loops
+
+
+def _is_by_blocks(denoiser: Denoiser, canvas: Canvas, workload: Workload) -> bool:
+    """Whether blocks are decoded in turn, each of them one of a block-causal model's."""
+    size = denoiser.family.block_size
+    return (
+        size is not None
+        and not canvas.is_padded
+        and workload.temperature == 0
+        and workload.scheduler == "semi-autoregressive"
+        and workload.prompt_length % size == 0
+        and workload.new_tokens == workload.blocks * size
+    )
+
+
+@torch.no_grad()
+def _cached_loop(
+    body: Any, head: nn.Module, canvas: Canvas, workload: Workload, mask_token_id: int, banned: Tensor | None
+) -> Tensor:
+    """The textbook's loop with a cache: the prompt once, the open block at each step, and once more when it is closed.
+
+    So do SDAR, LLaDA2 and Fast-dLLM v2 generate.  With ``banned`` None it only calls the model, and fills in nothing.
+    """
+    from transformers import DynamicCache
+
+    tokens, start, size = canvas.tokens.clone(), workload.prompt_length, workload.new_tokens // workload.blocks
+    dtype, device = next(body.parameters()).dtype, tokens.device
+    cache, name = DynamicCache(), cache_argument(parameters_of(body) or {}) or "past_key_values"
+    positions = torch.arange(tokens.shape[1], device=device)
+
+    def forward(first: int, last: int) -> Tensor:  # -> (B, last - first, H)
+        seen = (positions[:last] // size)[None] <= (positions[first:last] // size)[:, None]
+        mask = additive(seen[None, None], dtype).expand(len(tokens), -1, -1, -1)
+        options = {"attention_mask": mask, "position_ids": positions[None, first:last], "use_cache": True, name: cache}
+        return body(input_ids=tokens[:, first:last], **options)[0]  # type: ignore[no-any-return]
+
+    forward(0, start)
+    quotas = iter(workload.quotas().sum(2)[:, 0].tolist())
+    for first in range(start, tokens.shape[1], size):
+        left, block = size, tokens[:, first : first + size]
+        while left:
+            hidden, quota = forward(first, first + size), next(quotas)
+            cache.crop(-size)
+            if banned is None:
+                head(hidden[:, -left:])
+            else:
+                is_masked = block == mask_token_id
+                logits = head(hidden[is_masked].view(len(tokens), left, -1)).index_fill_(2, banned, -torch.inf)
+                confidence, proposed = logits.double().softmax(2).max(2)
+                places = is_masked.nonzero()[:, 1].view(len(tokens), left)
+                best = confidence.topk(quota, dim=1).indices
+                block.scatter_(1, places.gather(1, best), proposed.gather(1, best))
+            left -= quota
+        if first + size < tokens.shape[1]:
+            forward(first, first + size)
+    return tokens
 
 
 @torch.no_grad()

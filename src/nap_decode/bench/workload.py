@@ -14,6 +14,7 @@ from nap_decode.base.errors import NapDecodeError, check_integer, check_name
 from nap_decode.canvas import Block, Canvas, CanvasTemplate
 from nap_decode.checkpoints import precision_argument
 from nap_decode.model.denoiser import Denoiser
+from nap_decode.model.families import ModelFamily
 from nap_decode.parts.committer import MicroConfidenceCommitter
 from nap_decode.parts.decoder import Decoder
 from nap_decode.parts.scheduler import Left, MacroParallelScheduler, Scheduler, SemiAutoregressiveScheduler
@@ -36,6 +37,7 @@ class Shape:
         intermediate: width of the feed-forward layers.
         vocab: ids, the last of which is the mask.
         kv_heads: heads of keys and values; as many as ``heads`` if left out.
+        block_size: of block-causal attention; all see all if left out.
 
     Example:
         >>> Shape.parse("hidden=64,layers=2,heads=2,intermediate=128,vocab=1000").hidden
@@ -50,6 +52,7 @@ class Shape:
     intermediate: int = 1408
     vocab: int = 32000
     kv_heads: int | None = None
+    block_size: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
@@ -77,6 +80,13 @@ class Shape:
                 raise NapDecodeError(f"{name} must be a whole number, but is {value!r}")
             sizes[name] = int(value)
         return cls(**sizes)
+
+    @property
+    def family(self) -> ModelFamily | None:
+        """How a block-causal model is told of its blocks; None if there are none."""
+        if self.block_size is None:
+            return None
+        return ModelFamily(name="block-causal Llama", attention="additive", block_size=self.block_size)
 
     def build(self, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0) -> Any:
         """The model, made where it shall live and in its precision."""
