@@ -239,7 +239,6 @@ MEASURED = {
     "docs/reuse.md": "examples/study_reuse.py",
     "docs/evaluation.md": "tests/integrations/test_lm_eval.py",
     "docs/compared.md": "tests/integrations/test_model_precision.py",  # what is run here; the rest ran others' code
-    "docs/releases.md": ".ci/matrix",
     "docs/benchmarks.md": "src/nap_decode/bench/command.py",  # which prints the tables; times are those of one machine
 }
 """What writes or checks the numbers in the tables of a page."""
