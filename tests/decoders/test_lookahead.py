@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import reference
 import torch
@@ -33,36 +35,50 @@ def denoiser(tiny):
     return Denoiser(tiny, Words())
 
 
+def best_branch(model, tokens, offers, slots_of, weight, weakest):
+    """The anchor, or the offer that is worth most: its tokens, its proposals, and whether it is an offer."""
+    best = None
+    for position, token, creation in [(None, None, 1.0), *offers]:
+        branch = list(tokens)
+        if position is not None:
+            branch[position] = token
+        with torch.no_grad():
+            logits = model(torch.tensor([branch])).logits[0].tolist()
+        proposals = {p: reference.propose(logits[p], BANNED) for p in slots_of(branch)}
+        c = sorted(reference.confidences(proposals).values())
+        counted = c[: max(1, int(len(c) * weakest))]
+        future = sum(counted) / len(counted) if counted else 1.0
+        worth = weight * creation + (1 - weight) * future
+        if best is None or worth > best[0] + 1e-12:
+            best = worth, branch, proposals, position is not None
+    return best[1:]
+
+
+def next_offers(proposals, chosen, branches):
+    """The surest of what was not committed, each with its creation."""
+    c = reference.confidences({p: proposals[p] for p in proposals if p not in chosen})
+    return [(p, proposals[p][0], c[p]) for p in sorted(c, key=lambda p: (-c[p], p))[:branches]]
+
+
 def test_lookahead_agrees_with_the_reference(tiny, denoiser):
     threshold, branches, weight, weakest, length = 0.5, 2, 0.1, 0.5, 10
     sampler = make(denoiser, "lopa", block_length=None, weight=weight)
     won = 0
+
+    def masked(tokens):
+        return [p for p, token in enumerate(tokens) if token == MASK]
+
     for prompt in ([5, 6, 7], [8], [9, 9, 5, 6], [7, 6, 5, 8, 9]):
         out = sampler(prompt, max_new_tokens=length)
         tokens, passes, offers = [*prompt, *[MASK] * length], 0, []
         while MASK in tokens:
             passes += 1
-            best = None
-            for position, token, creation in [(None, None, 1.0), *offers]:
-                branch = list(tokens)
-                if position is not None:
-                    branch[position] = token
-                with torch.no_grad():
-                    logits = tiny(torch.tensor([branch])).logits[0].tolist()
-                proposals = {p: reference.propose(logits[p], BANNED) for p, t in enumerate(branch) if t == MASK}
-                c = sorted(reference.confidences(proposals).values())
-                counted = c[: max(1, int(len(c) * weakest))]
-                future = sum(counted) / len(counted) if counted else 1.0
-                worth = weight * creation + (1 - weight) * future
-                if best is None or worth > best[0] + 1e-12:
-                    best = worth, branch, proposals, position
-            _, tokens, proposals, position = best
-            won += position is not None
+            tokens, proposals, is_offer = best_branch(tiny, tokens, offers, masked, weight, weakest)
+            won += is_offer
             chosen = reference.threshold_rule(threshold)(proposals, {}) if proposals else set()
             for p in chosen:
                 tokens[p] = proposals[p][0]
-            c = reference.confidences({p: proposals[p] for p in proposals if p not in chosen})
-            offers = [(p, proposals[p][0], c[p]) for p in sorted(c, key=lambda p: (-c[p], p))[:branches]]
+            offers = next_offers(proposals, chosen, branches)
         assert out.sequences[0].tolist() == tokens
         assert out.forward_passes == passes
     assert won > 3
@@ -77,6 +93,10 @@ def open_now(tokens, start, size, share):
     return [[p for p in block if tokens[p] == MASK] for block in blocks[:count]]
 
 
+def open_slots(tokens, **pipeline):
+    return [p for block in open_now(tokens, **pipeline) for p in block]
+
+
 @pytest.mark.parametrize("share", [0.4, 1.0])
 def test_branches_open_blocks_for_themselves(tiny, denoiser, share):
     threshold, branches, weight, length, size = 0.5, 2, 0.1, 12, 3
@@ -87,23 +107,11 @@ def test_branches_open_blocks_for_themselves(tiny, denoiser, share):
     for prompt in ([5, 6, 7], [8], [9, 9, 5, 6], [7, 6, 5, 8, 9], [6, 6], [9]):
         out = sampler(prompt, max_new_tokens=length)
         tokens, passes, offers = [*prompt, *[MASK] * length], 0, []
+        slots_of = partial(open_slots, start=len(prompt), size=size, share=share)
         while MASK in tokens:
             passes += 1
-            best = None
-            for position, token, creation in [(None, None, 1.0), *offers]:
-                branch = list(tokens)
-                if position is not None:
-                    branch[position] = token
-                with torch.no_grad():
-                    logits = tiny(torch.tensor([branch])).logits[0].tolist()
-                blocks = open_now(branch, len(prompt), size, share)
-                proposals = {p: reference.propose(logits[p], BANNED) for block in blocks for p in block}
-                c = sorted(reference.confidences(proposals).values())
-                counted = c[: max(1, len(c) // 2)]
-                worth = weight * creation + (1 - weight) * (sum(counted) / len(counted) if counted else 1.0)
-                if best is None or worth > best[0] + 1e-12:
-                    best = worth, branch, proposals, blocks
-            _, branch, proposals, blocks = best
+            branch, proposals, _ = best_branch(tiny, tokens, offers, slots_of, weight, weakest=0.5)
+            blocks = open_now(branch, len(prompt), size, share)
             opened += len(blocks) > len(open_now(tokens, len(prompt), size, share))
             chosen = set()
             for i, block in enumerate(blocks):
@@ -115,8 +123,7 @@ def test_branches_open_blocks_for_themselves(tiny, denoiser, share):
             tokens = branch
             for p in chosen:
                 tokens[p] = proposals[p][0]
-            c = reference.confidences({p: proposals[p] for p in proposals if p not in chosen})
-            offers = [(p, proposals[p][0], c[p]) for p in sorted(c, key=lambda p: (-c[p], p))[:branches]]
+            offers = next_offers(proposals, chosen, branches)
         assert out.sequences[0].tolist() == tokens
         assert out.forward_passes == passes
     assert opened > 1
