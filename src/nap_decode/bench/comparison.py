@@ -12,8 +12,9 @@ import numpy as np
 
 from nap_decode.base.errors import NapDecodeError, check_integer
 from nap_decode.bench.loops import make_loops
-from nap_decode.bench.observation import Say, environment, extra_memory, interleave, syncs_per_step, table
+from nap_decode.bench.observation import Say, environment, extra_memory, interleave, syncs_per_step
 from nap_decode.bench.workload import Workload
+from nap_decode.measure.arness import table
 from nap_decode.model.denoiser import Denoiser
 from nap_decode.model.families import ModelFamily
 

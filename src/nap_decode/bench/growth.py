@@ -12,8 +12,9 @@ import torch
 
 from nap_decode.base.errors import NapDecodeError, check_between, check_integer, check_name
 from nap_decode.bench.loops import make_loops
-from nap_decode.bench.observation import Say, environment, interleave, seconds_of, table
+from nap_decode.bench.observation import Say, environment, interleave, seconds_of
 from nap_decode.bench.workload import SHAPES, Shape, Workload
+from nap_decode.measure.arness import table
 from nap_decode.model.denoiser import Denoiser
 
 _BASE = Workload(prompt_length=64, new_tokens=256, steps=8)

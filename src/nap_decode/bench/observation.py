@@ -8,7 +8,7 @@ import os
 import platform
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
@@ -104,12 +104,6 @@ def interleave(
         took = sum(values[-1] for values in seconds.values())
         say(f"repetition {repetition + 1} of {repeats}: {took:.3g} s")
     return seconds
-
-
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of cells in columns, the first on the left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
 
 
 def environment(device: torch.device | str) -> dict[str, Any]:

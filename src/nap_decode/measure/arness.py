@@ -90,12 +90,13 @@ class ARness:
             ]
             others = [*(part.local_at[k] for k in ks), part.kendall_tau, part.tokens_per_step, part.tokens_per_forward]
             rows.append([name, *bounded, *(f"{value:.4f}" for value in others)])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            row[0].ljust(widths[0])
-            + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
-            for row in rows
-        )
+        return "\n".join(table(rows))
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of cells in columns, the first on the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
 
 
 class ARnessMeter:
