@@ -18,7 +18,8 @@ All of it is exact int64 arithmetic on the host: the device is neither asked nor
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -99,7 +100,11 @@ class Plan:
 
     def due(self, step: Tensor) -> Tensor:
         """``(B,)`` tokens that each row has committed after a step ``(B,)``; after the last one, if that is past."""
-        return self.targets.gather(1, torch.minimum(step, self.steps - 1).clamp(min=0)[:, None])[:, 0]
+        return self.targets.gather(1, torch.minimum(step, self._last)[:, None])[:, 0]
+
+    @cached_property
+    def _last(self) -> Tensor:
+        return (self.steps - 1).clamp(min=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +216,8 @@ class Scheduler(ABC):
             raise NapDecodeError(
                 f"{type(self).__name__}.open must return {left.dtype} {tuple(left.shape)}, as left is, not {got}"
             )
-        if bool((opened < 0).any() | (opened > left).any() | ((opened.sum(1) == 0) & (left.sum(1) > 0)).any()):
+        in_range = torch.equal(opened, opened.clamp(min=0).minimum(left))
+        if not (in_range and torch.equal(opened.any(1), left.any(1))):
             raise NapDecodeError(
                 f"of {left.tolist()} slots left, {type(self).__name__}.open must open at least one in each row, "
                 f"and no more than there are in a block, but opens {opened.tolist()}"
@@ -228,26 +234,25 @@ class Scheduler(ABC):
         Returns:
             ``(B, M)`` int64 quota; and what is left after it, with the step that is taken now.
         """
-        decoded = (plan.lengths - left.masked - left.closed).sum(1)
-        step = left.step
-        while bool((idle := (left.masked.sum(1) > 0) & (plan.due(step) <= decoded) & (step < plan.steps)).any()):
-            step = step + idle
-        budget = (plan.due(step) - decoded).clamp(min=0)
+        decoded, step = (plan.lengths - left.masked - left.closed).sum(1), left.step
+        while True:
+            budget = (plan.due(step) - decoded).clamp(min=0)
+            is_idle = (budget == 0) & (step < plan.steps) & left.masked.any(1)
+            if not bool(is_idle.any()):
+                break
+            step = step + is_idle
         quota = torch.zeros_like(left.masked)
         while True:
             opened = self._opened(left.masked, plan.lengths, plan.held)
             is_new = (opened != left.weights - left.given).any(1, keepdim=True)
             weights, given = torch.where(is_new, opened, left.weights), left.given.masked_fill(is_new, 0)
-            now = torch.minimum(budget - quota.sum(1), opened.sum(1))
-            share = fair_share(weights, given, given.sum(1) + now) - given
-            quota = quota + share
-            left = replace(left, masked=left.masked - share, step=step, weights=weights, given=given + share)
-            # A rest goes on to what opens next, unless a block that closed early left it.
-            goes_on = self.shares_steps() | (left.closed.sum(1) == 0)
-            more = goes_on & (quota.sum(1) < budget) & (left.masked.sum(1) > 0)
-            if not bool(more.any()):
+            share = fair_share(weights, given, given.sum(1) + torch.minimum(budget, opened.sum(1))) - given
+            quota, budget = quota + share, budget - share.sum(1)
+            left = Left(left.masked - share, left.closed, step, weights, given + share)
+            if not bool(budget.any()):
                 return quota, left
-            budget = torch.where(more, budget, quota.sum(1))
+            # The rest goes on to what opens next, unless nothing is left, or a block that closed early left it.
+            budget = budget.where(left.masked.any(1) & (self.shares_steps() | ~left.closed.any(1)), 0)
 
     def least(self, plan: Plan, left: Tensor) -> Tensor:
         """``(B, M)`` int64: the fewest tokens that each block commits at a step of an adaptive decoder.
@@ -332,6 +337,9 @@ class MacroParallelScheduler(Scheduler):
 
     @override
     def open(self, left: Tensor, lengths: Tensor, held: Tensor) -> Tensor:
+        if self.hold_until == 1:
+            first = left.masked_fill(held, 0)
+            return torch.where(first.any(1, keepdim=True), first, left)
         free = lengths.masked_fill(held, 0)
         # ceil, but not of a product that is whole up to rounding: 0.7 * 10 = 7.000000000000001
         first_tokens = (free.sum(1).double() * self.hold_until - 1e-9).ceil().clamp(min=0).long()
@@ -455,10 +463,10 @@ def fair_share(weights: Tensor, committed: Tensor, target: Tensor) -> Tensor:
     lower = ideal // total
     share = torch.maximum(lower, committed)
     released = (ideal % total > 0) & (share == lower)
-    due = -(-(lower + 1) * total // weights.clamp(min=1))
+    due = ((lower + 1) * total - 1) // weights.clamp(min=1)  # less 1, which the order does not mind
     order = torch.where(released, due, _NEVER).argsort(dim=1, stable=True)
     spare = target[:, None] - share.sum(1, keepdim=True)
-    return share + (released & (order.argsort(1) < spare)).long()
+    return share + (released & (order.argsort(1) < spare))
 
 
 def divide_steps(tokens: Tensor, steps: Tensor) -> Tensor:

@@ -202,7 +202,6 @@ class Loop:
         self.furthest = 0  # steps of the row that has taken most
         self.vocab_size = denoiser.call.num_embeddings  # what the logits say is surer
 
-    @torch.no_grad()
     def run(self, arrivals: Arrivals, stop: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
         """Decode whatever arrives; yields the rows that are finished, or all if it is stopped."""
         batch: Batch | None = None
@@ -291,8 +290,8 @@ class Loop:
 
     def _agenda(self, plan: Plan, left: Left, reopened: Tensor, device: torch.device) -> tuple[Agenda, Left]:
         """The next turn, or all of them: computed on the host, and brought to the device together."""
-        scheduler, counts, steps, quotas = self.scheduler, [], [], []
-        ahead: Tensor | None = None
+        scheduler, ahead = self.scheduler, None
+        turns = list[tuple[Tensor, Tensor, Tensor, Tensor]]()  # what is seen and open, quota, and index of the step
         while True:
             # A committer that revises looks at all slots of an open block, the others at masked ones.
             seen = plan.lengths - left.closed if self.needs.committed else left.masked
@@ -306,19 +305,18 @@ class Loop:
             else:
                 quota, left = scheduler.next(plan, left)
                 is_open = quota > 0
-            counts.append(torch.where(is_open, seen, 0))
-            quotas.append(quota)
-            steps.append(left.step)
-            if not self.is_fixed or not bool((left.masked > 0).any()):
+            turns.append((seen, is_open, quota, left.step))
+            if not self.is_fixed or not bool(left.masked.any()):
                 break
-            if len(counts) > plan.targets.shape[1]:
+            if len(turns) > plan.targets.shape[1]:
                 raise NapDecodeError(
                     f"{type(scheduler.schedule).__name__} leaves {left.masked.sum(1).tolist()} tokens after the last "
                     "step; it must end with all of them"
                 )
             left = replace(left, step=left.step + 1)
-        slots, index = torch.stack(counts, dim=1), torch.stack(steps, dim=1)  # (B, S, M), (B, S)
-        step, may, quota = (to_device(tensor, device) for tensor in (index, slots > 0, torch.stack(quotas, dim=1)))
+        seen, is_open, quota, index = (torch.stack(values, dim=1) for values in zip(*turns, strict=True))
+        slots = torch.where(is_open, seen, 0)  # (B, S, M)
+        step, may, quota = (to_device(tensor, device) for tensor in (index, slots > 0, quota))
         ahead = None if ahead is None else to_device(ahead[:, None], device)
         return Agenda(slots.sum(2), index, step, may, quota, ahead), left
 
