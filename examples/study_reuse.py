@@ -14,10 +14,12 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nap_decode import (
     AnyOrderScheduler,
@@ -35,13 +37,42 @@ from nap_decode import (
     SemiAutoregressiveScheduler,
     demo,
 )
+from nap_decode.base.rows import Rows
 from nap_decode.bench import Shape, Workload, environment
 from nap_decode.bench.observation import interleave
 from nap_decode.demo.problems import NUM_PATHS, PATH_LENGTH, SUMMARY_LENGTH, sample_problems
-from nap_decode.speed.reuse import Kept, Reuse
+from nap_decode.speed.reuse import Glance, Kept, Reuse
 
 DOCS = Path(__file__).parents[1] / "docs"
 SEED = 6000
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrueValues(DriftReuse):
+    """An oracle: the share whose values differ most, by cosine, from those that are kept.
+
+    No criterion by the similarity of values can know more: a pass that computes everything tells what they would be.
+    """
+
+    exact: Denoiser | None = None
+
+    def select(self, glance: Glance) -> Tensor:
+        assert self.exact is not None
+        rows = Rows(tuple(glance.present.sum(1).tolist()), glance.prompt, glance.present)
+        memory: dict[str, Kept] = {}
+        self.exact.predict(
+            rows, glance.tokens, torch.zeros_like(glance.tokens[:, :1]), rows.prompt.new_zeros(0).long(), kept=memory
+        )
+        kept, true = glance.kept.states, memory["given"].states
+        changes = [
+            1 - torch.cosine_similarity(*(states[name].transpose(1, 2).flatten(2) for states in (true, kept)), dim=2)
+            for name in kept
+            if name.startswith("values")
+        ]
+        pending = torch.stack(changes).mean(0) if changes else glance.pending
+        return super().select(replace(glance, pending=pending))
+
+
 POLICIES: dict[str, Reuse | None] = {
     "none": None,
     "prompt, refresh every 8": PromptReuse(refresh_every=8),
@@ -54,7 +85,9 @@ POLICIES: dict[str, Reuse | None] = {
     "drift, share 0.6": DriftReuse(share=0.6),
     "drift, share 0.5": DriftReuse(share=0.5),
     "drift, share 0.4": DriftReuse(share=0.4),
-    "drift, share 0.6, refresh every 16": DriftReuse(share=0.6, refresh_every=16),
+    "drift, max_age 4": DriftReuse(max_age=4),
+    "drift, committed to any age": DriftReuse(max_age_committed=None),
+    "true values, share 0.6": TrueValues(),
 }
 PATHS = CanvasTemplate.nap(NUM_PATHS, path_length=PATH_LENGTH, summary_length=SUMMARY_LENGTH)
 CHAIN = CanvasTemplate.plain(NUM_PATHS * PATH_LENGTH + SUMMARY_LENGTH)
@@ -74,6 +107,10 @@ SHAPES = {
         Shape(hidden=256, layers=6, heads=4, intermediate=704, vocab=4096),
         Workload(prompt_length=128, new_tokens=256, steps=32, blocks=4),
     ),
+    "canvas 512, width 256, 2 tokens per step": (
+        Shape(hidden=256, layers=6, heads=4, intermediate=704, vocab=4096),
+        Workload(prompt_length=128, new_tokens=512, steps=256, blocks=4),
+    ),
     "canvas 512, width 512": (
         Shape(hidden=512, layers=8, heads=8, intermediate=1408, vocab=8192),
         Workload(prompt_length=256, new_tokens=512, steps=32, blocks=4),
@@ -90,6 +127,8 @@ def measure_accuracy(num_problems: int) -> dict[str, Any]:
         denoiser = Denoiser(*demo.load(trained_on))
         for tokens_per_step in (2, 4, 6):
             for policy, reuse in POLICIES.items():
+                if isinstance(reuse, TrueValues):
+                    reuse = replace(reuse, exact=denoiser.replace(reuse=PromptReuse(refresh_every=1)))
                 sampler = Sampler(
                     denoiser if reuse is None else denoiser.replace(reuse=reuse),
                     decoder=Decoder(scheduler(tokens_per_step), MicroConfidenceCommitter(confidence=confidence)),
@@ -146,7 +185,7 @@ def follow(model: Any, workload: Workload, policies: Mapping[str, Reuse]) -> dic
 
 def measure_agreement() -> dict[str, Any]:
     """Models of random weights at larger sizes."""
-    policies = {name: policy for name, policy in POLICIES.items() if policy is not None}
+    policies = {name: policy for name, policy in POLICIES.items() if not isinstance(policy, TrueValues | None)}
     return {
         "rows": [
             {"shape": name, "policy": policy} | row

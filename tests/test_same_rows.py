@@ -33,7 +33,7 @@ FIXTURES = json.loads((Path(__file__).parent / "same_rows.json").read_text())
 MORE_PROMPTS = [*PROMPTS, [9, 5, 9, 5, 9, 5, 9], [10], PROMPTS[0]]
 POLICIES = {
     "CommittedReuse": CommittedReuse(),
-    "DriftReuse": DriftReuse(),
+    "DriftReuse": DriftReuse(max_age=4, max_age_committed=None),  # as it was by default then
     "BlockReuse": BlockReuse(),
     "PromptReuse": PromptReuse(refresh_every=3),
 }

@@ -377,6 +377,16 @@ def plan(policy, tokens, wanted, kept=None):
     return policy.plan(kept or Kept.nothing(wanted), rows, tokens, wanted, None)
 
 
+def test_under_drift_nothing_gets_older_than_it_may():
+    policy, row, wanted = DriftReuse(share=0.0, max_age=2, max_age_committed=3), [7, 8, MASK, MASK], [0, 0, 1, 1]
+    _, _, kept = plan(policy, row, wanted)
+    passes = []
+    for _ in range(6):
+        computed, _, kept = plan(policy, row, wanted, kept)
+        passes.append(computed[0].nonzero().flatten().tolist())
+    assert passes == [[], [2, 3], [0, 1], [2, 3], [], [0, 1, 2, 3]]
+
+
 def test_drift_goes_where_something_happened():
     policy, row = DriftReuse(share=0.25, reach=1.0, max_age=100), [MASK] * 8
     computed, whole, kept = plan(policy, row, [1] * 8)
@@ -529,7 +539,7 @@ def test_options_are_checked(options, message):
         CommittedReuse(**options)
 
 
-@pytest.mark.parametrize("options", [{"share": 1.5}, {"reach": 0.0}, {"max_age": 0}])
+@pytest.mark.parametrize("options", [{"share": 1.5}, {"reach": 0.0}, {"max_age": 0}, {"max_age_committed": 0}])
 def test_options_of_drift_are_checked(options):
     with pytest.raises(NapDecodeError, match=f"{next(iter(options))} must be"):
         DriftReuse(**options)

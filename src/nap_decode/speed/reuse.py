@@ -395,6 +395,8 @@ class DriftReuse(Reuse):
         share: of the wanted positions, rounded up.
         reach: positions.
         max_age: passes after which a wanted position is computed in any case.
+        max_age_committed: the same of all others, committed tokens and the prompt; None lets them get as old as they
+            may.
 
     Example:
         >>> from nap_decode import Denoiser, ParallelForcedSampler, demo
@@ -407,7 +409,8 @@ class DriftReuse(Reuse):
 
     share: float = 0.6
     reach: float = 4.0
-    max_age: int = 4
+    max_age: int = 2
+    max_age_committed: int | None = 16
     leaves_out_wanted: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -415,6 +418,8 @@ class DriftReuse(Reuse):
         check_between("share", self.share, 0.0, 1.0)
         check_between("reach", self.reach, 0.1, 1000.0)
         check_integer("max_age", self.max_age, 1)
+        if self.max_age_committed is not None:
+            check_integer("max_age_committed", self.max_age_committed, 1)
 
     def concerns(self, changed: Tensor) -> Tensor:
         """Near ones most."""
@@ -425,12 +430,13 @@ class DriftReuse(Reuse):
         return conv1d(changed[:, None].float(), weights[None, None], padding=far)[:, 0]
 
     def select(self, glance: Glance) -> Tensor:
-        """The first of the wanted, by concern and then by age; the old, and the new."""
+        """The first of the wanted, by concern and then by age; the new, and whatever is old."""
         wanted, age = glance.wanted, glance.kept.age
         urgency = torch.where(wanted, glance.pending + 1e-4 * age, -torch.inf)
         rank = urgency.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         most = (self.share * wanted.sum(1, keepdim=True)).ceil()
-        return wanted & ((rank < most) | (age + 1 >= self.max_age) | ~glance.kept.opened)
+        chosen = wanted & ((rank < most) | (age + 1 >= self.max_age) | ~glance.kept.opened)
+        return chosen if self.max_age_committed is None else chosen | (age + 1 >= self.max_age_committed)
 
 
 def _why_not(probing: Probing, way: Way) -> str | None:
