@@ -60,16 +60,15 @@ class TrueValues(DriftReuse):
         assert self.exact is not None
         rows = Rows(tuple(glance.present.sum(1).tolist()), glance.prompt, glance.present)
         memory: dict[str, Kept] = {}
-        self.exact.predict(
-            rows, glance.tokens, torch.zeros_like(glance.tokens[:, :1]), rows.prompt.new_zeros(0).long(), kept=memory
-        )
-        kept, true = glance.kept.states, memory["given"].states
-        changes = [
-            1 - torch.cosine_similarity(*(states[name].transpose(1, 2).flatten(2) for states in (true, kept)), dim=2)
-            for name in kept
-            if name.startswith("values")
+        first = torch.zeros_like(glance.tokens[:, :1])
+        self.exact.predict(rows, glance.tokens, first, first.flatten(), kept=memory)
+        kept = glance.kept.states
+        likeness = [
+            torch.cosine_similarity(true.transpose(1, 2).flatten(2), kept[name].transpose(1, 2).flatten(2), dim=2)
+            for name, true in memory["given"].states.items()
+            if name.startswith("values") and name in kept
         ]
-        pending = torch.stack(changes).mean(0) if changes else glance.pending
+        pending = 1 - torch.stack(likeness).mean(0) if likeness else glance.pending
         return super().select(replace(glance, pending=pending))
 
 
@@ -254,7 +253,11 @@ def frontier_table(record: dict[str, Any]) -> str:
         exact = policies["none"][0]
         cells = []
         for points in (0.5, 2):
-            allowed = {name: fewer for name, (percent, fewer) in policies.items() if exact - percent <= points + 1e-9}
+            allowed = {
+                name: fewer
+                for name, (percent, fewer) in policies.items()
+                if exact - percent <= points + 1e-9 and not isinstance(POLICIES[name], TrueValues)
+            }
             best = max(allowed, key=lambda name: allowed[name])
             cells.append("-" if best == "none" else f"{allowed[best]:.2f}x: {best} ({policies[best][0]:.1f})")
         lines.append(f"| {decoder} | {k} | {exact:.1f} | " + " | ".join(cells) + " |")
@@ -308,7 +311,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
     number = record["accuracy"]["problems"]
     decoders = ("paths, parallel-forced", "paths, any-order")
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.4), layout="constrained", sharey=True)
-    families = {name: name.split(",")[0] for name in POLICIES}
+    families = {name: name.split(",")[0] for name, policy in POLICIES.items() if not isinstance(policy, TrueValues)}
     kinds = list(dict.fromkeys(families.values()))
     for ax, decoder in zip(axes, decoders, strict=True):
         for place, kind in enumerate(kinds):
@@ -316,7 +319,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
                 rows = [
                     row
                     for row in record["accuracy"]["rows"]
-                    if (row["decoder"], row["tokens_per_step"], families[row["policy"]]) == (decoder, k, kind)
+                    if (row["decoder"], row["tokens_per_step"], families.get(row["policy"])) == (decoder, k, kind)
                 ]
                 share = [row["right"] / number for row in rows]
                 ax.errorbar(
