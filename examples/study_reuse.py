@@ -2,6 +2,7 @@
 
     python examples/study_reuse.py                      # everything: about an hour on two cores
     python examples/study_reuse.py --only accuracy      # one part; the others stay as they are in the file
+    python examples/study_reuse.py --policies drift     # of accuracy and agreement what begins so; the same
     python examples/study_reuse.py --draw               # tables and picture of docs/reuse.md from the file
 
 The picture needs ``pip install 'nap_decode[viz]'``.
@@ -118,14 +119,14 @@ SHAPES = {
 TIMED = (Shape(layers=8), Workload(prompt_length=512, new_tokens=1024, steps=32, blocks=4))
 
 
-def measure_accuracy(num_problems: int) -> dict[str, Any]:
+def measure_accuracy(num_problems: int, policies: Mapping[str, Reuse | None]) -> dict[str, Any]:
     """Exact answers and FLOPs of the embedded models."""
     problems = sample_problems(num_problems, SEED)
     results: dict[str, Any] = {"problems": num_problems, "seed": SEED, "rows": []}
     for decoder, (trained_on, template, scheduler, confidence) in DECODERS.items():
         denoiser = Denoiser(*demo.load(trained_on))
         for tokens_per_step in (2, 4, 6):
-            for policy, reuse in POLICIES.items():
+            for policy, reuse in policies.items():
                 if isinstance(reuse, TrueValues):
                     reuse = replace(reuse, exact=denoiser.replace(reuse=PromptReuse(refresh_every=1)))
                 sampler = Sampler(
@@ -182,16 +183,29 @@ def follow(model: Any, workload: Workload, policies: Mapping[str, Reuse]) -> dic
     return results
 
 
-def measure_agreement() -> dict[str, Any]:
+def measure_agreement(policies: Mapping[str, Reuse | None]) -> dict[str, Any]:
     """Models of random weights at larger sizes."""
-    policies = {name: policy for name, policy in POLICIES.items() if not isinstance(policy, TrueValues | None)}
+    reusing = {name: policy for name, policy in policies.items() if not isinstance(policy, TrueValues | None)}
     return {
         "rows": [
             {"shape": name, "policy": policy} | row
             for name, (shape, workload) in SHAPES.items()
-            for policy, row in follow(shape.build(), workload, policies).items()
+            for policy, row in follow(shape.build(), workload, reusing).items()
         ]
     }
+
+
+def with_those_of_others(new: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
+    """What was measured, and rows of policies that were not measured now, in the order of the tables."""
+    measured = {row["policy"] for row in new["rows"]}
+    rows = new["rows"] + [row for row in known.get("rows", ()) if row["policy"] in POLICIES.keys() - measured]
+    subjects, names = [*DECODERS, *SHAPES], [*POLICIES]
+
+    def place(row: dict[str, Any]) -> tuple[int, ...]:
+        subject = subjects.index(row.get("decoder") or row["shape"])
+        return subject, row.get("tokens_per_step", 0), names.index(row["policy"])
+
+    return new | {"rows": sorted(rows, key=place)}
 
 
 def measure_time(device: str, repeats: int) -> dict[str, Any]:
@@ -256,7 +270,7 @@ def frontier_table(record: dict[str, Any]) -> str:
             allowed = {
                 name: fewer
                 for name, (percent, fewer) in policies.items()
-                if exact - percent <= points + 1e-9 and not isinstance(POLICIES[name], TrueValues)
+                if exact - percent <= points + 1e-9 and not isinstance(POLICIES.get(name), TrueValues)
             }
             best = max(allowed, key=lambda name: allowed[name])
             cells.append("-" if best == "none" else f"{allowed[best]:.2f}x: {best} ({policies[best][0]:.1f})")
@@ -344,6 +358,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("accuracy", "agreement", "time"))
+    parser.add_argument("--policies", default="", help="begins of names, with commas: those that are measured")
     parser.add_argument("--problems", type=int, default=1000)
     parser.add_argument("--repeats", type=int, default=3, help="of the timed decodes")
     parser.add_argument("--device", default="cpu", help="of the timed decodes")
@@ -352,9 +367,10 @@ def main() -> None:
 
     file, page = DOCS / "reuse.json", DOCS / "reuse.md"
     record: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    policies = {name: policy for name, policy in POLICIES.items() if name.startswith(tuple(args.policies.split(",")))}
     parts: dict[str, Callable[[], dict[str, Any]]] = {
-        "accuracy": lambda: measure_accuracy(args.problems),
-        "agreement": measure_agreement,
+        "accuracy": lambda: measure_accuracy(args.problems, policies),
+        "agreement": lambda: measure_agreement(policies),
         "time": lambda: measure_time(args.device, args.repeats),
     }
     for name, measure in parts.items():
@@ -363,7 +379,8 @@ def main() -> None:
             if name == "time":
                 is_cuda = args.device.startswith("cuda")
                 place = f"time {torch.cuda.get_device_name() if is_cuda else environment('cpu')['machine']['cpu']}"
-            record[place] = measure()
+            found = measure()
+            record[place] = found if name == "time" else with_those_of_others(found, record.get(name, {}))
             file.write_text(json.dumps(record, indent=1) + "\n")
     if not {"accuracy", "agreement"} <= record.keys():
         raise SystemExit(f"{page} is left as it is until the other parts are measured, too")

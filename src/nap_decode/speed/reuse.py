@@ -404,7 +404,7 @@ class DriftReuse(Reuse):
         >>> sampler = ParallelForcedSampler(denoiser, path_length=11, summary_length=2, tokens_per_step=4)
         >>> out = sampler("6 0 6 4 6 2 1 2 4 7 0 6 =")
         >>> out.summary, out.positions_forwarded, out.positions_exact
-        ('6', [158], [477])
+        ('6', [162], [477])
     """
 
     share: float = 0.6
