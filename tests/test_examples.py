@@ -114,25 +114,28 @@ def test_checking_a_checkpoint(tmp_path, monkeypatch):
     assert str(tmp_path) not in example.check(tmp_path)
 
 
-def test_the_section_on_gpus_is_that_of_the_results():
-    example = load_example("check_gpu")
-    record = json.loads(example.RECORD.read_text()) if example.RECORD.exists() else None
+def test_the_sections_on_speed_are_those_of_the_results():
+    example = load_example("study_speed")
     page = example.PAGE.read_text()
-    assert example.fill_in(page, record) == page
-    assert record is None or "gpu" in record["machine"]
+    for device in example.RUNS:
+        file = example.record_of(device)
+        record = json.loads(file.read_text()) if file.exists() else None
+        assert example.fill_in(page, device, record) == page
+        assert record is None or (device == "cuda") == ("gpu" in record["machine"])
 
 
-def test_checking_a_gpu(tmp_path):
-    example = load_example("check_gpu")
-    file = tmp_path / "gpu.json"
-    assert example.main(["--device", "cpu", "--small", "--json", str(file)]) == 0
+def test_measuring_speed(tmp_path):
+    example = load_example("study_speed")
+    file = tmp_path / "speed.json"
+    assert example.main(["--small", "--json", str(file)]) == 0
     record = json.loads(file.read_text())
     assert record["tests"]["failed"] == 0
     (row,) = record["rows"]
     assert row["identical"] == 1
     assert record["left_out"] == []
-    page = example.fill_in(f"before\n{example.BEGIN}old\n{example.END}\nafter\n", record)
-    assert "| `llada-8b` | 1 row, prompt 64, 256 new tokens, 64 steps, temperature 0 | `False` |" in page
-    assert page.startswith(f"before\n{example.BEGIN}")
-    assert page.endswith(f"{example.END}\nafter\n")
+    page = example.fill_in("before\n<!-- cpu -->\nold\n<!-- end of cpu -->\nafter\n", "cpu", record)
+    assert "| `small` | 1 row, prompt 64, 256 new tokens, 8 steps, temperature 0 | `False` |" in page
+    assert "by canvas" in page
+    assert page.startswith("before\n<!-- cpu -->\n")
+    assert page.endswith("<!-- end of cpu -->\nafter\n")
     assert "old" not in page

@@ -119,8 +119,9 @@ SHAPES = {
     "small": Shape(),
     "llada-8b": Shape(hidden=4096, layers=32, heads=32, intermediate=12288, vocab=126464),
     "dream-7b": Shape(hidden=3584, layers=28, heads=28, kv_heads=4, intermediate=18944, vocab=152064),
+    "sdar-8b": Shape(hidden=4096, layers=36, heads=32, kv_heads=8, intermediate=12288, vocab=151936, block_size=32),
 }
-"""Shapes that can be asked for by name: 71 million parameters (38 in the body), and two published models."""
+"""Shapes that can be asked for by name: 71 million parameters (38 in the body), and three published models."""
 
 
 @dataclass(frozen=True, kw_only=True)
