@@ -37,13 +37,13 @@ def test_every_call_that_is_no_pass():
     denoiser.check_leave_one_out()
     assert len(calls) == 4 + told
     reusing = Denoiser(model, mask_token_id=MASK, reuse=CommittedReuse())
-    assert len(calls) == 9 + told
+    assert len(calls) == 11 + told
     denoiser.check_leave_one_out()
     reusing.replace(reuse=CommittedReuse(delay=3)).probe()
     Denoiser(model, mask_token_id=MASK, cfg_scale=1.0).probe()
-    assert len(calls) == 9 + told
+    assert len(calls) == 11 + told
     other = Denoiser(model, mask_token_id=7)  # is asked with another mask
-    assert len(calls) == 10 + 2 * told
+    assert len(calls) == 12 + 2 * told
     assert other.probe() == denoiser.probe()
 
 

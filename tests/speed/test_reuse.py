@@ -574,6 +574,71 @@ class ByHand(DreamLike):
             return super().run(input_ids, position_ids, seen)
 
 
+class Switches(DreamLike):
+    """SDAR's code: attention that no mask hides anything from is flash-attn's, and passes torch's by.
+
+    Besides, its cache is given nothing unless it is told to store it; what flash-attn does sees the cache.
+    """
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None):
+        return self.attend(input_ids, attention_mask, position_ids)
+
+    def attend(self, input_ids, seen, position_ids, cache=None):
+        x = self.embed(input_ids)
+        x = x + self.place(torch.arange(input_ids.shape[1]) if position_ids is None else position_ids)
+        for number, layer in enumerate(self.layers):
+            q, k, v = layer(x)[:, None].chunk(3, dim=-1)
+            if cache is not None:
+                k, v = cache.update(k, v, number)
+            if self.is_flash(seen):
+                x = x + ((q @ k.transpose(-1, -2) / 4).softmax(-1) @ v)[:, 0].tanh()
+            else:
+                x = x + torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)[:, 0].tanh()
+        return SimpleNamespace(logits=self.head(x))
+
+    def is_flash(self, seen):
+        return seen is None or bool(seen.all())
+
+
+class OnOrder(Switches):
+    def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, store_kv=False):
+        assert past_key_values is None or store_kv or len(past_key_values)  # there is no len, as of most caches
+        return self.attend(input_ids, attention_mask, position_ids, past_key_values)
+
+
+@pytest.mark.parametrize("size", [None, 2, 4, 16, 32])
+def test_a_model_that_attends_another_way_where_nothing_is_hidden_is_found_out(size):
+    """Also if blocks are as long as what it is tried with, or as short."""
+    family = ModelFamily(name="x", attention="4d", block_size=size)
+    denoiser = Denoiser(Switches("x"), Words(), family=family)
+    assert by_blocks(denoiser)(PROMPTS[:1], max_new_tokens=30).trace.forwarded is None
+    with pytest.raises(NapDecodeError, match="cannot reuse keys and values"):
+        denoiser.replace(reuse=CommittedReuse())
+
+
+@pytest.mark.parametrize("size", [2, 4, 16, 32])
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS], ids=["alone", "ragged"])
+def test_one_whose_cache_is_told_to_store_is_exact_all_the_same(size, prompts):
+    denoiser = Denoiser(OnOrder("x"), Words(), family=ModelFamily(name="x", attention="4d", block_size=size))
+    outputs = [
+        by_blocks(one)(prompts, max_new_tokens=30)
+        for one in (denoiser, Denoiser(Switches("x"), Words(), family=denoiser.family))
+    ]
+    same(*outputs)
+    assert sum(outputs[0].positions_forwarded) < sum(outputs[0].positions_exact)
+    assert outputs[1].trace.forwarded is None
+
+
+def test_attention_that_is_missed_later_is_an_error_and_not_a_result():
+    model = Switches("x")
+    model.is_flash = lambda seen: False
+    sampler = by_blocks(Denoiser(model, Words(), family=BLOCKS))
+    assert sampler(PROMPTS, max_new_tokens=8).trace.forwarded is not None
+    model.is_flash = lambda seen: True
+    with pytest.raises(NapDecodeError, match="0 times in a pass, and 2 times before"):
+        sampler(PROMPTS, max_new_tokens=8)
+
+
 def test_a_model_that_keeps_its_keys_to_itself_is_refused():
     with pytest.raises(NapDecodeError, match="keys and values: it takes no cache, and its attention is not"):
         Denoiser(ByHand("Dream", mask_token_id=MASK), Words(), reuse=CommittedReuse())

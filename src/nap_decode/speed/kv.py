@@ -15,6 +15,7 @@ from torch import Size, Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
+from nap_decode.base.errors import NapDecodeError
 from nap_decode.model.call import ModelCall, Options
 from nap_decode.model.foreign import parameters_of
 from nap_decode.model.head import HOOKING, Output
@@ -66,8 +67,7 @@ def by_cache(call: ModelCall, tokens: Tensor, options: Options, wanted: Tensor, 
 
 def by_attention(call: ModelCall, tokens: Tensor, options: Options, wanted: Tensor, store: Store) -> Output:
     """Of models that take positions and a mask, and call torch's attention, such as encoders."""
-    with ThroughAttention(store):
-        return _as_written(call)(tokens, options, wanted)
+    return _through(call, ThroughAttention(store), tokens, options, wanted)
 
 
 def by_mask(call: ModelCall, tokens: Tensor, options: Options, wanted: Tensor, store: Store) -> Output:
@@ -80,12 +80,35 @@ def by_mask(call: ModelCall, tokens: Tensor, options: Options, wanted: Tensor, s
     if store.positions is not None:
         mask = options["attention_mask"]
         options = {name: v for name, v in options.items() if name in call.arguments and name != "attention_mask"}
-    with ThroughAttention(store, mask), _in_place(call.module, store):
-        return _as_written(call)(tokens, options, wanted)
+    with _in_place(call.module, store):
+        return _through(call, ThroughAttention(store, mask), tokens, options, wanted)
 
 
-WAYS: tuple[Way, ...] = (by_cache, by_attention, by_mask)
-"""In the order in which a model is asked which of them it goes."""
+def _through(call: ModelCall, attention: ThroughAttention, tokens: Tensor, options: Options, wanted: Tensor) -> Output:
+    with attention:
+        output = _as_written(call)(tokens, options, wanted)
+    # Code may attend by other means where a mask hides nothing, and would see nothing of what is kept.
+    if attention.calls != call.learned.setdefault("attention calls", attention.calls):
+        raise NapDecodeError(
+            f"{call.name} called torch's scaled_dot_product_attention {attention.calls} times in a pass, and "
+            f"{call.learned['attention calls']} times before, so that what it attends to is not known. Decode it with "
+            "reuse=PromptReuse(refresh_every=1), which forwards everything"
+        )
+    return output
+
+
+def by_order(call: ModelCall, tokens: Tensor, options: Options, wanted: Tensor, store: Store) -> Output:
+    """Of decoders that hand their ``Cache`` nothing unless they are told to store it (SDAR)."""
+    return by_cache(call, tokens, options | {_ORDER: True}, wanted, store)
+
+
+_ORDER = "store_kv"
+
+
+def ways(call: ModelCall) -> tuple[Way, ...]:
+    """In the order in which a model is asked which of them it goes."""
+    takes_orders = any(_ORDER in (parameters_of(part) or ()) for part in call.parts)
+    return (by_cache, by_attention, by_mask, *([by_order] if takes_orders else []))
 
 
 def _as_written(call: ModelCall) -> ModelCall:

@@ -29,7 +29,7 @@ from nap_decode.model.denoiser import Denoiser
 from nap_decode.model.foreign import attention_window
 from nap_decode.model.head import Output, take
 from nap_decode.model.probe import Probing, differ
-from nap_decode.speed.kv import WAYS, Store, Way, knows_positions
+from nap_decode.speed.kv import Store, Way, knows_positions, ways
 
 __all__ = ["BlockReuse", "CommittedReuse", "DriftReuse", "Glance", "Kept", "PromptReuse", "Reuse"]
 
@@ -184,7 +184,7 @@ class Reuse(abc.ABC):
                 f"{name}; use CommittedReuse()"
             )
         reasons = []
-        for way in WAYS:
+        for way in ways(denoiser.call):
             reason = probing.why_not(f"compute some positions, {way.__name__}", partial(_why_not, probing, way))
             if reason is None:
                 denoiser.call.learned.update({"way": way, "hides padding": probing.hides_padding})
@@ -454,17 +454,22 @@ def _why_not(probing: Probing, way: Way) -> str | None:
     other[:, 1] = probing.tokens[2, 1]
     is_grouped = not probing.hides_padding
     before, after = (head.logits(call.with_rows(rows, one, wanted, is_grouped=is_grouped)) for one in (other, tokens))
-    call.learned["way"], call.learned["hides padding"], kept = way, not is_grouped, Memory()
-    # The whole of other rows; then all positions of these, called for as some; then one, though nothing is new.
+    call.learned["way"], call.learned["hides padding"] = way, not is_grouped
+    call.learned.pop("attention calls", None)
+    # The whole of other rows; then all positions of these, called for as some; then two, though nothing is new.
+    # And the whole of a row without padding, then two of it: some code goes another way if a mask hides nothing.
+    alone, kept, kept_alone = Rows((rows.width,), rows.prompt[1:]), Memory(), Memory()
     steps = (
-        (PromptReuse(refresh_every=1), other, before),
-        (CommittedReuse(delay=9), tokens, after),
-        (CommittedReuse(), tokens, after),
+        (rows, PromptReuse(refresh_every=1), other, before, kept),
+        (rows, CommittedReuse(delay=9), tokens, after, kept),
+        (rows, CommittedReuse(), tokens, after, kept),
+        (alone, CommittedReuse(), tokens[1:], after[1:], kept_alone),
+        (alone, CommittedReuse(), tokens[1:], after[1:], kept_alone),
     )
     try:
-        for policy, one, expected in steps:
-            found = head.logits(policy.forward(call, rows, [one], wanted, wanted >= 0, kept))
-            if not kept[_BRANCHES[0]].states:
+        for some, policy, one, expected, known in steps:
+            found = head.logits(policy.forward(call, some, [one], wanted[: len(one)], wanted[: len(one)] >= 0, known))
+            if not known[_BRANCHES[0]].states:
                 return (
                     "it takes no cache, and its attention is not torch's scaled_dot_product_attention; "
                     "attn_implementation='sdpa' may"
