@@ -43,7 +43,7 @@ RUNS: dict[str, list[tuple[str, Workload, str | bool]]] = {
             Workload(prompt_length=256, steps=32, blocks=8, scheduler="semi-autoregressive"),
             False,
         ),
-        ("hidden=256,layers=6,heads=4,intermediate=704,block_size=32", IN_TURN, False),
+        ("hidden=256,layers=6,heads=4,intermediate=704,vocab=8192,block_size=32", IN_TURN, False),
     ],
     "cuda": [
         ("llada-8b", Workload(), False),
