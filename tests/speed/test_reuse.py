@@ -241,6 +241,14 @@ class ByIndex(DreamLike):
         return SimpleNamespace(logits=self.head(x))
 
 
+def test_positions_are_told_to_the_part_that_there_is_now():
+    model = ByIndex("llada")
+    sampler = sampler_of(model, Everything())
+    sampler(PROMPTS)
+    model.rotary = ByIndex.Rotary()
+    same(sampler(PROMPTS), sampler_of(model, PromptReuse(refresh_every=1))(PROMPTS))
+
+
 @pytest.mark.parametrize(
     ("make_model", "family"),
     [

@@ -80,7 +80,7 @@ def by_mask(call: ModelCall, tokens: Tensor, options: Options, wanted: Tensor, s
     if store.positions is not None:
         mask = options["attention_mask"]
         options = {name: v for name, v in options.items() if name in call.arguments and name != "attention_mask"}
-    with _in_place(call.module, store):
+    with _in_place(call, store):
         return _through(call, ThroughAttention(store, mask), tokens, options, wanted)
 
 
@@ -129,7 +129,7 @@ def _rotations(module: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def _in_place(module: nn.Module, store: Store) -> Iterator[None]:
+def _in_place(call: ModelCall, store: Store) -> Iterator[None]:
     """While open, the calls of this thread find queries and keys turned as at the store's positions."""
     positions, own_thread = store.positions, threading.get_ident()
     if positions is None:
@@ -148,7 +148,9 @@ def _in_place(module: nn.Module, store: Store) -> Iterator[None]:
         return tuple(state.gather(2, _like(positions, state)) for state in states)
 
     with HOOKING:
-        parts = _rotations(module)
+        if "rotations" not in call.learned:  # to look for them in every pass takes milliseconds
+            call.learned["rotations"] = _rotations(call.module)
+        parts = call.learned["rotations"]
         handles = [part.register_forward_pre_hook(spread) for part in parts]
         handles += [part.register_forward_hook(gather) for part in parts]
         try:
@@ -220,9 +222,11 @@ class ThroughAttention(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        named = dict(kwargs or {})
+        named = kwargs or {}
         if function is scaled_dot_product_attention:
-            named |= zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False)
+            named = named | dict(
+                zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False)
+            )
             named["key"], named["value"] = self.store.update(self.calls, named["key"], named["value"])
             if (mask := self.mask) is not None:
                 named["attn_mask"] = mask.to(named["query"].dtype) if mask.is_floating_point() else mask
