@@ -236,9 +236,25 @@ class ByIndex(DreamLike):
         x = self.embed(input_ids)
         for layer in self.layers:
             q, k, v = layer(x)[:, None].chunk(3, dim=-1)
-            q, k = self.rotary(q, k)
+            q, k = self.turn(q, k)
             x = x + torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)[:, 0].tanh()
         return SimpleNamespace(logits=self.head(x))
+
+    def turn(self, q, k):
+        return self.rotary(q, k)
+
+
+class ByIndexOrNot(ByIndex):
+    """Copies of LLaDA with caches of their own: what stands where is said only to these."""
+
+    class Rotary(ByIndex.Rotary):
+        def forward(self, q, k, ends_at=None, is_cached=False):
+            assert ends_at is None
+            assert not is_cached
+            return super().forward(q, k)
+
+    def turn(self, q, k):
+        return self.rotary(q, k, None, is_cached=False)
 
 
 def test_positions_are_told_to_the_part_that_there_is_now():
@@ -253,9 +269,10 @@ def test_positions_are_told_to_the_part_that_there_is_now():
     ("make_model", "family"),
     [
         (lambda: ByIndex("llada"), None),
+        (lambda: ByIndexOrNot("llada"), None),
         (lambda: OwnBlocks("Fast_dLLM_Qwen", bd_size=4), None),
     ],
-    ids=["positions by the index", "a mask of its own"],
+    ids=["positions by the index", "by the index unless told", "a mask of its own"],
 )
 @pytest.mark.filterwarnings("ignore:.*in groups of equal length:UserWarning")
 def test_models_that_take_neither_positions_nor_mask(make_model, family):

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import torch
 from torch import Size, Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
@@ -30,6 +31,7 @@ class Store:
     rows: Tensor | None = None  # (n,) int64, the rows that are called; None if all are
     positions: Tensor | None = None  # (n, P) int64, the positions that are called; None if all are
     width: int | None = None  # columns that are looked at, from the first; None if all are
+    sees_all: bool = False  # whether each position that is called sees all columns that are looked at
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer; see :meth:`put`."""
@@ -47,10 +49,24 @@ class Store:
         if self.positions is None:
             some = new
         else:
-            some.scatter_(2, _like(self.positions, new), new)
+            self.write(some, new)
         if self.rows is not None:
             kept.index_copy_(0, self.rows, some)
         return some[:, :, : self.width]
+
+    @functools.cached_property
+    def index(self) -> tuple[Tensor, Tensor]:
+        """The positions that are called, of ``(n, W, ...)``."""
+        assert self.positions is not None
+        return torch.arange(len(self.positions), device=self.positions.device)[:, None], self.positions
+
+    def write(self, into: Tensor, new: Tensor) -> None:
+        """``(n, heads, P, D)`` of what is called to its places in ``(n, heads, W, D)``; faster than scatter."""
+        into.transpose(1, 2)[self.index] = new.transpose(1, 2)
+
+    def read(self, states: Tensor) -> Tensor:
+        """What is called, ``(n, heads, P, D)``, of ``(n, heads, W, D)``."""
+        return states.transpose(1, 2)[self.index].transpose(1, 2)
 
 
 Way: TypeAlias = Callable[[ModelCall, Tensor, Options, Tensor, Store], Output]
@@ -80,8 +96,9 @@ def by_mask(call: ModelCall, tokens: Tensor, options: Options, wanted: Tensor, s
     if store.positions is not None:
         mask = options["attention_mask"]
         options = {name: v for name, v in options.items() if name in call.arguments and name != "attention_mask"}
+    attention = ThroughAttention(store, mask, sees_all=store.sees_all)
     with _in_place(call, store):
-        return _through(call, ThroughAttention(store, mask), tokens, options, wanted)
+        return _through(call, attention, tokens, options, wanted)
 
 
 def _through(call: ModelCall, attention: ThroughAttention, tokens: Tensor, options: Options, wanted: Tensor) -> Output:
@@ -120,37 +137,47 @@ def _as_written(call: ModelCall) -> ModelCall:
 
 def knows_positions(call: ModelCall) -> bool:
     """Whether a model can be told at which positions its tokens stand."""
-    return "position_ids" in call.arguments or bool(_rotations(call.module))
+    return "position_ids" in call.arguments or bool(_rotations(call))
 
 
-def _rotations(module: nn.Module) -> list[nn.Module]:
-    """Rotary embeddings that take queries and keys ``(N, heads, Q, D)``, and nothing that says where these stand."""
-    return [part for part in module.modules() if [*(parameters_of(part) or ())] == ["q", "k"]]
+def _rotations(call: ModelCall) -> list[nn.Module]:
+    """Rotary embeddings that take queries and keys ``(N, heads, Q, D)``, and nothing that they must be told."""
+    if "rotations" not in call.learned:  # to look for them in every pass takes milliseconds
+        call.learned["rotations"] = [m for m in call.module.modules() if _takes_states(parameters_of(m) or {})]
+    found: list[nn.Module] = call.learned["rotations"]
+    return found
+
+
+def _takes_states(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    """Whether queries and keys come first, and the rest may be left out, as in Fast-dLLM's copy of LLaDA."""
+    rest = list(parameters.values())[2:]
+    return [*parameters][:2] == ["q", "k"] and all(one.default is not one.empty for one in rest)
 
 
 @contextmanager
 def _in_place(call: ModelCall, store: Store) -> Iterator[None]:
     """While open, the calls of this thread find queries and keys turned as at the store's positions."""
-    positions, own_thread = store.positions, threading.get_ident()
-    if positions is None:
+    own_thread = threading.get_ident()
+    if store.positions is None:
         yield
         return
 
-    def spread(_: nn.Module, states: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    def spread(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if threading.get_ident() != own_thread:  # a call of somebody else's
             return None
+        states, rest = given[:2], given[2:]
         whole = [state.new_zeros(*state.shape[:2], store.shape[1], state.shape[3]) for state in states]
-        return tuple(row.scatter_(2, _like(positions, state), state) for row, state in zip(whole, states, strict=True))
+        for row, state in zip(whole, states, strict=True):
+            store.write(row, state)
+        return *whole, *rest
 
-    def gather(_: nn.Module, __: tuple[Tensor, ...], states: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    def gather(_: nn.Module, __: tuple[Any, ...], states: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         if threading.get_ident() != own_thread:
             return None
-        return tuple(state.gather(2, _like(positions, state)) for state in states)
+        return tuple(store.read(state) for state in states)
 
     with HOOKING:
-        if "rotations" not in call.learned:  # to look for them in every pass takes milliseconds
-            call.learned["rotations"] = _rotations(call.module)
-        parts = call.learned["rotations"]
+        parts = _rotations(call)
         handles = [part.register_forward_pre_hook(spread) for part in parts]
         handles += [part.register_forward_hook(gather) for part in parts]
         try:
@@ -158,11 +185,6 @@ def _in_place(call: ModelCall, store: Store) -> Iterator[None]:
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def _like(positions: Tensor, states: Tensor) -> Tensor:
-    """``(n, P)`` positions as an index of ``(n, heads, P or W, D)``."""
-    return positions[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
 
 
 def cache_argument(parameters: Mapping[str, inspect.Parameter]) -> str | None:
@@ -210,27 +232,29 @@ def _cache_class() -> type[Any]:
 class ThroughAttention(TorchFunctionMode):
     """While open, torch's attention, in this thread alone, attends to what ``store.update`` makes of keys and values.
 
-    With a mask, it is that which counts, whatever the model makes of its own.
+    With a mask, it is that which counts, whatever the model makes of its own; none is needed where all see all, and
+    attention is faster without one.
     That is for models without a cache, such as encoders.  Nothing of the model is exchanged; attention that is written
     out by hand does not pass here, and the store stays empty.
     """
 
-    def __init__(self, store: Any, mask: Tensor | None = None) -> None:
+    def __init__(self, store: Any, mask: Tensor | None = None, *, sees_all: bool = False) -> None:
         super().__init__()
-        self.store, self.mask, self.calls = store, mask, 0
+        self.store, self.mask, self.sees_all, self.calls = store, mask, sees_all, 0
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        named = kwargs or {}
-        if function is scaled_dot_product_attention:
-            named = named | dict(
-                zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False)
-            )
-            named["key"], named["value"] = self.store.update(self.calls, named["key"], named["value"])
-            if (mask := self.mask) is not None:
-                named["attn_mask"] = mask.to(named["query"].dtype) if mask.is_floating_point() else mask
-                named["is_causal"] = False
-            args = ()
-            self.calls += 1
-        return function(*args, **named)
+        if function is not scaled_dot_product_attention:
+            return function(*args, **(kwargs or {}))
+        named = dict(kwargs or {})
+        named |= zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False)
+        named["key"], named["value"] = self.store.update(self.calls, named["key"], named["value"])
+        self.calls += 1
+        if (mask := self.mask) is not None:
+            if self.sees_all:
+                mask = None
+            elif mask.is_floating_point():
+                mask = mask.to(named["query"].dtype)
+            named["attn_mask"], named["is_causal"] = mask, False
+        return function(**named)

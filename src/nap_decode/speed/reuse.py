@@ -221,7 +221,8 @@ class Reuse(abc.ABC):
                     states = {} if flag and is_all else known.states
                     width = rows.width if flag else max(ends[row] for row in some)
                     positions = None if flag else _packed(own, most)
-                    store = Store(states, tokens.shape, None if is_all else index, positions, width)
+                    sees_all = call.family.block_size is None and not rows.is_padded
+                    store = Store(states, tokens.shape, None if is_all else index, positions, width, sees_all)
                     parts.append((index + branch * number, self._call(call, rows, tokens, wanted, store)))
                     known.states.update(states)
         return parts[0][1] if len(parts) == 1 else Output.joined(parts)
