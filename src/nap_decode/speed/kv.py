@@ -54,7 +54,7 @@ class Store:
             kept.index_copy_(0, self.rows, some)
         return some[:, :, : self.width]
 
-    @functools.cached_property
+    @property
     def index(self) -> tuple[Tensor, Tensor]:
         """The positions that are called, of ``(n, W, ...)``."""
         assert self.positions is not None
