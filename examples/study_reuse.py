@@ -95,6 +95,7 @@ DECODERS: dict[str, tuple[str, CanvasTemplate, Callable[[int], Scheduler], str]]
     "paths, parallel-forced": ("paths", PATHS, lambda k: MacroParallelScheduler(tokens_per_step=k), "probability"),
     "paths, any-order": ("paths", PATHS, lambda k: AnyOrderScheduler(tokens_per_step=k), "probability"),
     "chain, left to right": ("chain", CHAIN, lambda k: AnyOrderScheduler(tokens_per_step=k), "leftmost"),
+    "chain, any-order": ("chain", CHAIN, lambda k: AnyOrderScheduler(tokens_per_step=k), "probability"),
     "chain, blocks of 12": (
         "chain",
         CHAIN,
