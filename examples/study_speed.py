@@ -1,6 +1,6 @@
 """What a decode costs beside bare forward passes and textbook loops; writes its section of docs/benchmarks.md.
 
-    python examples/study_speed.py                  # on the processor, half an hour: docs/speed_cpu.json
+    python examples/study_speed.py                  # on the processor, a quarter of an hour: docs/speed_cpu.json
     python examples/study_speed.py --device cuda    # all that needs a GPU, ten minutes: docs/speed_cuda.json
     python examples/study_speed.py --small --json FILE    # that this command works
     python examples/study_speed.py --draw           # the sections again, from the files
@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +33,16 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 SECONDS = {"cpu": float("inf"), "cuda": 540.0}
 """Nothing new begins later; the longest row takes about a minute on a GPU."""
 IN_TURN = Workload(prompt_length=512, new_tokens=512, steps=128, blocks=16, scheduler="semi-autoregressive")
+SHORT_IN_TURN = Workload(prompt_length=256, new_tokens=256, steps=32, blocks=8, scheduler="semi-autoregressive")
+MEDIUM = "hidden=256,layers=6,heads=4,intermediate=704"
 RUNS: dict[str, list[tuple[str, Workload, str | bool]]] = {
     "cpu": [
         ("small", Workload(steps=8), False),
         ("small", Workload(steps=8, temperature=1.0), False),
-        ("small", Workload(steps=8, new_tokens=128, batch_size=8, ragged=True), False),
-        ("vocab=126464", Workload(steps=8, new_tokens=128), False),
-        (
-            "block_size=32",
-            Workload(prompt_length=256, steps=32, blocks=8, scheduler="semi-autoregressive"),
-            False,
-        ),
-        ("hidden=256,layers=6,heads=4,intermediate=704,vocab=8192,block_size=32", IN_TURN, False),
+        (MEDIUM, Workload(steps=8, new_tokens=128, batch_size=8, ragged=True), False),
+        (f"{MEDIUM},vocab=126464", Workload(steps=8, new_tokens=128), False),
+        (f"{MEDIUM},vocab=8192,block_size=32", SHORT_IN_TURN, False),
+        (f"{MEDIUM},vocab=8192,block_size=32", replace(SHORT_IN_TURN, steps=64), False),
     ],
     "cuda": [
         ("llada-8b", Workload(), False),
