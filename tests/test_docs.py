@@ -239,7 +239,7 @@ MEASURED = {
     "docs/reuse.md": "examples/study_reuse.py",
     "docs/evaluation.md": "tests/integrations/test_lm_eval.py",
     "docs/compared.md": "tests/integrations/test_model_precision.py",  # what is run here; the rest ran others' code
-    "docs/benchmarks.md": "src/nap_decode/bench/command.py",  # which prints the tables; times are those of one machine
+    "docs/benchmarks.md": "examples/study_speed.py",
 }
 """What writes or checks the numbers in the tables of a page."""
 FACTS = [DOCS / "families.md", *(DOCS / "models").glob("*.md")]  # numbers in the families' own code, and versions

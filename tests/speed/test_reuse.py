@@ -402,14 +402,18 @@ def plan(policy, tokens, wanted, kept=None):
     return policy.plan(kept or Kept.nothing(wanted), rows, tokens, wanted, None)
 
 
-def test_under_drift_nothing_gets_older_than_it_may():
-    policy, row, wanted = DriftReuse(share=0.0, max_age=2, max_age_committed=3), [7, 8, MASK, MASK], [0, 0, 1, 1]
+@pytest.mark.parametrize(
+    ("ages", "expected"),
+    [((2, 3), [[], [2, 3], [0, 1], [2, 3], [], [0, 1, 2, 3]]), ((4, 2), [[], [0, 1], [], [0, 1, 2, 3]])],
+)
+def test_under_drift_nothing_gets_older_than_it_may(ages, expected):
+    policy = DriftReuse(share=0.0, max_age=ages[0], max_age_committed=ages[1])
+    row, wanted, passes = [7, 8, MASK, MASK], [0, 0, 1, 1], []
     _, _, kept = plan(policy, row, wanted)
-    passes = []
-    for _ in range(6):
+    for _ in expected:
         computed, _, kept = plan(policy, row, wanted, kept)
         passes.append(computed[0].nonzero().flatten().tolist())
-    assert passes == [[], [2, 3], [0, 1], [2, 3], [], [0, 1, 2, 3]]
+    assert passes == expected
 
 
 def test_drift_goes_where_something_happened():

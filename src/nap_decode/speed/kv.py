@@ -69,6 +69,8 @@ class Store:
         return states.transpose(1, 2)[self.index].transpose(1, 2)
 
 
+_ORDER = "store_kv"  # what the attention of SDAR's code must be told
+
 Way: TypeAlias = Callable[[ModelCall, Tensor, Options, Tensor, Store], Output]
 """One call of a model that attends to what is in the store, too, and puts there what it makes; see ModelCall."""
 
@@ -96,9 +98,8 @@ def by_mask(call: ModelCall, tokens: Tensor, options: Options, wanted: Tensor, s
     if store.positions is not None:
         mask = options["attention_mask"]
         options = {name: v for name, v in options.items() if name in call.arguments and name != "attention_mask"}
-    attention = ThroughAttention(store, mask, sees_all=store.sees_all)
     with _in_place(call, store):
-        return _through(call, attention, tokens, options, wanted)
+        return _through(call, ThroughAttention(store, mask), tokens, options, wanted)
 
 
 def _through(call: ModelCall, attention: ThroughAttention, tokens: Tensor, options: Options, wanted: Tensor) -> Output:
@@ -119,13 +120,11 @@ def by_order(call: ModelCall, tokens: Tensor, options: Options, wanted: Tensor, 
     return by_cache(call, tokens, options | {_ORDER: True}, wanted, store)
 
 
-_ORDER = "store_kv"
-
-
-def ways(call: ModelCall) -> tuple[Way, ...]:
+def ways(call: ModelCall) -> Iterator[Way]:
     """In the order in which a model is asked which of them it goes."""
-    takes_orders = any(_ORDER in (parameters_of(part) or ()) for part in call.parts)
-    return (by_cache, by_attention, by_mask, *([by_order] if takes_orders else []))
+    yield from (by_cache, by_attention, by_mask)
+    if any(_ORDER in (parameters_of(part) or ()) for part in call.parts):
+        yield by_order
 
 
 def _as_written(call: ModelCall) -> ModelCall:
@@ -238,9 +237,9 @@ class ThroughAttention(TorchFunctionMode):
     out by hand does not pass here, and the store stays empty.
     """
 
-    def __init__(self, store: Any, mask: Tensor | None = None, *, sees_all: bool = False) -> None:
+    def __init__(self, store: Any, mask: Tensor | None = None) -> None:
         super().__init__()
-        self.store, self.mask, self.sees_all, self.calls = store, mask, sees_all, 0
+        self.store, self.mask, self.calls = store, mask, 0
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -252,7 +251,7 @@ class ThroughAttention(TorchFunctionMode):
         named["key"], named["value"] = self.store.update(self.calls, named["key"], named["value"])
         self.calls += 1
         if (mask := self.mask) is not None:
-            if self.sees_all:
+            if self.store.sees_all:
                 mask = None
             elif mask.is_floating_point():
                 mask = mask.to(named["query"].dtype)

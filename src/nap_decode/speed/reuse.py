@@ -436,8 +436,8 @@ class DriftReuse(Reuse):
         urgency = torch.where(wanted, glance.pending + 1e-4 * age, -torch.inf)
         rank = urgency.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         most = (self.share * wanted.sum(1, keepdim=True)).ceil()
-        chosen = wanted & ((rank < most) | (age + 1 >= self.max_age) | ~glance.kept.opened)
-        return chosen if self.max_age_committed is None else chosen | (age + 1 >= self.max_age_committed)
+        oldest = torch.where(wanted, self.max_age, self.max_age_committed or 2**31)  # None is never
+        return (age + 1 >= oldest) | (wanted & ((rank < most) | ~glance.kept.opened))
 
 
 def _why_not(probing: Probing, way: Way) -> str | None:
